@@ -1,0 +1,182 @@
+"""Which implementation serves a call, and why.
+
+A hot path is a folder of `mmkernels.ops`; its backends are the modules in it that bear a backend's name. Such a module
+holds the op's kernels as functions and says what it cannot do:
+
+    unsupported(*tensors) -> str | None      # None: it serves these tensors; else the reason, for the user to read
+
+A backend named explicitly, by argument, by `use_backend` or by the environment variable MMKERNELS_BACKEND, runs or
+raises with the reason. Without one, `auto` takes the first of `AUTO_ORDER` that supports the call; when only the plain
+PyTorch reference is left, that is said once as a warning, since speed is what the caller came for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+# Fastest first, by the kind of device the tensors are on. The CPU's order is measured (benchmarks/results); no GPU has
+# been measured yet, so there the compiled kernels simply come before the reference.
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+INSTALL = "pip install --force-reinstall --no-deps mmkernels"
+
+_override: str | None = None
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot serve this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one backend says to one call: `reason` is None when it can serve it."""
+
+    backend: str
+    chosen: bool
+    reason: str | None
+
+    def __str__(self) -> str:
+        state = "chosen" if self.chosen else "usable" if self.reason is None else f"not usable: {self.reason}"
+        return f"{self.backend:<10} {state}"
+
+
+class Explanation(tuple[Candidate, ...]):
+    """The candidates of a call, in the order of `NAMES`; printing it gives a line each."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+class _Explained(Exception):
+    """Carries an `Explanation` out of the call that `explain` makes."""
+
+
+_explaining = False
+
+
+def requested(backend: str | None) -> str:
+    """The backend a public function was asked for: its argument, else `use_backend`'s, else "auto"."""
+    name = backend or _override or "auto"
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Serve every call inside the `with` block, of any thread, by `backend` ("auto" for the usual choice).
+
+    A call's own `backend=` argument wins. The backward pass keeps the backend its forward pass was given.
+    """
+    global _override
+    previous, _override = _override, requested(backend)
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def explain(op, *args, **kwargs) -> Explanation:
+    """Say what each backend makes of the call `op(*args, **kwargs)`, without running it.
+
+    `op` is a public function of mmkernels or its name; the arguments are checked as in a real call.
+    """
+    global _explaining
+    if isinstance(op, str):
+        op = getattr(importlib.import_module("mmkernels"), op)
+    _explaining = True
+    try:
+        op(*args, **kwargs)
+    except _Explained as answer:
+        return answer.args[0]
+    finally:
+        _explaining = False
+    raise TypeError(f"explain: {op!r} is not an op of mmkernels")
+
+
+def select(op: str, requested: str, *tensors: torch.Tensor) -> ModuleType:
+    """The module that serves a call of the hot path `op` on these tensors; the first one says which device."""
+    if requested == "auto":
+        requested = os.environ.get("MMKERNELS_BACKEND", "") or "auto"
+        if requested != "auto" and requested not in NAMES:
+            raise ValueError(f"MMKERNELS_BACKEND must be one of {', '.join(NAMES)}, or 'auto', got {requested!r}")
+    if _explaining:
+        raise _Explained(_candidates(op, requested, *tensors))
+    if requested != "auto":
+        reason = _reason(op, requested, *tensors)
+        if reason is not None:
+            raise BackendUnavailable(f"{op}: backend {requested!r} cannot serve this call: {reason}")
+        return _load(op, requested)
+    for name in AUTO_ORDER.get(tensors[0].device.type, ("reference",)):
+        if name == "reference":
+            _warn_slow(op, tensors[0].device.type, tensors[0].dtype)
+        if _reason(op, name, *tensors) is None:
+            return _load(op, name)
+    raise AssertionError("the reference serves every call")
+
+
+@functools.cache
+def missing(backend: str) -> str | None:
+    """Why `backend` cannot run on this machine at all, and what mends it; None when it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return _missing_core()
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; mend: pip install triton"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
+        return None
+    return "the CUDA C++ kernels are not part of this version; the triton backend serves GPUs"
+
+
+def _candidates(op: str, requested: str, *tensors: torch.Tensor) -> Explanation:
+    reasons = {name: _reason(op, name, *tensors) for name in NAMES}
+    order = AUTO_ORDER.get(tensors[0].device.type, ("reference",)) if requested == "auto" else (requested,)
+    chosen = next((name for name in order if reasons[name] is None), None)
+    return Explanation(Candidate(name, name == chosen, reasons[name]) for name in NAMES)
+
+
+def _reason(op: str, name: str, *tensors: torch.Tensor) -> str | None:
+    return missing(name) or _load(op, name).unsupported(*tensors)
+
+
+@functools.cache
+def _load(op: str, name: str) -> ModuleType:
+    return importlib.import_module(f"mmkernels.ops.{op}.{name}")
+
+
+@functools.cache
+def _missing_core() -> str | None:
+    try:
+        importlib.import_module("mmkernels._core")
+    except ImportError as error:
+        record = Path(__file__).with_name("_build.json")
+        built = json.loads(record.read_text()) if record.exists() else {}
+        return f"{built.get('reason') or error}; mend: {built.get('mend') or INSTALL}"
+    return None
+
+
+@functools.cache
+def _warn_slow(op: str, device: str, dtype: torch.dtype) -> None:
+    """Once for each kind of call; what is in the way is worked out by `explain`."""
+    warnings.warn(
+        f"mmkernels: {op} on {device} tensors of {dtype} is served by the plain PyTorch reference, no faster than "
+        "eager code; mmkernels.explain(...) says why, `mmkernels info` what is missing here",
+        stacklevel=2,
+    )

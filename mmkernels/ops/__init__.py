@@ -1,0 +1,1 @@
+"""The hot paths: one folder each, with its public function, its registration, its reference and its backends."""
