@@ -140,7 +140,9 @@ def missing(backend: str) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; mend: pip install triton"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            return "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
+            return (
+                "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
+            )
         return None
     return "the CUDA C++ kernels are not part of this version; the triton backend serves GPUs"
 

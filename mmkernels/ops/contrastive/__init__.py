@@ -23,7 +23,7 @@ def clip_loss(
     normalize: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The symmetric cross-entropy of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020) over a batch of pairs.
+    """The symmetric cross-entropy of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020) over N pairs.
 
     With logits S = logit_scale * image_features @ text_features.T, the mean over both directions of the cross-entropy
     between each row (column) of S and its own index. Softmax, sums and gradients are accumulated in float32 whatever
@@ -33,8 +33,8 @@ def clip_loss(
         image_features: (N, D), float32, bfloat16 or float16 (float64 by the reference); usually of unit length.
         text_features: (N, D), the same dtype and device; row i belongs to image i.
         logit_scale: a number or a tensor of one element, the factor itself (CLIP's parameter already exponentiated).
-        logit_bias: accepted as open_clip passes it. It shifts every logit alike, so the softmax is blind to it: the loss
-            does not change and its gradient is zero.
+        logit_bias: accepted as open_clip passes it. It shifts every logit alike, so the softmax is blind to it: the
+            loss does not change and its gradient is zero.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         normalize: divide each feature by its length first (torch.nn.functional.normalize).
         backend: "cuda", "triton", "cpu", "reference"; None takes the fastest that supports the call.
@@ -65,7 +65,7 @@ def siglip_loss(
     normalize: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343) over a batch of pairs.
+    """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343) over N pairs.
 
     With logits S = logit_scale * image_features @ text_features.T + logit_bias and z_ij = 1 where i = j, else -1, the
     loss is -1/N sum_ij log sigmoid(z_ij S_ij): the sum over all pairs, divided by N once.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import torch
+from torch import Tensor
 
 from ... import backends
 from .. import _checks
@@ -86,8 +85,8 @@ def _check_normalisation(mean: Tensor | None, std: Tensor | None, channels: int,
         _checks.tensor("patch_embed", label, value)
         if value.dtype != torch.float32 or value.shape != (channels,):
             raise ValueError(
-                f"patch_embed: {label} has shape {tuple(value.shape)} and dtype {value.dtype}; it must be ({channels},) "
-                "of float32, one value a channel"
+                f"patch_embed: {label} has shape {tuple(value.shape)} and dtype {value.dtype}; it must be "
+                f"({channels},) of float32, one value a channel"
             )
         _checks.same_device("patch_embed", label, value, "images", images)
 

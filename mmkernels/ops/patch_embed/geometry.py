@@ -86,8 +86,8 @@ def _pictures(images, weight, layout: str) -> PatchGeometry:
         (batch, _, depth, rows, columns), (sb, sc, st, sy, sx) = images.shape, images.stride()
     if depth < frames or rows < height or columns < width:
         raise ValueError(
-            f"patch_embed: images of {depth} x {rows} x {columns} (frames, height, width) are smaller than one patch of "
-            f"{frames} x {height} x {width}"
+            f"patch_embed: images of {depth} x {rows} x {columns} (frames, height, width) are smaller than one patch "
+            f"of {frames} x {height} x {width}"
         )
     return PatchGeometry(
         batch=batch,

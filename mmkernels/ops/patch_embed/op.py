@@ -81,7 +81,9 @@ class _PatchEmbed(torch.autograd.Function):
         d_images = d_weight = d_bias = d_positions = d_prefix = None
         if need_images or need_weight or need_bias:
             needs = need_images, need_weight, need_bias
-            d_images, d_weight, d_bias = _backward_op(grad, images, weight, mean, std, layout, num_prefix, *needs, backend)
+            d_images, d_weight, d_bias = _backward_op(
+                grad, images, weight, mean, std, layout, num_prefix, *needs, backend
+            )
         if need_positions or need_prefix:
             tokens = grad.sum(0) if grad.dim() == 3 else grad  # (prefix + N, E)
             d_positions = tokens[tokens.shape[0] - ctx.positions :] if need_positions else None

@@ -1,8 +1,8 @@
 """Patch embedding in plain PyTorch: the definition of right.
 
-    x = images, or (images / 255 - mean) / std         rounded to the weight's dtype
-    Y[b, p, e] = sum_k X[b, p, k] W[e, k] + bias[e] + pos[p, e]        X: the patches of x, a row each
-    dW = dY^T X,  dX = dY W,  dbias = sum_bp dY
+x = images, or (images / 255 - mean) / std         rounded to the weight's dtype
+Y[b, p, e] = sum_k X[b, p, k] W[e, k] + bias[e] + pos[p, e]        X: the patches of x, a row each
+dW = dY^T X,  dX = dY W,  dbias = sum_bp dY
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def patch_embed_backward(
         torch.sum(grad, (0, 1), out=d_bias)
 
 
-def _patches(images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None, geometry: PatchGeometry) -> Tensor:
+def _patches(
+    images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None, geometry: PatchGeometry
+) -> Tensor:
     patches = images.as_strided(geometry.view_sizes, geometry.view_strides, images.storage_offset())
     if mean is not None:
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -1,0 +1,174 @@
+// The matrix-product micro-kernel, and packing for it.
+//
+// C[r][lanes] += sum_k A(r, k) * B(k)[lanes]: kRows x kVectors accumulators stay in registers over the whole k loop;
+// each step loads kVectors vectors of B and broadcasts one unit of A a row. A unit is 32 bits in memory, either a float
+// or a pair of bfloat16 that lie next to each other along k (one instruction multiplies and adds both), so one kernel
+// and one packing serve both types: only `Operand` differs.
+//
+// A needs no packing where its units along k are 32 bits apart or any constant stride; B is packed in panels
+// [k][kVectors * kLanes].
+#pragma once
+#include <algorithm>
+
+#include "simd.h"
+#include "tensor.h"
+
+namespace mmk::MMK_ISA {
+
+// ---- operands
+
+struct FloatOperand {
+    static constexpr int kPack = 1;  // elements along k in one unit
+    static MMK_INLINE Vec multiply_add(Vec c, UVec a, UVec b) { return as_float(a) * as_float(b) + c; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Operand {
+    static constexpr int kPack = 2;
+    static MMK_INLINE Vec multiply_add(Vec c, UVec a, UVec b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+};
+#else
+using BFloat16Operand = FloatOperand;  // without the instruction, bfloat16 is widened to float as it is packed
+#endif
+
+// What a product of tensors of element type T is computed in.
+template <class T>
+using OperandOf = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16Operand, FloatOperand>;
+
+static MMK_INLINE UVec load_bits(const uint32_t* p) {
+    UVec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static MMK_INLINE void store_bits(uint32_t* p, UVec v) { memcpy(p, &v, sizeof v); }
+
+// ---- micro-kernel
+
+// start(row, vector) gives an accumulator its first value, finish(row, vector, sum) takes its last.
+template <class Operand, int kRows, int kVectors, class Start, class Finish>
+static MMK_INLINE void micro_kernel(const uint32_t* a, int64_t a_row, int64_t a_unit, const uint32_t* b, int64_t b_unit,
+                                    int64_t units, Start&& start, Finish&& finish) {
+    Vec c[kRows][kVectors];
+    MMK_UNROLL for (int r = 0; r < kRows; r++) MMK_UNROLL for (int v = 0; v < kVectors; v++) c[r][v] = start(r, v);
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < units; k++) {
+        UVec lanes[kVectors];
+        MMK_UNROLL for (int v = 0; v < kVectors; v++) lanes[v] = load_bits(b + v * kLanes);
+        MMK_UNROLL for (int r = 0; r < kRows; r++) {
+            const UVec unit = splat_bits(a[r * a_row]);
+            MMK_UNROLL for (int v = 0; v < kVectors; v++) c[r][v] = Operand::multiply_add(c[r][v], unit, lanes[v]);
+        }
+        a += a_unit;
+        b += b_unit;
+    }
+    MMK_UNROLL for (int r = 0; r < kRows; r++) MMK_UNROLL for (int v = 0; v < kVectors; v++) finish(r, v, c[r][v]);
+}
+
+// Accumulators that fill the register file and leave room for a step's operands: 24 of 32, 12 of 16.
+template <int kRowsWide, int kVectorsWide, int kRowsNarrow, int kVectorsNarrow>
+struct TileShape {
+    static constexpr int kRows = kRegisters == 32 ? kRowsWide : kRowsNarrow;
+    static constexpr int kVectors = kRegisters == 32 ? kVectorsWide : kVectorsNarrow;
+    static constexpr int kColumns = kVectors * kLanes;
+};
+
+// ---- packing
+
+// The unit at column `column` of a row whose elements are `stride` apart; past `columns`, zero.
+template <class Operand, class T>
+static MMK_INLINE uint32_t load_unit(const T* row, int64_t stride, int64_t column, int64_t columns) {
+    if constexpr (Operand::kPack == 1) {
+        const float x = column < columns ? to_float(row[column * stride]) : 0.0f;
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        return bits;
+    } else {
+        BFloat16 pair[2] = {};
+        for (int i = 0; i < 2 && column + i < columns; i++) {
+            if constexpr (std::is_same_v<T, BFloat16>) {
+                pair[i] = row[(column + i) * stride];
+            } else {
+                pair[i] = from_float<BFloat16>(to_float(row[(column + i) * stride]));
+            }
+        }
+        return pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
+    }
+}
+
+// kLanes units of a row from column `column` on.
+template <class Operand, class T>
+static MMK_INLINE UVec load_units(const T* row, int64_t stride, int64_t column, int64_t columns) {
+    const bool whole = stride == 1 && column + kLanes * Operand::kPack <= columns;
+    if constexpr (Operand::kPack == 1) {
+        if (whole) return as_bits(load(row + column));
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+        if (whole) return load_bits(reinterpret_cast<const uint32_t*>(row + column));
+    }
+    UVec units;
+    for (int i = 0; i < kLanes; i++) {
+        units[i] = load_unit<Operand>(row, stride, column + i * Operand::kPack, columns);
+    }
+    return units;
+}
+
+// block[i][j] <- block[j][i].
+static MMK_INLINE void transpose(UVec (&block)[kLanes]) {
+#if defined(__AVX512F__)
+    __m512i t[16], r[16];
+    memcpy(r, block, sizeof r);
+    MMK_UNROLL for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    MMK_UNROLL for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    MMK_UNROLL for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    MMK_UNROLL for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+    memcpy(block, r, sizeof r);
+#else
+    for (int i = 0; i < kLanes; i++) {
+        for (int j = 0; j < i; j++) {
+            const uint32_t x = block[i][j];
+            block[i][j] = block[j][i];
+            block[j][i] = x;
+        }
+    }
+#endif
+}
+
+// One panel of B from rows of a matrix, a row a lane: panel[u][lane] = unit u of row (first + lane), for `lanes` lanes
+// (a multiple of kLanes); lanes past the last row and columns past the last are zero, up to `units`.
+template <class Operand, class T>
+static void pack_lanes(const T* data, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
+                       int64_t units, int lanes, uint32_t* panel) {
+    for (int l0 = 0; l0 < lanes; l0 += kLanes) {
+        for (int64_t u0 = 0; u0 < units; u0 += kLanes) {
+            UVec block[kLanes];
+            for (int l = 0; l < kLanes; l++) {
+                const bool present = l0 + l < rows;
+                block[l] = present ? load_units<Operand>(data + (l0 + l) * row_stride, column_stride,
+                                                         u0 * Operand::kPack, columns)
+                                   : UVec{};
+            }
+            transpose(block);
+            const int64_t count = std::min<int64_t>(kLanes, units - u0);
+            for (int64_t u = 0; u < count; u++) store_bits(panel + (u0 + u) * lanes + l0, block[u]);
+        }
+    }
+}
+
+}  // namespace mmk::MMK_ISA

@@ -1,0 +1,31 @@
+// Which instruction set's kernels run on this machine.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace mmk {
+
+// From the plainest to the richest; each is compiled from the same sources, in a namespace of its own.
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+
+const char* name(Isa isa);
+
+// The levels this build holds and this processor runs, plainest first.
+std::vector<Isa> usable_isas();
+
+// The richest usable level, or the one MMKERNELS_CPU_ISA caps it to (read at every call, so that tests can run each).
+// Throws std::invalid_argument naming the accepted values if the variable holds another.
+Isa chosen_isa();
+
+// X(enumerator, namespace) for every level in this build.
+#if defined(__x86_64__)
+#define MMK_FOR_EACH_ISA(X) \
+    X(kPortable, portable)  \
+    X(kAvx2, avx2)          \
+    X(kAvx512, avx512)      \
+    X(kAvx512Bf16, avx512_bf16)
+#else
+#define MMK_FOR_EACH_ISA(X) X(kPortable, portable)
+#endif
+
+}  // namespace mmk

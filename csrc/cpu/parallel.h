@@ -1,0 +1,17 @@
+// Work shared among the threads of the OpenMP runtime that torch has loaded.
+#pragma once
+#include <cstdint>
+
+namespace mmk {
+
+// True once torch's OpenMP runtime is in the process; without it nothing here may run.
+bool openmp_present();
+
+// Threads the next `run_tasks` of this thread may use: torch.get_num_threads(), or 1 in a forked child, where the
+// parent's pool does not exist and entering it would hang.
+int num_threads();
+
+// Calls task(context, i) for every i in [0, count). Which thread runs which i is open, so a task must not depend on it.
+void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context);
+
+}  // namespace mmk

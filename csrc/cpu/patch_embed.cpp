@@ -1,0 +1,1 @@
+namespace mmk::MMK_ISA {}
