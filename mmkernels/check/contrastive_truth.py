@@ -1,0 +1,125 @@
+"""The contrastive losses and their gradients in float64, by chunks of rows.
+
+The formulas of mmkernels.ops.contrastive.reference, without its N x N matrices: the logits of a chunk are made, used
+and dropped, twice for CLIP (the column sums must be complete before any gradient), once for SigLIP. The benchmarks take
+the truth from here at sizes where the reference would need gigabytes.
+
+`response` is the other half: how far each result moves when every logit moves by 2 ulp of float32 (see
+mmkernels.check.budget). With delta that distance and A = |dS|'s sensitivity to it, A = (P + Q) / 2N for CLIP and
+sigmoid(-z S) / N for SigLIP:
+
+    loss: delta sum A      dI: s delta A |T|      dT: s delta A^T |I|      ds: delta sum A |I T^T|      db: delta sum A
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .budget import ulp
+
+CHUNK_ELEMENTS = 1 << 24  # logits alive at a time: 128 MB of float64
+
+
+@dataclass
+class Sums:
+    """A loss and its gradients, or how far they respond; both are sums over the pairs."""
+
+    loss: Tensor
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor
+    named: tuple[str, ...] = field(default=("image_features", "text_features", "logit_scale", "logit_bias"), repr=False)
+
+    @classmethod
+    def zeros(cls, image: Tensor, text: Tensor) -> Sums:
+        scalars = (image.new_zeros(()) for _ in range(3))
+        return cls(next(scalars), torch.zeros_like(image), torch.zeros_like(text), next(scalars), next(scalars))
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.named}
+
+
+def contrastive_truth(
+    op: str, image: Tensor, text: Tensor, scale: float, bias: float = 0.0, label_smoothing: float = 0.0
+) -> tuple[Sums, Sums]:
+    """(truth, response) of "clip_loss" or "siglip_loss" on features (N, D) of any dtype."""
+    image, text = image.detach().double(), text.detach().double()
+    if op == "clip_loss":
+        return _clip(image, text, scale, label_smoothing)
+    return _siglip(image, text, scale, bias)
+
+
+def _clip(image: Tensor, text: Tensor, scale: float, label_smoothing: float) -> tuple[Sums, Sums]:
+    count = len(image)
+    row_lse, column_lse, largest = _normalisers(image, text, scale)
+    delta = 2 * ulp(torch.float32, largest)
+    truth, response = Sums.zeros(image, text), Sums.zeros(image, text)
+    for rows, products in _chunks(image, text):
+        logits = scale * products
+        target = _diagonal(rows, logits) * (1 - label_smoothing) + label_smoothing / count
+        log_p, log_q = logits - row_lse[rows, None], logits - column_lse
+        truth.loss -= (target * (log_p + log_q)).sum() / (2 * count)
+        weight = (log_p.exp() + log_q.exp()) / (2 * count)
+        _accumulate(truth, rows, weight - target / count, products, image, text, scale)
+        _accumulate(response, rows, delta * weight, products.abs(), image.abs(), text.abs(), scale)
+    response.loss.fill_(delta)
+    truth.logit_bias.zero_()  # softmax is blind to a shift of every logit: exactly zero
+    response.logit_bias.zero_()
+    return truth, response
+
+
+def _siglip(image: Tensor, text: Tensor, scale: float, bias: float) -> tuple[Sums, Sums]:
+    truth, response = Sums.zeros(image, text), Sums.zeros(image, text)
+    largest = 0.0
+    for rows, products in _chunks(image, text):
+        logits = scale * products + bias
+        largest = max(largest, logits.abs().max().item())
+        signs = 2 * _diagonal(rows, logits) - 1
+        truth.loss -= F.logsigmoid(signs * logits).sum() / len(image)
+        weight = torch.sigmoid(-signs * logits) / len(image)
+        _accumulate(truth, rows, -signs * weight, products, image, text, scale)
+        _accumulate(response, rows, weight, products.abs(), image.abs(), text.abs(), scale)
+    response.loss += response.logit_bias
+    for value in (response.loss, *response.gradients().values()):
+        value *= 2 * ulp(torch.float32, largest)
+    return truth, response
+
+
+def _normalisers(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
+    """Log-sum-exp of each row and each column of the logits, and the largest |logit|."""
+    row_lse, column_lse, largest = [], torch.full((len(text),), -torch.inf, dtype=image.dtype, device=image.device), 0.0
+    for _, products in _chunks(image, text):
+        logits = scale * products
+        row_lse.append(logits.logsumexp(1))
+        column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
+        largest = max(largest, logits.abs().max().item())
+    return torch.cat(row_lse), column_lse, largest
+
+
+def _chunks(image: Tensor, text: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    step = max(1, CHUNK_ELEMENTS // len(text))
+    for first in range(0, len(image), step):
+        rows = slice(first, min(first + step, len(image)))
+        yield rows, image[rows] @ text.T
+
+
+def _diagonal(rows: slice, logits: Tensor) -> Tensor:
+    """The rows of the identity matrix that belong to this chunk."""
+    diagonal = torch.zeros_like(logits)
+    diagonal.diagonal(rows.start).fill_(1)
+    return diagonal
+
+
+def _accumulate(
+    sums: Sums, rows: slice, d_logits: Tensor, products: Tensor, image: Tensor, text: Tensor, scale: float
+) -> None:
+    sums.image_features[rows] += scale * (d_logits @ text)
+    sums.text_features += scale * (d_logits.T @ image[rows])
+    sums.logit_scale += (d_logits * products).sum()
+    sums.logit_bias += d_logits.sum()

@@ -1,0 +1,66 @@
+"""What the check needs to know of an op: how to call it, what plain PyTorch writes instead, and what is special."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..ops.contrastive import clip_loss, siglip_loss
+from ..ops.patch_embed import patch_embed
+from . import plain
+from .contrastive_truth import contrastive_truth
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, and which of them get a gradient."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, object] = field(default_factory=dict)
+    differentiable: tuple[str, ...] = ()
+
+    def in_dtype(self, dtype: torch.dtype) -> Call:
+        """The same numbers in another dtype; what is not differentiable (uint8 images, mean, std) stays as it is."""
+        moved = {name: x.to(dtype) if name in self.differentiable else x for name, x in self.tensors.items()}
+        return Call(moved, self.options, self.differentiable)
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    result: str  # what its output is called
+    call: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    response: Callable[[Call], dict[str, float]]  # see mmkernels.check.budget; the largest of each quantity's elements
+    wide_result: bool  # the result is exact to float32, even of half inputs: the budget is that of plain float32 code
+
+
+def _logits_response(op: str) -> Callable[[Call], dict[str, float]]:
+    def response(call: Call) -> dict[str, float]:
+        image, text = call.tensors["image_features"].double(), call.tensors["text_features"].double()
+        normalize = bool(call.options.get("normalize"))
+        if normalize:
+            image, text = torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(text, dim=-1)
+        scale, bias = (
+            call.tensors[name].item() if name in call.tensors else 0.0 for name in ("logit_scale", "logit_bias")
+        )
+        _, moved = contrastive_truth(op, image, text, scale, bias)
+        values = {"loss": moved.loss} | {f"d_{name}": value for name, value in moved.gradients().items()}
+        if normalize:  # those of the unit features, not of the features given: the plain error has to do
+            del values["d_image_features"], values["d_text_features"]
+        return {name: value.max().item() for name, value in values.items()}
+
+    return response
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("clip_loss", "loss", clip_loss, plain.clip_loss, _logits_response("clip_loss"), wide_result=True),
+        Op("siglip_loss", "loss", siglip_loss, plain.siglip_loss, _logits_response("siglip_loss"), wide_result=True),
+        Op("patch_embed", "tokens", patch_embed, plain.patch_embed, lambda call: {}, wide_result=False),
+    )
+}

@@ -1,0 +1,161 @@
+"""Running the cases: every kernel equals its reference, within the error budget, and to the bit with itself.
+
+One definition for `mmkernels check`, for the tests and for whoever writes the next backend.
+"""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..backends import BackendUnavailable
+from .budget import Quantity
+from .cases import CASES, DRAWS, Case, Draw
+from .ops import OPS, Call, Op
+from .poison import poisoned
+
+THREADS = (1, 2, 3)
+
+
+@dataclass
+class Outcome:
+    """How a backend did on one case in one dtype."""
+
+    op: str
+    case: str
+    backend: str
+    dtype: str
+    device: str
+    seed: int
+    quantities: list[Quantity] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    unsupported: str | None = None  # the backend says it cannot serve the call
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures and self.unsupported is None
+
+    @property
+    def ratio(self) -> float:
+        """The worst error of the case in units of its budget."""
+        return max((quantity.ratio for quantity in self.quantities), default=0.0)
+
+    def reproduce(self) -> str:
+        words = ["mmkernels", "check", "--op", self.op, "--case", self.case, "--backend", self.backend]
+        words += ["--dtype", self.dtype, "--device", self.device, "--seed", str(self.seed)]
+        return shlex.join(words)
+
+
+def select(
+    op: str | None = None, case: str | None = None, dtype: str | None = None, quick: bool = False
+) -> Iterator[tuple[Case, torch.dtype]]:
+    """The cases asked for, each with a dtype it is checked in."""
+    for each in CASES:
+        if op in (None, each.op) and case in (None, each.name) and (each.quick or not quick):
+            for kind in each.dtypes:
+                if dtype in (None, name_of(kind)):
+                    yield each, kind
+
+
+def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", seed: int = 0) -> Outcome:
+    """Check one case in one dtype. Whatever goes wrong is in the outcome; nothing is raised."""
+    outcome = Outcome(case.op, case.name, backend, name_of(dtype), device, seed)
+    try:
+        quantities: dict[str, Quantity] = {}
+        for number in range(DRAWS):
+            _check_draw(case, dtype, outcome, number, quantities)
+        outcome.quantities = list(quantities.values())
+        outcome.failures += filter(None, (quantity.failure() for quantity in outcome.quantities))
+    except BackendUnavailable as reason:
+        outcome.unsupported = str(reason)
+    except Exception as error:
+        outcome.failures.append(f"raised {type(error).__name__}: {error}")
+    return outcome
+
+
+def evaluate(function, call: Call, op: Op, upstream: Tensor, **options) -> dict[str, Tensor]:
+    """The result and every gradient of `function` on the call's arguments, by name."""
+    leaves = {name: call.tensors[name].detach().requires_grad_() for name in call.differentiable}
+    result = function(**(call.tensors | leaves), **call.options, **options)
+    gradients = torch.autograd.grad(result, list(leaves.values()), upstream.to(result), allow_unused=True)
+    named = {
+        f"d_{name}": torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+    return {op.result: result.detach()} | named
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_draw(case: Case, dtype: torch.dtype, outcome: Outcome, number: int, quantities: dict[str, Quantity]) -> None:
+    op = OPS[case.op]
+    draw = Draw(outcome.seed, case.op, case.name, number)
+    call = case.make(draw, dtype, outcome.device)
+    wide = call.in_dtype(torch.float64)
+    with torch.no_grad():
+        shape_like = op.call(**wide.tensors, **wide.options, backend="reference")
+    upstream = case.upstream(draw, shape_like).to(outcome.device, dtype)
+    truth = evaluate(op.call, wide, op, upstream, backend="reference")
+    plain = evaluate(op.plain, call, op, upstream)
+    if op.wide_result and not call.options.get("normalize"):
+        plain[op.result] = evaluate(op.plain, call.in_dtype(torch.float32), op, upstream)[op.result]
+
+    before = {name: x.clone() for name, x in call.tensors.items()}
+    with poisoned():
+        ours = evaluate(op.call, call, op, upstream, backend=outcome.backend)
+    outcome.failures += [f"{name} was written to" for name, x in call.tensors.items() if not _same(x, before[name])]
+
+    responses = op.response(call)
+    for name, value in ours.items():
+        expected = call.tensors[name.removeprefix("d_")].dtype if name != op.result else _result_dtype(op, dtype)
+        plain_dtype = torch.float32 if name == op.result and op.wide_result else dtype
+        quantity = quantities.setdefault(name, Quantity(name, expected, plain_dtype))
+        quantity.add(value, plain[name], truth[name], responses.get(name, 0.0))
+    if number == 0 and outcome.backend != "reference":  # what torch's own products do is not ours to promise
+        outcome.failures += _unsteady(op, call, upstream, outcome, ours)
+    if number == 0 and op.wide_result:
+        outcome.failures += _hides_nan(op, call, outcome)
+
+
+def _result_dtype(op: Op, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if op.wide_result else dtype
+
+
+def _unsteady(op: Op, call: Call, upstream: Tensor, outcome: Outcome, first: dict[str, Tensor]) -> list[str]:
+    """Run again, and on the CPU with other numbers of threads: every bit must stay."""
+    had = torch.get_num_threads()
+    found = []
+    try:
+        for threads in THREADS if outcome.device == "cpu" and outcome.backend == "cpu" else (had,):
+            torch.set_num_threads(threads)
+            again = evaluate(op.call, call, op, upstream, backend=outcome.backend)
+            moved = [name for name, value in again.items() if not _same(value, first[name])]
+            if moved:
+                found.append(f"{', '.join(moved)}: a second run, on {threads} threads, gives other bits")
+    finally:
+        torch.set_num_threads(had)
+    return found
+
+
+def _hides_nan(op: Op, call: Call, outcome: Outcome) -> list[str]:
+    """A NaN in one feature must reach the loss."""
+    tensors = {name: x.clone() for name, x in call.tensors.items()}
+    row = len(tensors["text_features"]) // 2
+    tensors["text_features"][row, -1] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # Triton's interpreter remarks on the NaN
+        loss = op.call(**tensors, **call.options, backend=outcome.backend)
+    return [] if loss.isnan().all() else [f"a NaN in row {row} of text_features gives a loss of {loss.item()}"]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal to the bit (NaN equals the same NaN)."""
+    one, other = one.reshape(-1).contiguous(), other.reshape(-1).contiguous()
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))

@@ -1,0 +1,250 @@
+"""Every kernel equals its reference; and the suite that says so would notice if one did not."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmkernels import backends
+from mmkernels.check import CASES, run_case, select
+from mmkernels.check.budget import Quantity, ulp
+from mmkernels.check.cases import Draw
+from mmkernels.check.contrastive_truth import contrastive_truth
+from mmkernels.check.ops import OPS
+from mmkernels.check.poison import MEMORY, guarded, poisoned
+from mmkernels.check.suite import evaluate, name_of
+from mmkernels.ops.contrastive import reference as contrastive_reference
+from mmkernels.ops.patch_embed import reference as patch_reference
+
+GPU = torch.cuda.is_available()
+# Without a GPU, Triton's kernels run in its interpreter, which only the quick cases are small enough for.
+PLACES = [("reference", "cpu"), ("cpu", "cpu")]
+PLACES += [("reference", "cuda"), ("triton", "cuda")] if GPU else [("triton", "cpu")]
+EVERYTHING = [
+    pytest.param(case, dtype, backend, device, id=f"{backend}-{device}-{case.op}-{case.name}-{name_of(dtype)}")
+    for backend, device in PLACES
+    for case, dtype in select(quick=backend == "triton" and device == "cpu")
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "backend", "device"), EVERYTHING)
+def test_kernel_equals_reference(case, dtype, backend, device, seed):
+    outcome = run_case(case, dtype, backend, device, seed)
+    assert outcome.passed, "\n".join([outcome.reproduce(), *outcome.failures, outcome.unsupported or ""])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}")
+def test_reference_and_plain_code_mean_the_same(case, seed):
+    """In float64 the two agree to half the digits and more: the budget is measured against the same function."""
+    op = OPS[case.op]
+    draw = Draw(seed, case.name)
+    call = case.make(draw, case.dtypes[0], "cpu").in_dtype(torch.float64)
+    upstream = case.upstream(draw, op.plain(**call.tensors, **call.options).detach())
+    truth, plain = (
+        evaluate(f, call, op, upstream, **kw) for f, kw in ((op.call, {"backend": "reference"}), (op.plain, {}))
+    )
+    for name, value in truth.items():
+        assert value.shape == plain[name].shape
+        size = max(1.0, value.abs().max().item())
+        assert (value - plain[name]).abs().max().item() <= size * torch.finfo(torch.float64).eps ** 0.5, name
+
+
+@pytest.mark.parametrize("op", ["clip_loss", "siglip_loss"])
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_chunked_truth_is_the_reference(op, rows, monkeypatch, seed):
+    monkeypatch.setattr("mmkernels.check.contrastive_truth.CHUNK_ELEMENTS", rows * 29)
+    image, text = (torch.nn.functional.normalize(torch.randn(29, 11, dtype=torch.float64)) for _ in range(2))
+    scale, bias = torch.tensor(20.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    if op == "clip_loss":
+        truth, _ = contrastive_truth(op, image, text, 20.0, label_smoothing=0.1)
+        expected = (*contrastive_reference.clip_loss_with_grads(image, text, scale, 0.1), torch.zeros(()))
+    else:
+        truth, _ = contrastive_truth(op, image, text, 20.0, -3.0)
+        expected = contrastive_reference.siglip_loss_with_grads(image, text, scale, bias)
+    for value, other in zip((truth.loss, *truth.gradients().values()), expected, strict=True):
+        torch.testing.assert_close(value, other.double(), rtol=1e-9, atol=1e-9)
+
+
+def test_response_bounds_what_a_rounded_logit_does(seed):
+    """Moving the logits by the 2 ulp that `response` speaks of moves no gradient further than it says."""
+    image, text = (torch.nn.functional.normalize(torch.randn(30, 8, dtype=torch.float64)) for _ in range(2))
+    _, response = contrastive_truth("clip_loss", image, text, 100.0)
+    logits = 100.0 * image @ text.T
+    step = 2 * ulp(torch.float32, logits.abs().max().item())
+    moved = logits + step * (2 * torch.randint(0, 2, logits.shape) - 1)
+    d_logits = [((s.softmax(1) + s.softmax(0)) / 2 - torch.eye(30)) / 30 for s in (logits, moved)]
+    reached = (100.0 * ((d_logits[1] - d_logits[0]) @ text)).abs().max()
+    assert 0.01 * response.image_features.max() < reached <= 2 * response.image_features.max()
+
+
+# ---- the suite notices ----
+
+
+def plant(monkeypatch, **wrong):
+    """Make the backend "triton" the reference with some functions replaced."""
+    good = SimpleNamespace(**{name: getattr(module, name) for module in (contrastive_reference, patch_reference)
+                              for name in dir(module) if not name.startswith("_")})  # fmt: skip
+    original = backends._load
+    fake = SimpleNamespace(**(vars(good) | wrong))
+    monkeypatch.setattr(backends, "_load", lambda op, name: fake if name == "triton" else original(op, name))
+    monkeypatch.setattr(backends, "missing", lambda name: None)
+
+
+def case_named(op, name):
+    return next(case for case in CASES if (case.op, case.name) == (op, name))
+
+
+def failures(op, name, dtype=torch.float32, seed=0):
+    outcome = run_case(case_named(op, name), dtype, "triton", seed=seed)
+    assert not outcome.passed
+    return "\n".join(outcome.failures)
+
+
+def clip_with_grads(change):
+    def wrong(image, text, scale, label_smoothing):
+        results = list(contrastive_reference.clip_loss_with_grads(image, text, scale, label_smoothing))
+        change(results)
+        return tuple(results)
+
+    return {"clip_loss_with_grads": wrong}
+
+
+def patch_forward(change):
+    def wrong(*args):
+        tokens = patch_reference.patch_embed(*args)
+        change(tokens, *args)
+        return tokens
+
+    return {"patch_embed": wrong}
+
+
+def test_an_honest_copy_passes(monkeypatch, seed):
+    plant(monkeypatch)
+    for case, dtype in select(quick=True):
+        outcome = run_case(case, dtype, "triton", seed=seed)
+        assert outcome.passed, outcome.failures
+
+
+@pytest.mark.parametrize("index, name", [(1, "d_image_features"), (2, "d_text_features"), (3, "d_logit_scale")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finds_a_scaled_gradient(monkeypatch, index, name, dtype):
+    plant(monkeypatch, **clip_with_grads(lambda results: results[index].mul_(1.05)))
+    assert f"{name} is off by" in failures("clip_loss", "37x65", dtype)
+
+
+def test_finds_a_half_precision_loss(monkeypatch):
+    """The loss is promised in float32 of half features too; bfloat16 logits are not enough."""
+    plant(monkeypatch, **clip_with_grads(lambda results: results[0].copy_(results[0].bfloat16())))
+    assert "loss is off by" in failures("clip_loss", "37x65", torch.bfloat16)
+
+
+def test_finds_a_wrong_last_row(monkeypatch):
+    plant(monkeypatch, **clip_with_grads(lambda results: results[1][-1].zero_()))
+    assert "d_image_features is off by" in failures("clip_loss", "37x65")
+    plant(monkeypatch, **patch_forward(lambda tokens, *_: tokens[-1, -1].add_(0.01)))
+    assert "tokens is off by" in failures("patch_embed", "P16")
+
+
+def test_finds_an_element_not_written(monkeypatch):
+    def forget_one(tokens, *_):
+        tokens[0, 1, 3] = torch.empty_like(tokens)[0, 1, 3]
+
+    plant(monkeypatch, **patch_forward(forget_one))
+    assert "1 of 480 elements NaN or infinite, the first at (0, 1, 3)" in failures("patch_embed", "P16")
+
+
+@pytest.mark.parametrize("name", ["P16", "crop", "rows, strided"])
+def test_finds_a_read_past_the_edge(monkeypatch, name):
+    def read_past(tokens, images, *_):
+        last = sum((size - 1) * stride for size, stride in zip(images.shape, images.stride(), strict=True))
+        tokens += 0 * images.as_strided((1,), (1,), images.storage_offset() + last + 1).to(tokens)
+
+    plant(monkeypatch, **patch_forward(read_past))
+    assert "NaN" in failures("patch_embed", name)
+
+
+def test_finds_other_bits_in_a_second_run(monkeypatch):
+    calls = []
+
+    def flicker(results):
+        calls.append(1)
+        results[1][0, 0] = torch.nextafter(results[1][0, 0], torch.tensor(math.inf * (-1) ** len(calls)))
+
+    plant(monkeypatch, **clip_with_grads(flicker))
+    assert "d_image_features: a second run" in failures("clip_loss", "37x65")
+
+
+def test_finds_a_written_input(monkeypatch):
+    plant(monkeypatch, **patch_forward(lambda tokens, images, *_: images.mul_(1.001)))
+    assert "images was written to" in failures("patch_embed", "P16")
+
+
+def test_finds_a_swallowed_nan(monkeypatch):
+    plant(monkeypatch, clip_loss=lambda *args: contrastive_reference.clip_loss(*args).nan_to_num(3.0))
+    assert "a NaN in row 18 of text_features gives a loss of 3.0" in failures("clip_loss", "37x65")
+
+
+def test_finds_an_exception_and_a_wrong_dtype(monkeypatch):
+    def explode(*_):
+        raise MemoryError("no room")
+
+    plant(monkeypatch, patch_embed=explode)
+    assert "raised MemoryError: no room" in failures("patch_embed", "P16")
+    plant(monkeypatch, **clip_with_grads(lambda results: results.insert(0, results.pop(0).double())))
+    assert "loss has dtype torch.float64 instead of torch.float32" in failures("clip_loss", "3x7, scale 1")
+
+
+def test_what_a_backend_does_not_serve_is_no_failure_and_no_pass(monkeypatch):
+    plant(monkeypatch, unsupported=lambda *tensors: "not on a Friday")
+    outcome = run_case(case_named("patch_embed", "P16"), torch.float32, "triton")
+    assert not outcome.passed and not outcome.failures and "not on a Friday" in outcome.unsupported
+
+
+# ---- its parts ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 1.999, 0.7, 100.0, 3e-5, 0.0])
+def test_ulp_is_the_distance_to_the_next_number(dtype, size):
+    value = torch.tensor(size, dtype=dtype)
+    assert ulp(dtype, value.item()) == (torch.nextafter(value, torch.tensor(math.inf, dtype=dtype)) - value).item()
+
+
+def test_scalars_of_plain_code_are_not_trusted_to_the_bit():
+    truth = torch.tensor(1.0, dtype=torch.float64)
+    quantity = Quantity("loss", torch.float32, torch.bfloat16)
+    quantity.add(truth.float(), truth.bfloat16(), truth)
+    assert quantity.plain_error == 2**-8
+
+
+def test_plain_overflow_is_not_a_licence():
+    quantity = Quantity("loss", torch.float32, torch.float32)
+    with pytest.raises(ArithmeticError, match="overflows"):
+        quantity.add(torch.ones(2), torch.tensor([1.0, math.inf]), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("memory", [kind for kind in MEMORY if kind != "far"])
+def test_guarded_keeps_the_values_and_hides_nan_around_them(memory):
+    values = torch.randn(2, 3, 4, 6)
+    view = guarded(values, memory)
+    assert torch.equal(view, values[:1].expand(2, -1, -1, -1) if memory == "expanded" else values)
+    storage = torch.empty(0).set_(view.untyped_storage(), 0, (view.untyped_storage().nbytes() // 4,))
+    distinct = 72 if memory == "expanded" else 144
+    assert storage.numel() - int(storage.isnan().sum()) == distinct
+    assert storage[: view.storage_offset()].isnan().all() and storage[-32:].isnan().all()
+    assert (view.data_ptr() % 64 == 0) == (memory != "odd")
+
+
+def test_poison_is_in_new_memory_and_gone_afterwards():
+    with poisoned():
+        assert torch.empty(1000).isnan().all() and torch.empty_like(torch.ones(3, 3)).isnan().all()
+        assert torch.ones(2).new_empty(7).isnan().all() and torch.empty_strided((2, 3), (3, 1)).isnan().all()
+        assert (torch.empty(3, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_same_seed_draws_the_same_call():
+    first, again, other = (case_named("clip_loss", "37x65").make(Draw(s), torch.float32, "cpu") for s in (1, 1, 2))
+    assert torch.equal(first.tensors["image_features"], again.tensors["image_features"])
+    assert not torch.equal(first.tensors["image_features"], other.tensors["image_features"])
