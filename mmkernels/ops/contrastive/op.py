@@ -11,16 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import backends
-
-_library = torch.library.Library("mmkernels", "FRAGMENT")
-
-
-def _define(schema: str, implementation, fake):
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mmkernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.mmkernels, name).default
+from .._registration import register
 
 
 def _kernels(image: Tensor, text: Tensor, backend: str):
@@ -51,23 +42,23 @@ def _grads_like(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
 
 
-_clip_op = _define(
+_clip_op = register(
     "clip_loss(Tensor image, Tensor text, Tensor scale, float label_smoothing, str backend) -> Tensor",
     _clip,
     lambda image, text, scale, label_smoothing, backend: _loss_like(image),
 )
-_clip_grads_op = _define(
+_clip_grads_op = register(
     "clip_loss_with_grads(Tensor image, Tensor text, Tensor scale, float label_smoothing, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _clip_with_grads,
     lambda image, text, scale, label_smoothing, backend: (_loss_like(image), *_grads_like(image, text, scale)),
 )
-_siglip_op = _define(
+_siglip_op = register(
     "siglip_loss(Tensor image, Tensor text, Tensor scale, Tensor bias, str backend) -> Tensor",
     _siglip,
     lambda image, text, scale, bias, backend: _loss_like(image),
 )
-_siglip_grads_op = _define(
+_siglip_grads_op = register(
     "siglip_loss_with_grads(Tensor image, Tensor text, Tensor scale, Tensor bias, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _siglip_with_grads,

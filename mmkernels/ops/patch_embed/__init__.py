@@ -76,13 +76,15 @@ def _check_images(images: Tensor, mean: Tensor | None, std: Tensor | None) -> No
             )
     elif mean is None or std is None:
         raise ValueError("patch_embed: uint8 images need mean and std, tensors of one value a channel")
+    else:
+        _checks.tensor("patch_embed", "mean", mean)
+        _checks.tensor("patch_embed", "std", std)
 
 
 def _check_normalisation(mean: Tensor | None, std: Tensor | None, channels: int, images: Tensor) -> None:
     for label, value in (("mean", mean), ("std", std)):
         if value is None:
             continue
-        _checks.tensor("patch_embed", label, value)
         if value.dtype != torch.float32 or value.shape != (channels,):
             raise ValueError(
                 f"patch_embed: {label} has shape {tuple(value.shape)} and dtype {value.dtype}; it must be "

@@ -7,18 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import backends
+from .._registration import register
 from .geometry import patch_geometry
-
-_library = torch.library.Library("mmkernels", "FRAGMENT")
-
-_library.define(
-    "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean, "
-    "Tensor? std, str layout, str backend) -> Tensor"
-)
-_library.define(
-    "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? mean, Tensor? std, str layout, "
-    "int num_prefix, bool need_images, bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)"
-)
 
 
 def _geometry(images, weight, mean, layout):
@@ -56,12 +46,18 @@ def _backward_fake(grad, images, weight, mean, std, layout, num_prefix, need_ima
     )
 
 
-_library.impl("patch_embed", _forward, "CompositeExplicitAutograd")
-_library.impl("patch_embed_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("mmkernels::patch_embed", _forward_fake, lib=_library)
-torch.library.register_fake("mmkernels::patch_embed_backward", _backward_fake, lib=_library)
-_forward_op = torch.ops.mmkernels.patch_embed.default
-_backward_op = torch.ops.mmkernels.patch_embed_backward.default
+_forward_op = register(
+    "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean, "
+    "Tensor? std, str layout, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_backward_op = register(
+    "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? mean, Tensor? std, str layout, "
+    "int num_prefix, bool need_images, bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
 
 
 class _PatchEmbed(torch.autograd.Function):

@@ -1,0 +1,34 @@
+"""What every test shares: random inputs from a printed seed, and the packages that need help to import on a CPU."""
+
+import os
+import random
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+if torch.version.cuda is None:
+    # torchvision is published with CUDA operators only, which a CPU torch cannot load. timm and open_clip import it for
+    # their transforms; naming the operators is enough for that.
+    _torchvision = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"):
+        _torchvision.define(f"{_name}(Tensor x) -> Tensor")
+
+SEED = int(os.environ.get("MMKERNELS_TEST_SEED", random.randrange(2**31)))
+
+
+def pytest_report_header() -> str:
+    return f"inputs drawn with MMKERNELS_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    torch.manual_seed(SEED)
+    return SEED
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request) -> str:
+    return request.param

@@ -1,0 +1,48 @@
+"""open_clip's losses and ours, called alike."""
+
+import inspect
+
+import open_clip.loss
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmkernels.nn
+
+NAMES = ["ClipLoss", "SigLipLoss"]
+
+
+def inputs(n: int = 48, d: int = 32) -> tuple[torch.Tensor, ...]:
+    image, text = (F.normalize(torch.randn(n, d), dim=-1).requires_grad_() for _ in range(2))
+    return image, text, torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_are_open_clips(name):
+    ours, theirs = getattr(mmkernels.nn, name), getattr(open_clip.loss, name)
+    for method in ("__init__", "forward"):
+        a, b = (inspect.signature(getattr(cls, method)).parameters for cls in (ours, theirs))
+        assert [(p.name, p.default) for p in a.values()] == [(p.name, p.default) for p in b.values()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_results_are_open_clips(name, with_bias):
+    args = inputs() if with_bias else (*inputs()[:3], None)
+    ours, theirs = getattr(mmkernels.nn, name)(), getattr(open_clip.loss, name)()
+    torch.testing.assert_close(ours(*args), theirs(*args))
+    wanted = [x for x in args if x is not None]
+    torch.testing.assert_close(torch.autograd.grad(ours(*args), wanted), torch.autograd.grad(theirs(*args), wanted))
+    (key,) = theirs(*args, output_dict=True)
+    torch.testing.assert_close(ours(*args, output_dict=True)[key], theirs(*args))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_processes_are_refused_clearly(name):
+    with pytest.raises(ValueError, match=f"{name}: world_size is 4; this version computes the loss of one process"):
+        getattr(mmkernels.nn, name)(rank=1, world_size=4)
+
+
+def test_an_unknown_exchange_is_refused():
+    with pytest.raises(ValueError, match="SigLipLoss: dist_impl is 'ring'; accepted are 'bidir', 'shift'"):
+        mmkernels.nn.SigLipLoss(dist_impl="ring")

@@ -1,0 +1,100 @@
+"""Which implementation serves a call: explicit choices never fall back, and every choice is explained."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import mmkernels
+from mmkernels import backends
+
+IMAGES, WEIGHT = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 4, 4)
+
+
+def chosen(**kwargs) -> str:
+    (candidate,) = (c for c in mmkernels.explain("patch_embed", IMAGES, WEIGHT, **kwargs) if c.chosen)
+    return candidate.backend
+
+
+def test_auto_takes_the_compiled_core():
+    assert chosen() == "cpu"
+
+
+def test_a_choice_is_taken_from_argument_then_context_then_environment(monkeypatch):
+    monkeypatch.setenv("MMKERNELS_BACKEND", "reference")
+    assert chosen() == "reference"
+    with mmkernels.use_backend("cpu"):
+        assert chosen() == "cpu"
+        assert chosen(backend="reference") == "reference"
+        with mmkernels.use_backend("reference"):
+            assert chosen() == "reference"
+        assert chosen() == "cpu"
+    assert chosen() == "reference"
+
+
+def test_explain_says_a_line_for_each_backend_and_runs_nothing(monkeypatch):
+    from mmkernels.ops.patch_embed import cpu
+
+    monkeypatch.setattr(cpu, "patch_embed", lambda *_: pytest.fail("explain ran the kernel"))
+    lines = repr(mmkernels.explain(mmkernels.patch_embed, IMAGES, WEIGHT)).splitlines()
+    assert [line.split()[0] for line in lines] == list(backends.NAMES)
+    assert lines[2].split()[1] == "chosen"
+
+
+def test_explain_checks_the_arguments_as_the_call_does():
+    with pytest.raises(ValueError, match="3 channels, weight 4"):
+        mmkernels.explain("patch_embed", IMAGES, torch.zeros(4, 4, 4, 4))
+    with pytest.raises(TypeError, match="not an op of mmkernels"):
+        mmkernels.explain(torch.relu, IMAGES)
+
+
+def test_a_named_backend_raises_instead_of_falling_back():
+    with pytest.raises(mmkernels.BackendUnavailable, match=r"backend 'cuda' cannot serve this call: .+"):
+        mmkernels.patch_embed(IMAGES, WEIGHT, backend="cuda")
+    with pytest.raises(mmkernels.BackendUnavailable, match="float64"):
+        mmkernels.patch_embed(IMAGES.double(), WEIGHT.double(), backend="cpu")
+
+
+def test_unknown_names_are_refused_with_what_is_accepted(monkeypatch):
+    with pytest.raises(ValueError, match=r"'auto' or one of 'cuda', 'triton', 'cpu', 'reference', got 'gpu'"):
+        mmkernels.patch_embed(IMAGES, WEIGHT, backend="gpu")
+    with pytest.raises(ValueError, match="got 'gpu'"), mmkernels.use_backend("gpu"):
+        pass
+    monkeypatch.setenv("MMKERNELS_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=r"MMKERNELS_BACKEND must be one of .* got 'gpu'"):
+        mmkernels.patch_embed(IMAGES, WEIGHT)
+
+
+def test_the_slow_way_is_announced_once():
+    backends._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match="served by the plain PyTorch reference"):
+        mmkernels.patch_embed(IMAGES.double(), WEIGHT.double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mmkernels.patch_embed(IMAGES.double(), WEIGHT.double())
+        mmkernels.patch_embed(IMAGES, WEIGHT)
+
+
+def test_the_backward_pass_keeps_the_backend_of_its_forward(monkeypatch):
+    from mmkernels.ops.patch_embed import cpu
+
+    weight = WEIGHT.clone().requires_grad_()
+    with mmkernels.use_backend("reference"):
+        result = mmkernels.patch_embed(IMAGES, weight)
+    monkeypatch.setattr(cpu, "patch_embed_backward", lambda *_: pytest.fail("backward switched to the cpu backend"))
+    result.sum().backward()
+
+
+def test_importing_needs_neither_triton_nor_the_core():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['mmkernels._core'] = None; import torch, mmkernels; "
+        "print(mmkernels.patch_embed(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 4, 4)).sum().item()); "
+        "print(mmkernels.explain('patch_embed', torch.ones(1, 3, 8, 8), torch.ones(4, 3, 4, 4)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    total, *lines = done.stdout.splitlines()
+    assert float(total) == 4 * 4 * 3 * 16
+    assert lines[-1].split() == ["reference", "chosen"]
+    assert "mend" in lines[2]

@@ -1,0 +1,82 @@
+"""The compiled core shares torch's threads, and never hangs where they are missing."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import mmkernels
+from mmkernels import _core
+
+SECONDS = 60  # a hang is what is looked for; a loaded machine is not
+
+
+def loss(n: int = 700) -> torch.Tensor:
+    features = torch.nn.functional.normalize(torch.arange(2.0 * n * 24).reshape(2, n, 24).sin(), dim=-1)
+    return mmkernels.clip_loss(features[0], features[1], 30.0, backend="cpu")
+
+
+def test_no_second_openmp_runtime_comes_with_the_core():
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
+    assert len(runtimes) == 1, runtimes
+    assert "torch" in runtimes.pop()
+
+
+def test_without_torch_the_core_says_what_it_needs():
+    code = (
+        "import importlib.util as u; s = u.spec_from_file_location('_core', {!r}); m = u.module_from_spec(s); "
+        "s.loader.exec_module(m)"
+    ).format(importlib.util.find_spec("mmkernels._core").origin)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ImportError: mmkernels._core works on torch's OpenMP threads: import torch before it" in done.stderr
+
+
+@pytest.mark.parametrize("threads_in_child", [None, 2])
+def test_a_forked_child_does_not_hang(threads_in_child):
+    expected = loss()  # the pool exists now, in this process only
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(SECONDS)
+        if threads_in_child:
+            torch.set_num_threads(threads_in_child)
+        os.write(write, loss().numpy().tobytes())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.read(read, 4) == expected.numpy().tobytes()
+
+
+class Losses(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return loss(500 + index)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_dataloader_worker_may_call_an_op(start_method):
+    expected = [loss(500 + i) for i in range(4)]
+    loader = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context=start_method, timeout=SECONDS)
+    assert [value.item() for value in loader] == [value.item() for value in expected]
+
+
+def test_threads_of_the_caller_get_the_same_answer():
+    from concurrent.futures import ThreadPoolExecutor
+
+    expected = loss()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(value, expected) for value in pool.map(lambda _: loss(), range(16)))
+
+
+def test_a_wrong_cap_on_the_instruction_set_is_named(monkeypatch):
+    monkeypatch.setenv("MMKERNELS_CPU_ISA", "avx3")
+    with pytest.raises(ValueError, match="MMKERNELS_CPU_ISA is 'avx3'; accepted are portable, avx2"):
+        _core.isa()
