@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import backends
 from .. import _checks
 from . import op
-from .geometry import patch_geometry
+from .geometry import known_patch_geometry, patch_geometry
 
 __all__ = ["patch_embed"]
 
@@ -59,7 +59,8 @@ def patch_embed(
     _checks.floating("patch_embed", "weight", weight)
     weight, bias, pos_embed, prefix = map(_checks.autocast, (weight, bias, pos_embed, prefix))
     _checks.same_device("patch_embed", "weight", weight, "images", images)
-    geometry = patch_geometry(images, weight, None if mean is None else mean.numel(), layout)
+    find = patch_geometry if torch.compiler.is_compiling() else known_patch_geometry
+    geometry = find(images, weight, None if mean is None else mean.numel(), layout)
     _check_normalisation(mean, std, geometry.patch[0], images)
     _check_additions(bias, pos_embed, prefix, weight, geometry)
     return op.patch_embed(images, weight, bias, pos_embed, prefix, mean, std, layout, backends.requested(backend))

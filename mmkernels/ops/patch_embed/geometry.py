@@ -8,8 +8,10 @@ permutes anything first.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 LAYOUTS = ("chw", "hwc", "tchw")
 
@@ -50,21 +52,43 @@ class PatchGeometry:
         return (self.batch, tokens, features) if self.batched else (tokens, features)
 
 
-def patch_geometry(images, weight, channels: int | None, layout: str) -> PatchGeometry:
-    """The geometry of a call. `channels` is the length of mean, where given: it tells the channels of plain rows.
+class _Strided(NamedTuple):
+    """All that matters here of a tensor; hashable unless its sizes are symbolic."""
 
-    Raises ValueError with the argument's name where shapes do not fit; works on fake tensors with symbolic sizes.
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def patch_geometry(images, weight, channels: int | None, layout: str) -> PatchGeometry:
+    """The geometry of a call on two tensors. `channels` is the length of mean, where given: it tells the channels of
+    plain rows.
+
+    Raises ValueError with the argument's name where shapes do not fit. Serves tensors with symbolic sizes too, when
+    torch traces; `known_patch_geometry` remembers its answers and is what a call that runs should use.
     """
+    return _geometry(*_describe(images, weight), channels, layout)
+
+
+def known_patch_geometry(images, weight, channels: int | None, layout: str) -> PatchGeometry:
+    """`patch_geometry`, remembered: a model asks for the same few again and again, and it takes as long as an op."""
+    return _known(*_describe(images, weight), channels, layout)
+
+
+def _describe(images, weight) -> tuple[_Strided, _Strided]:
+    return _Strided(images.shape, images.stride()), _Strided(weight.shape, weight.stride())
+
+
+def _geometry(images: _Strided, weight: _Strided, channels: int | None, layout: str) -> PatchGeometry:
     if layout not in LAYOUTS:
         raise ValueError(f"patch_embed: layout is {layout!r}; accepted are {', '.join(map(repr, LAYOUTS))}")
-    if weight.dim() not in (2, 4, 5):
+    if len(weight.shape) not in (2, 4, 5):
         raise ValueError(
             f"patch_embed: weight has shape {tuple(weight.shape)}; accepted are (E, C, P, P) of a Conv2d, "
             "(E, C, T, P, P) of a Conv3d and (E, K) of a Linear"
         )
-    if images.dim() in (2, 3):
+    if len(images.shape) in (2, 3):
         return _rows(images, weight, channels, layout)
-    if images.dim() in (4, 5):
+    if len(images.shape) in (4, 5):
         return _pictures(images, weight, layout)
     raise ValueError(
         f"patch_embed: images has shape {tuple(images.shape)}; accepted are (B, C, H, W), (B, C, T, H, W) and rows "
@@ -72,18 +96,21 @@ def patch_geometry(images, weight, channels: int | None, layout: str) -> PatchGe
     )
 
 
-def _pictures(images, weight, layout: str) -> PatchGeometry:
+_known = functools.lru_cache(maxsize=1024)(_geometry)
+
+
+def _pictures(images: _Strided, weight: _Strided, layout: str) -> PatchGeometry:
     patch, weight_strides = _picture_weight(images, weight, layout)
     channels, frames, height, width = patch
     if images.shape[1] != channels:
         raise ValueError(f"patch_embed: images has {images.shape[1]} channels, weight {channels}")
-    if images.dim() == 4:
+    if len(images.shape) == 4:
         if frames != 1:
             raise ValueError(f"patch_embed: weight spans {frames} frames; images must then be (B, C, T, H, W)")
-        (batch, _, rows, columns), (sb, sc, sy, sx) = images.shape, images.stride()
+        (batch, _, rows, columns), (sb, sc, sy, sx) = images.shape, images.strides
         depth, st = 1, 0
     else:
-        (batch, _, depth, rows, columns), (sb, sc, st, sy, sx) = images.shape, images.stride()
+        (batch, _, depth, rows, columns), (sb, sc, st, sy, sx) = images.shape, images.strides
     if depth < frames or rows < height or columns < width:
         raise ValueError(
             f"patch_embed: images of {depth} x {rows} x {columns} (frames, height, width) are smaller than one patch "
@@ -97,22 +124,22 @@ def _pictures(images, weight, layout: str) -> PatchGeometry:
         grid_strides=(frames * st, height * sy, width * sx),
         patch_strides=(sc, st, sy, sx),
         weight_strides=weight_strides,
-        weight_row_stride=weight.stride(0),
+        weight_row_stride=weight.strides[0],
         batched=True,
     )
 
 
-def _picture_weight(images, weight, layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _picture_weight(images: _Strided, weight: _Strided, layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Patch sizes (c, t, y, x) and the weight's strides along them, for images not yet cut."""
-    if weight.dim() == 2:
+    if len(weight.shape) == 2:
         channels, pixels = images.shape[1], weight.shape[1]
         side = math.isqrt(pixels // channels)
-        if images.dim() == 5 or layout == "tchw" or side * side * channels != pixels or side == 0:
+        if len(images.shape) == 5 or layout == "tchw" or side * side * channels != pixels or side == 0:
             raise ValueError(
                 f"patch_embed: a weight of shape {tuple(weight.shape)} does not tell the patch size of images of shape "
                 f"{tuple(images.shape)}; give it as (E, C, P, P) or (E, C, T, P, P)"
             )
-        return (channels, 1, side, side), _inner_strides((channels, 1, side, side), layout, weight.stride(1))
+        return (channels, 1, side, side), _inner_strides((channels, 1, side, side), layout, weight.strides[1])
     if layout != "chw":
         raise ValueError(
             f"patch_embed: layout is {layout!r}, which names the order of rows already cut (or of a 2-D weight); "
@@ -121,28 +148,28 @@ def _picture_weight(images, weight, layout: str) -> tuple[tuple[int, ...], tuple
     return _convolution(weight)
 
 
-def _rows(images, weight, channels: int | None, layout: str) -> PatchGeometry:
+def _rows(images: _Strided, weight: _Strided, channels: int | None, layout: str) -> PatchGeometry:
     pixels = images.shape[-1]
     if math.prod(weight.shape[1:]) != pixels:
         raise ValueError(
             f"patch_embed: images has rows of {pixels} elements, weight of shape {tuple(weight.shape)} takes rows of "
             f"{math.prod(weight.shape[1:])}"
         )
-    if weight.dim() == 2:
+    if len(weight.shape) == 2:
         patch = _plain_patch(pixels, channels, layout)
-        weight_strides = _inner_strides(patch, layout, weight.stride(1))
+        weight_strides = _inner_strides(patch, layout, weight.strides[1])
     else:
         patch, weight_strides = _convolution(weight)
-    batched = images.dim() == 3
+    batched = len(images.shape) == 3
     return PatchGeometry(
         batch=images.shape[0] if batched else 1,
         grid=(1, 1, images.shape[-2]),
         patch=patch,
-        batch_stride=images.stride(0) if batched else 0,
-        grid_strides=(0, 0, images.stride(-2)),
-        patch_strides=_inner_strides(patch, layout, images.stride(-1)),
+        batch_stride=images.strides[0] if batched else 0,
+        grid_strides=(0, 0, images.strides[-2]),
+        patch_strides=_inner_strides(patch, layout, images.strides[-1]),
         weight_strides=weight_strides,
-        weight_row_stride=weight.stride(0),
+        weight_row_stride=weight.strides[0],
         batched=batched,
     )
 
@@ -159,9 +186,9 @@ def _plain_patch(pixels: int, channels: int | None, layout: str) -> tuple[int, i
     return (channels, 1, 1, pixels // channels)
 
 
-def _convolution(weight) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    sizes, strides = tuple(weight.shape[1:]), tuple(weight.stride()[1:])
-    if weight.dim() == 4:
+def _convolution(weight: _Strided) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    sizes, strides = tuple(weight.shape[1:]), tuple(weight.strides[1:])
+    if len(weight.shape) == 4:
         sizes, strides = (sizes[0], 1, *sizes[1:]), (strides[0], 0, *strides[1:])
     return sizes, strides
 

@@ -8,11 +8,11 @@ from torch.autograd.function import once_differentiable
 
 from ... import backends
 from .._registration import register
-from .geometry import patch_geometry
+from .geometry import known_patch_geometry, patch_geometry
 
 
-def _geometry(images, weight, mean, layout):
-    return patch_geometry(images, weight, None if mean is None else mean.numel(), layout)
+def _geometry(images, weight, mean, layout, find=known_patch_geometry):
+    return find(images, weight, None if mean is None else mean.numel(), layout)
 
 
 def _forward(images, weight, bias, pos_embed, prefix, mean, std, layout, backend):
@@ -23,7 +23,9 @@ def _forward(images, weight, bias, pos_embed, prefix, mean, std, layout, backend
 
 def _forward_fake(images, weight, bias, pos_embed, prefix, mean, std, layout, backend):
     tokens = 0 if prefix is None else prefix.shape[0]
-    return weight.new_empty(_geometry(images, weight, mean, layout).result_shape(weight.shape[0], tokens))
+    return weight.new_empty(
+        _geometry(images, weight, mean, layout, patch_geometry).result_shape(weight.shape[0], tokens)
+    )
 
 
 def _backward(grad, images, weight, mean, std, layout, num_prefix, need_images, need_weight, need_bias, backend):
