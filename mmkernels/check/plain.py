@@ -5,10 +5,27 @@ against. Each takes the arguments of the op it stands for.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 products in float32 on a GPU too: cuDNN's convolutions take TF32 unless told otherwise, three digits that
+    would make the budget a thousand times too generous."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 def clip_loss(image_features, text_features, logit_scale, logit_bias=None, *, label_smoothing=0.0, normalize=False):

@@ -17,6 +17,7 @@ from ..backends import BackendUnavailable
 from .budget import Quantity
 from .cases import CASES, DRAWS, Case, Draw
 from .ops import OPS, Call, Op
+from .plain import exact_float32
 from .poison import poisoned
 
 THREADS = (1, 2, 3)
@@ -45,6 +46,16 @@ class Outcome:
         """The worst error of the case in units of its budget."""
         return max((quantity.ratio for quantity in self.quantities), default=0.0)
 
+    def record(self) -> dict:
+        """The outcome as JSON holds it."""
+        own = {
+            name: getattr(self, name) for name in ("op", "case", "backend", "dtype", "device", "seed", "unsupported")
+        }
+        measured = [
+            {"name": x.name, "error": None if x.complaint else x.error, "budget": x.budget} for x in self.quantities
+        ]  # fmt: skip
+        return own | {"failures": self.failures, "quantities": measured, "reproduce": self.reproduce()}
+
     def reproduce(self) -> str:
         words = ["mmkernels", "check", "--op", self.op, "--case", self.case, "--backend", self.backend]
         words += ["--dtype", self.dtype, "--device", self.device, "--seed", str(self.seed)]
@@ -67,8 +78,9 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
     outcome = Outcome(case.op, case.name, backend, name_of(dtype), device, seed)
     try:
         quantities: dict[str, Quantity] = {}
-        for number in range(DRAWS):
-            _check_draw(case, dtype, outcome, number, quantities)
+        with exact_float32():
+            for number in range(DRAWS):
+                _check_draw(case, dtype, outcome, number, quantities)
         outcome.quantities = list(quantities.values())
         outcome.failures += filter(None, (quantity.failure() for quantity in outcome.quantities))
     except BackendUnavailable as reason:

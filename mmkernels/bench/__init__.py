@@ -1,0 +1,6 @@
+"""Measurements: cases, peers, timing, gated by correctness. One definition for the CLI and for benchmarks/."""
+
+from .cases import CASES, PASSES
+from .runner import Report, Request, run
+
+__all__ = ["CASES", "PASSES", "Report", "Request", "run"]

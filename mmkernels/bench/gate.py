@@ -1,0 +1,69 @@
+"""Correctness before speed: the truth of a case, and how far each result is from it in units of its error budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..check.budget import Quantity
+from ..check.contrastive_truth import contrastive_truth
+from ..check.ops import OPS, Call
+from ..check.suite import evaluate
+from .cases import Case
+
+Values = dict[str, Tensor]  # a result and its gradients, by name
+
+
+@dataclass(frozen=True)
+class Truth:
+    values: Values
+    response: dict[str, float]  # see mmkernels.check.budget
+
+
+def truth_of(case: Case, call: Call, upstream: Tensor) -> Truth:
+    """In float64: the reference, or for losses the same formulas by chunks, which fit into memory at any N."""
+    op = OPS[case.op]
+    if case.op == "patch_embed":
+        return Truth(evaluate(op.call, call.in_dtype(torch.float64), op, upstream, backend="reference"), {})
+    tensors = call.tensors
+    scalars = [tensors[name].item() for name in ("logit_scale", "logit_bias") if name in tensors]
+    exact, response = contrastive_truth(case.op, tensors["image_features"], tensors["text_features"], *scalars)
+    names = {f"d_{name}": name for name in call.differentiable}
+    gradients, responses = exact.gradients(), response.gradients()
+    return Truth(
+        {op.result: exact.loss} | {label: gradients[name] for label, name in names.items()},
+        {op.result: response.loss.item()} | {label: responses[name].max().item() for label, name in names.items()},
+    )
+
+
+def judge(values: Values, plain: Values | None, truth: Truth, call: Call, op_name: str, is_ours: bool) -> Quantity:
+    """The worst of the quantities. Without plain values (eager PyTorch does not fit), the budget is that much smaller.
+
+    A peer may return its loss in another dtype; what we promise is that ours is float32.
+    """
+    op = OPS[op_name]
+    dtype = next(call.tensors[name].dtype for name in ("weight", "image_features") if name in call.tensors)
+    found = []
+    for name, value in values.items():
+        exact = truth.values[name]
+        if name == op.result:
+            kind = torch.float32 if op.wide_result else dtype
+        else:
+            kind = call.tensors[name.removeprefix("d_")].dtype
+        quantity = Quantity(name, kind, torch.float32 if name == op.result and op.wide_result else dtype)
+        quantity.add(value if is_ours else value.to(kind), exact if plain is None else plain[name], exact,
+                     truth.response.get(name, 0.0))  # fmt: skip
+        found.append(quantity)
+    return max(found, key=lambda quantity: quantity.ratio)
+
+
+def plain_values(values: Values, function, call: Call, op_name: str) -> Values:
+    """Eager PyTorch's values, with the loss of half features from its float32 code (see mmkernels.check.ops)."""
+    op = OPS[op_name]
+    if not op.wide_result:
+        return values
+    wide = call.in_dtype(torch.float32)
+    with torch.no_grad():
+        return values | {op.result: function(**wide.tensors, **wide.options)}

@@ -1,0 +1,95 @@
+"""The figures as a table of ratios and as JSON. Ratios are worked out here and stored nowhere."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .runner import Report
+
+GROUP = ("op", "case", "dtype", "pass")
+
+
+def write_json(path: str, report: Report) -> None:
+    """The schema of the project's measurements, 1; what could not be measured is told in the environment."""
+    env = report.env | {"unmeasured": report.unmeasured}
+    content = {"schema": 1, "env": env, "peaks": report.peaks, "results": report.results}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def print_report(console: Console, report: Report) -> None:
+    groups = [list(group) for _, group in groupby(report.results, key=lambda result: [result[key] for key in GROUP])]
+    for op in dict.fromkeys(group[0]["op"] for group in groups):
+        console.print(_table(op, [group for group in groups if group[0]["op"] == op]))
+    _print_footer(console, report)
+
+
+def _table(op: str, groups: list[list[dict]]) -> Table:
+    eager = next((result["impl"] for group in groups for result in group if not result["is_ours"]), "eager")
+    table = Table(title=f"{op}: times faster than", title_justify="left", title_style="bold", header_style="bold")
+    for heading in ("case", "dtype", "pass"):
+        table.add_column(heading)
+    for heading in ("eager", "best peer"):
+        table.add_column(heading, justify="right")
+    table.add_column("which is")
+    for heading in ("of the peak", "memory", "eager's", "error / budget"):
+        table.add_column(heading, justify="right")
+    table.caption = f"eager is {eager}" if op != "patch_embed" else "eager is the convolution, as models run it"
+    for group in groups:
+        ours = next((result for result in group if result["is_ours"]), None)
+        if ours:
+            table.add_row(*_row(ours, [result for result in group if not result["is_ours"]]))
+    return table
+
+
+def _row(ours: dict, others: list[dict]) -> tuple[str, ...]:
+    first, best = (others[0], min(others, key=lambda result: result["ms"])) if others else (None, None)
+    return (
+        escape(ours["case"]),
+        ours["dtype"],
+        ours["pass"].replace("_", " + "),
+        _times(ours, first),
+        _times(ours, best),
+        escape(best["impl"]) if best else "none could run",
+        f"{ours['peak_fraction']:.0%}",
+        _megabytes(ours),
+        _megabytes(first) if first else "-",
+        f"{ours['error'] / ours['error_budget']:.2f}",
+    )
+
+
+def _times(ours: dict, other: dict | None) -> str:
+    if other is None:
+        return "-"
+    ratio = other["ms"] / ours["ms"]
+    colour = "green" if ratio >= 1 else "red"
+    return f"[{colour}]{ratio:.2f}[/]"
+
+
+def _megabytes(result: dict) -> str:
+    return "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:.0f} MB"
+
+
+def _print_footer(console: Console, report: Report) -> None:
+    peaks = report.peaks
+    rates = ", ".join(
+        f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items() if name not in ("copy", "source")
+    )
+    console.print(
+        f"[dim]Peak measured now: {rates} ({peaks['source']}), copy {peaks['copy'] / 1e9:.1f} GB/s. Medians of "
+        "alternating runs with cold caches; every figure is of a result within its error budget.[/]"
+    )
+    wobbling = sum(result["ms_p90"] > 1.5 * result["ms_p10"] for result in report.results)
+    if wobbling:
+        console.print(
+            f"[yellow]{wobbling} of {len(report.results)} timings spread by more than half:[/] this machine was busy"
+        )
+    for record in report.unmeasured:
+        colour = "bold red" if record["is_ours"] else "yellow"
+        what = " ".join(record[key] for key in (*GROUP, "impl"))
+        console.print(f"[{colour}]no figure:[/] {escape(what)}: {escape(record['reason'])}", soft_wrap=True)

@@ -1,0 +1,209 @@
+"""The benchmarks: what they count, that they refuse wrong results, and the files they write."""
+
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from mmkernels import backends
+from mmkernels.bench import CASES, Request, run
+from mmkernels.bench import peers as bench_peers
+from mmkernels.bench import runner as bench_runner
+from mmkernels.bench.cases import LossCase, PatchCase
+from mmkernels.bench.gate import judge, plain_values
+from mmkernels.bench.machine import environment, probe_peaks
+from mmkernels.bench.measure import Stopwatch, Timing, with_peak_memory
+from mmkernels.bench.peers import peers
+from mmkernels.bench.report import print_report, write_json
+from mmkernels.bench.runner import contenders, prepare
+from mmkernels.ops.contrastive import reference
+
+FIELDS = (
+    "op case dtype device pass impl is_ours ms ms_p10 ms_p90 peak_bytes flops bytes peak_fraction error error_budget"
+)
+SMALL = {"ops": ("clip_loss",), "dtypes": (torch.float32,), "passes": ("fwd_bwd",), "quick": True}
+
+
+def measure(**changes):
+    return run(Request(**(SMALL | changes)), environment(), lambda *_: None)
+
+
+def test_json_has_the_fields_of_schema_1(tmp_path):
+    report = measure(ops=("clip_loss", "patch_embed"), passes=("fwd", "fwd_bwd"))
+    write_json(tmp_path / "figures.json", report)
+    content = json.loads((tmp_path / "figures.json").read_text())
+    assert list(content) == ["schema", "env", "peaks", "results"] and content["schema"] == 1
+    assert content["env"]["unmeasured"] == [] and content["env"]["torch"] == torch.__version__
+    assert content["peaks"]["float32"] > 1e8 and content["peaks"]["copy"] > 1e8
+    assert report.passed
+    for result in content["results"]:
+        assert list(result) == FIELDS.split()
+        assert 0 < result["ms_p10"] <= result["ms"] <= result["ms_p90"]
+        assert result["error"] <= result["error_budget"] or not result["is_ours"]
+        assert result["device"] == "cpu" and result["peak_fraction"] > 0
+    groups = {(result["op"], result["case"], result["pass"]) for result in content["results"]}
+    assert len(groups) == 6
+    for group in groups:
+        ours = [r["is_ours"] for r in content["results"] if (r["op"], r["case"], r["pass"]) == group]
+        assert ours.count(True) == 1 and ours.count(False) >= 1
+
+
+def wrong_gradient(monkeypatch, chosen):
+    def clip_loss_with_grads(*args):
+        loss, d_image, *others = reference.clip_loss_with_grads(*args)
+        return loss, 1.01 * d_image, *others
+
+    fake = SimpleNamespace(**(vars(reference) | {"clip_loss_with_grads": clip_loss_with_grads}))
+    monkeypatch.setattr(backends, "_load", lambda op, name: fake)
+    monkeypatch.setattr(backends, "missing", lambda name: None)
+    monkeypatch.setenv("MMKERNELS_BACKEND", chosen)
+
+
+def test_a_wrong_result_gets_no_figure(monkeypatch):
+    wrong_gradient(monkeypatch, "reference")
+    report = measure()
+    assert not report.passed and not any(result["is_ours"] for result in report.results)
+    (missed,) = report.unmeasured
+    assert missed["is_ours"] and "d_image_features is off by" in missed["reason"]
+
+
+def test_a_peer_that_fails_is_told_not_hidden(monkeypatch):
+    def broken(image_features, text_features, logit_scale):
+        raise RuntimeError("not on this machine")
+
+    original = bench_peers._loss_peers
+    monkeypatch.setattr(bench_peers, "_loss_peers", lambda op: [*original(op), bench_peers.Peer("broken", broken)])
+    report = measure()
+    assert report.passed and {result["is_ours"] for result in report.results} == {True, False}
+    (missed,) = report.unmeasured
+    assert missed["impl"] == "broken" and missed["reason"] == "RuntimeError: not on this machine"
+    console = recording_console()
+    print_report(console, report)
+    assert "no figure: clip_loss 512x256 float32 fwd_bwd broken: RuntimeError: not on" in console.export_text()
+
+
+def test_a_peer_that_takes_too_long_or_too_much_is_told(monkeypatch):
+    monkeypatch.setattr(bench_runner, "CALL_LIMIT", 0.0)
+    assert "s a call, more than 0 s" in measure().unmeasured[0]["reason"]
+    monkeypatch.setattr(bench_runner, "free_bytes", lambda device: 0)
+    report = measure()
+    assert report.unmeasured[0]["reason"] == "needs about 0 GB, 0 GB are free"
+    assert [result["is_ours"] for result in report.results] == [True]  # without eager, the budget is the smaller
+
+
+def recording_console():
+    return Console(record=True, width=200, file=io.StringIO())
+
+
+def test_the_table_quotes_ratios_and_no_bare_times():
+    report = measure()
+    for result in report.results:
+        result["ms"] = 10.0 if result["is_ours"] else 35.0
+        result["ms_p10"] = result["ms_p90"] = result["ms"]
+    console = recording_console()
+    print_report(console, report)
+    text = console.export_text()
+    assert "3.50" in text and " ms" not in text and "busy" not in text
+
+
+@pytest.mark.parametrize(
+    "case, flops",
+    [
+        (LossCase("clip_loss", 4096, 512), {"fwd": 2 * 4096**2 * 512, "fwd_bwd": 8 * 4096**2 * 512}),
+        (LossCase("siglip_loss", 4096, 512), {"fwd": 2 * 4096**2 * 512, "fwd_bwd": 6 * 4096**2 * 512}),
+        (PatchCase("x", (32, 3, 224, 224), (768, 3, 16, 16)), {"fwd": 2 * 6272 * 768**2, "fwd_bwd": 4 * 6272 * 768**2}),
+        (PatchCase("x", (16, 3, 336, 336), (1024, 3, 14, 14)), {"fwd": 2 * 9216 * 588 * 1024}),
+        (PatchCase("x", (4096, 1176), (1280, 3, 2, 14, 14)), {"fwd": 2 * 4096 * 1176 * 1280}),
+    ],
+    ids=lambda value: value.op if hasattr(value, "op") else "",
+)
+def test_operations_are_those_of_the_mathematics(case, flops):
+    assert {direction: case.flops(direction) for direction in flops} == flops
+
+
+def test_bytes_are_what_must_be_read_and_written(seed):
+    case = PatchCase("x", (2, 3, 32, 32), (8, 3, 16, 16), uint8=True)
+    call, *_ = prepare(case, torch.bfloat16, "cpu", seed)
+    assert case.bytes("fwd", call) == 2 * 3 * 32 * 32 + 2 * 8 * 768 + 2 * 8 * 8
+
+
+SHRUNK = [
+    LossCase("clip_loss", 40, 24),
+    LossCase("siglip_loss", 40, 24),
+    PatchCase("images", (2, 3, 33, 47), (20, 3, 16, 16)),
+    PatchCase("uint8", (2, 3, 32, 48), (20, 3, 16, 16), uint8=True),
+    PatchCase("channels_last", (2, 3, 32, 48), (20, 3, 16, 16), channels_last=True),
+    PatchCase("rows", (30, 1176), (20, 3, 2, 14, 14), bias=False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", SHRUNK, ids=lambda case: f"{case.op}-{case.name}")
+def test_every_peer_computes_the_same_thing(case, dtype, seed):
+    call, upstream, truth = prepare(case, dtype, "cpu", seed)
+    _, eager, *others = contenders(case, call, upstream, "fwd_bwd")
+    plain = plain_values(eager.run(), eager.function, call, case.op)
+    for peer in (eager, *others):
+        values = peer.run()
+        assert set(values) == set(truth.values)
+        worst = judge(values, plain, truth, call, case.op, is_ours=False)
+        assert worst.complaint is None
+        assert worst.error <= 0.05 * max(1.0, worst.size), (peer.name, worst)
+
+
+def test_cases_of_a_loss_and_of_a_device_have_names_of_their_own():
+    for op in ("clip_loss", "siglip_loss", "patch_embed"):
+        names = [case.name for case in CASES if case.op == op]
+        assert len(set(names)) == len(names)
+    assert {case.name for case in Request(ops=("clip_loss",)).selected()} == {
+        "1024x512",
+        "4096x512",
+        "4096x768",
+        "8192x512",
+    }
+    assert [case.name for case in Request(("clip_loss",), ("32768x512",)).selected()] == ["32768x512"]
+    assert all(case.quick for case in Request(quick=True).selected())
+    assert "32768x768" in {case.name for case in Request(device="cuda").selected()}
+
+
+def test_only_some_cases_pay_for_torch_compile(seed):
+    for case in SHRUNK:
+        call = case.make(bench_runner.Draw(seed), torch.float32, "cpu")
+        assert not any(peer.compiled for peer in peers(case, call))
+    case = LossCase("clip_loss", 40, 24, compiled=True)
+    call = case.make(bench_runner.Draw(seed), torch.float32, "cpu")
+    assert [peer.compiled for peer in peers(case, call)] == [False, True]
+
+
+def test_timing_is_median_and_spread():
+    timing = Timing.of([0.001 * x for x in range(1, 12)])
+    assert [timing.p10, timing.ms, timing.p90] == pytest.approx([2, 6, 10])
+
+
+def test_functions_alternate_in_a_rotating_order():
+    calls = []
+    timings = Stopwatch("cpu").alternate({name: lambda name=name: calls.append(name) for name in "abc"}, 0.0)
+    assert set(timings) == set("abc") and not math.isnan(timings["a"].ms)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"  # one round to see how long it takes, then three
+
+
+def test_peak_memory_counts_what_the_call_held():
+    def wasteful():
+        scratch = torch.ones(32 << 20)  # 128 MB
+        return scratch[:4].clone()
+
+    result, peak = with_peak_memory(wasteful, "cpu")
+    assert result.tolist() == [1, 1, 1, 1]
+    assert 120 << 20 <= peak <= 160 << 20
+    _, small = with_peak_memory(lambda: torch.ones(1 << 20), "cpu")
+    assert small <= 32 << 20  # the peak before it is forgotten
+
+
+def test_peaks_are_probed():
+    peaks = probe_peaks("cpu", [torch.float32, torch.bfloat16])
+    assert set(peaks) == {"float32", "bfloat16", "copy", "source"}
+    assert peaks["float32"] > 1e8
