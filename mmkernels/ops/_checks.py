@@ -35,6 +35,6 @@ def autocast(value: Tensor | None) -> Tensor | None:
     if value is None or not value.is_floating_point() or value.dtype == torch.float64:
         return value
     kind = value.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):  # "meta" has none
         return value
     return value.to(torch.get_autocast_dtype(kind))
