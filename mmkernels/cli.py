@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(options, "device", None) == "cuda" and not torch.cuda.is_available():
         console.print("[red]torch sees no GPU here[/]; leave --device out, or see `mmkernels info`")
         return 2
-    return options.command(options, console)
+    # `timeout` and job schedulers end a program with SIGTERM: what is known by then is worth its table and its file.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return options.command(options, console)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

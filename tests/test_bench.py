@@ -86,6 +86,18 @@ def test_a_peer_that_fails_is_told_not_hidden(monkeypatch):
     assert "no figure: clip_loss 512x256 float32 fwd_bwd broken: RuntimeError: not on" in console.export_text()
 
 
+def test_an_interrupt_keeps_what_was_measured(monkeypatch):
+    def interrupt(case, dtype, request, stopwatch, report, real=bench_runner._measure):
+        if report.results:
+            raise KeyboardInterrupt
+        real(case, dtype, request, stopwatch, report)
+
+    monkeypatch.setattr(bench_runner, "_measure", interrupt)
+    report = measure(ops=("clip_loss", "siglip_loss"))
+    assert {result["op"] for result in report.results} == {"clip_loss"} and not report.passed
+    assert all(result["peak_fraction"] for result in report.results)
+
+
 def test_a_peer_that_takes_too_long_or_too_much_is_told(monkeypatch):
     monkeypatch.setattr(bench_runner, "CALL_LIMIT", 0.0)
     assert "s a call, more than 0 s" in measure().unmeasured[0]["reason"]
@@ -174,7 +186,7 @@ def test_only_some_cases_pay_for_torch_compile(seed):
     for case in SHRUNK:
         call = case.make(bench_runner.Draw(seed), torch.float32, "cpu")
         assert not any(peer.compiled for peer in peers(case, call))
-    case = LossCase("clip_loss", 40, 24, compiled=True)
+    case = LossCase("clip_loss", 40, 24, compiled=("cpu",))
     call = case.make(bench_runner.Draw(seed), torch.float32, "cpu")
     assert [peer.compiled for peer in peers(case, call)] == [False, True]
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,3 +109,41 @@ def test_bench_ends_with_1_when_a_budget_is_missed(capsys, monkeypatch, tmp_path
     monkeypatch.setattr(reference, "clip_loss_with_grads", broken(reference.clip_loss_with_grads))
     assert cli.main(command) == 1
     assert "no figure: clip_loss 512x256 float32 fwd_bwd mmkernels:reference" in capsys.readouterr().out
+
+
+def test_a_terminated_check_tells_what_it_knew(capsys, monkeypatch, tmp_path):
+    def terminate(case, dtype, backend, *others, real=session.run_case):
+        if dtype == torch.float16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(case, dtype, backend, *others)
+
+    monkeypatch.setattr(session, "run_case", terminate)
+    file = tmp_path / "outcomes.json"
+    assert cli.main(["check", *ONE, "--backend", "reference", "--device", "cpu", "--json", str(file)]) == 1
+    assert "interrupted after 2 of 3 cases" in capsys.readouterr().out
+    assert [bool(outcome["failures"]) for outcome in json.loads(file.read_text())["outcomes"]] == [False, False, True]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "validate_gpu.sh"
+
+
+def validate(tmp_path, *arguments, python):
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": python}
+    return subprocess.run([SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_validation_goes_on_after_a_failed_phase_and_ends_with_1(tmp_path):
+    done = validate(tmp_path, "install", "info", "check", "bench", python="false")
+    assert done.returncode == 1
+    log = (tmp_path / "out" / "log.txt").read_text()
+    for phase in ("install", "info", "check-clip_loss", "check-patch_embed", "bench-bfloat16", "bench-float32"):
+        assert f"== {phase}: FAILED, code 1" in log
+
+
+def test_validation_passes_when_its_phases_do(tmp_path):
+    done = validate(tmp_path, "--device", "cpu", "install", "info", "test", "summary", python="true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": passed") == 7  # four phases, three of them again in the summary
+    assert validate(tmp_path, "--device", "tpu", python="true").returncode == 2
+    assert "PHASE..." in validate(tmp_path, "everything", python="true").stderr

@@ -23,7 +23,7 @@ class LossCase:
     pairs: int
     width: int
     devices: tuple[str, ...] = ("cpu", "cuda")  # measured there unless others are asked for
-    compiled: bool = False  # torch.compile of the peers too; it takes half a minute
+    compiled: tuple[str, ...] = ()  # devices where torch.compile of a peer is one too; each takes half a minute
     quick: bool = False
 
     @property
@@ -70,7 +70,7 @@ class PatchCase:
     channels_last: bool = False
     bias: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
-    compiled: bool = False
+    compiled: tuple[str, ...] = ()
     quick: bool = False
 
     def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
@@ -122,11 +122,11 @@ def _losses(op: str) -> list[LossCase]:
     return [
         LossCase(op, 512, 256, _ASKED, quick=True),
         LossCase(op, 1024, 512),
-        LossCase(op, 4096, 512, compiled=True),
+        LossCase(op, 4096, 512, compiled=_CPU),
         LossCase(op, 4096, 768, _CPU),
         LossCase(op, 8192, 512),
         LossCase(op, 32768, 512, _GPU),  # on a CPU only by name: its eager peers need tens of gigabytes
-        LossCase(op, 32768, 768, _GPU, compiled=True),
+        LossCase(op, 32768, 768, _GPU, compiled=_GPU),
     ]
 
 
@@ -138,12 +138,12 @@ CASES: tuple[Case, ...] = (
     *_losses("siglip_loss"),
     PatchCase("2x224-p16", (2, 3, 224, 224), (192, 3, 16, 16), devices=_ASKED, quick=True),
     PatchCase("2x224-p16-uint8", (2, 3, 224, 224), (192, 3, 16, 16), uint8=True, devices=_ASKED, quick=True),
-    PatchCase("32x224-p16", _B16_BATCH, _B16, compiled=True),
-    PatchCase("32x224-p16-uint8", _B16_BATCH, _B16, uint8=True, compiled=True),
+    PatchCase("32x224-p16", _B16_BATCH, _B16, compiled=_CPU),
+    PatchCase("32x224-p16-uint8", _B16_BATCH, _B16, uint8=True, compiled=_CPU),
     PatchCase("32x224-p16-channels_last", _B16_BATCH, _B16, channels_last=True),
     PatchCase("16x336-p14", _L14_BATCH, _L14),
     PatchCase("qwen2vl-rows-4096", (4096, 1176), _QWEN, bias=False),
-    PatchCase("256x224-p16", _GPU_BATCH, _B16, devices=_GPU, compiled=True),
-    PatchCase("256x224-p16-uint8", _GPU_BATCH, _B16, uint8=True, devices=_GPU, compiled=True),
+    PatchCase("256x224-p16", _GPU_BATCH, _B16, devices=_GPU, compiled=_GPU),
+    PatchCase("256x224-p16-uint8", _GPU_BATCH, _B16, uint8=True, devices=_GPU, compiled=_GPU),
     PatchCase("qwen2vl-rows-65536", (65536, 1176), _QWEN, bias=False, devices=_GPU),
 )

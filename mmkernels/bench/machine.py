@@ -55,7 +55,7 @@ def instruction_set() -> str | None:
 def cache_bytes(device: str) -> int:
     """The last-level cache of the device, as far as it tells."""
     if device == "cuda":
-        return torch.cuda.get_device_properties(0).L2_cache_size
+        return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
         return int(text.rstrip("KM")) << (20 if text.endswith("M") else 10)
@@ -64,8 +64,8 @@ def cache_bytes(device: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+    if device == "cuda":  # what torch keeps for reuse is free too
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) << 10

@@ -84,6 +84,8 @@ def _print_footer(console: Console, report: Report) -> None:
         f"[dim]Peak measured now: {rates} ({peaks['source']}), copy {peaks['copy'] / 1e9:.1f} GB/s. Medians of "
         "alternating runs with cold caches; every figure is of a result within its error budget.[/]"
     )
+    if report.interrupted:
+        console.print("[bold red]interrupted:[/] there would have been more")
     wobbling = sum(result["ms_p90"] > 1.5 * result["ms_p10"] for result in report.results)
     if wobbling:
         console.print(

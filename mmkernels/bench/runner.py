@@ -66,21 +66,29 @@ class Report:
     results: list[dict] = field(default_factory=list)
     unmeasured: list[dict] = field(default_factory=list)  # what has no figure, and why
 
+    interrupted: bool = False
+
     @property
     def passed(self) -> bool:
-        return not any(record["is_ours"] for record in self.unmeasured)
+        return not self.interrupted and not any(record["is_ours"] for record in self.unmeasured)
 
 
 def run(request: Request, env: dict, step: Callable[[str, int, int], None]) -> Report:
-    """Measure what the request asks for; `step(description, done, total)` hears of the progress."""
+    """Measure what the request asks for; `step(description, done, total)` hears of the progress.
+
+    An interrupt ends it early; what was measured until then is in the report.
+    """
     step("what this machine can do", 0, 1)
     report = Report(env, probe_peaks(request.device, list(request.dtypes)))
     stopwatch = Stopwatch(request.device)
     work = [(case, dtype) for case in request.selected() for dtype in request.dtypes]
-    for done, (case, dtype) in enumerate(work):
-        step(f"{case.op} {case.name} {name_of(dtype)}", done, len(work))
-        with exact_float32():
-            _measure(case, dtype, request, stopwatch, report)
+    try:
+        for done, (case, dtype) in enumerate(work):
+            step(f"{case.op} {case.name} {name_of(dtype)}", done, len(work))
+            with exact_float32():
+                _measure(case, dtype, request, stopwatch, report)
+    except KeyboardInterrupt:
+        report.interrupted = True
     _raise_peaks(report, probe_peaks(request.device, list(request.dtypes)))
     return report
 
@@ -140,7 +148,8 @@ def _measure(case: Case, dtype: torch.dtype, request: Request, stopwatch: Stopwa
     call, upstream, truth = prepare(case, dtype, request.device, request.seed)
     for direction in request.passes:
         key = {"op": case.op, "case": case.name, "dtype": name_of(dtype), "device": request.device, "pass": direction}
-        torch.compiler.reset()
+        if case.compiled:
+            torch.compiler.reset()
         runs, records, plain = {}, {}, None
         ours, *others = contenders(case, call, upstream, direction)
         for contender in (*others, ours):  # eager first: its error makes the budget

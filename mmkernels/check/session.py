@@ -104,6 +104,10 @@ class Interpreter:
             text=True,
         )
 
+    def stop(self) -> None:
+        self._process.terminate()
+        self.records()
+
     def records(self) -> list[dict]:
         """Wait, and return the outcomes; those of a process that died are one failure."""
         printed, _ = self._process.communicate()
@@ -119,21 +123,30 @@ class Interpreter:
 
 
 def run(request: Request, found: list[Place], step: Callable[[str, int, int], None]) -> list[dict]:
-    """Check every place that is there; `step(label, done, total)` hears of the progress. Returns records."""
+    """Check every place that is there; `step(label, done, total)` hears of the progress. Returns records.
+
+    An interrupt ends it early and counts as a failure; the outcomes until then are there.
+    """
     runnable = [place for place in found if place.missing is None]
     beside = [Interpreter(place, request) for place in runnable if place.interpreted]
     work = [(place, *job) for place in runnable if not place.interpreted for job in request.cases(place)]
-    records = []
-    for done, (place, case, dtype) in enumerate(work):
-        step(f"{case.op} on {place.label}", done, len(work))
-        records.append(run_case(case, dtype, place.backend, place.device, request.seed).record())
-    for process in beside:
-        step(f"waiting for Triton's interpreter on {len(request.cases(process.place))} cases", len(work), len(work))
-        records += process.records()
+    records: list[dict] = []
+    try:
+        for done, (place, case, dtype) in enumerate(work):
+            step(f"{case.op} on {place.label}", done, len(work))
+            records.append(run_case(case, dtype, place.backend, place.device, request.seed).record())
+        for process in beside:
+            step(f"waiting for Triton's interpreter on {len(request.cases(process.place))} cases", len(work), len(work))
+            records += process.records()
+    except KeyboardInterrupt:
+        for process in beside:
+            process.stop()
+        where = runnable[0] if not work else work[min(len(records), len(work) - 1)][0]
+        records.append(_crash(where, f"interrupted after {len(records)} of {len(work)} cases"))
     return records
 
 
 def _crash(place: Place, failure: str) -> dict:
     unknown = {"op": "all", "case": "all", "dtype": "all", "seed": 0, "unsupported": None, "quantities": []}
-    command = "TRITON_INTERPRET=1 mmkernels check --backend triton"
+    command = f"mmkernels check --backend {place.backend} --device {place.device}"
     return unknown | {"backend": place.backend, "device": place.device, "failures": [failure], "reproduce": command}

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Validates mmkernels on a machine with a GPU: installs it, checks every kernel against its reference on the device,
+# runs the tests that use the device, and measures against what one would run there instead.
+#
+#   scripts/validate_gpu.sh [--device cuda|cpu] PHASE...
+#
+#   install           build and install into build/validate (the machine's own packages stay as they are)
+#   info              versions, GPU, which backends are there
+#   check             check-clip_loss, check-siglip_loss and check-patch_embed, each a phase of its own
+#   test              the tests that run on the device
+#   bench             bench-bfloat16 and bench-float32, each a phase of its own
+#   summary           what passed and the tables, from the files the other phases left
+#   all               all of them (default)
+#
+# Each phase takes 8 minutes at most, installs first where nothing is installed, and can run alone; a phase that fails
+# does not stop the next, but the exit code is 1 then. Results go to $OUT (default gpu-results), at most 8 files.
+# --device cpu rehearses every step without a GPU: Triton's kernels interpreted, quick sizes.
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+site=$repo/build/validate
+python=${PYTHON:-python3}
+device=cuda
+limit=480 # seconds a phase
+phases=()
+
+while (($#)); do
+    case $1 in
+        --device) device=${2:?--device needs cuda or cpu}; shift ;;
+        --device=*) device=${1#*=} ;;
+        check) phases+=(check-clip_loss check-siglip_loss check-patch_embed) ;;
+        bench) phases+=(bench-bfloat16 bench-float32) ;;
+        install | info | test | summary | check-clip_loss | check-siglip_loss | check-patch_embed) phases+=("$1") ;;
+        bench-bfloat16 | bench-float32) phases+=("$1") ;;
+        all) phases=() ;;
+        *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    esac
+    shift
+done
+[[ $device == cuda || $device == cpu ]] || { echo "--device is '$device'; accepted are cuda and cpu" >&2; exit 2; }
+if ((${#phases[@]} == 0)); then
+    phases=(install info check-clip_loss check-siglip_loss check-patch_embed test bench-bfloat16 bench-float32 summary)
+fi
+
+out=${OUT:-gpu-results}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+log=$out/log.txt
+
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=160
+[[ $device == cuda ]] || export TRITON_INTERPRET=1
+quick=()
+[[ $device == cuda ]] || quick=(--quick)
+
+# From a folder without sources: else Python would import the repository's package, which has no compiled core.
+elsewhere=$(mktemp -d)
+trap 'rm -rf "$elsewhere"' EXIT
+cd "$elsewhere"
+
+bounded() { timeout --signal=TERM --kill-after=30 "$limit" "$@"; }
+
+install() {
+    MMKERNELS_NATIVE=require bounded "$python" -m pip install --no-build-isolation --no-deps --upgrade \
+        --no-warn-script-location --target "$site" "$repo"
+}
+
+installed() { [[ -d $site/mmkernels ]]; }
+
+info() {
+    bounded "$python" -m mmkernels info
+    if [[ $device == cuda ]] && command -v nvidia-smi; then bounded nvidia-smi; fi
+    bounded "$python" - "$device" <<'PY'
+import sys
+import torch
+from mmkernels import backends
+
+if sys.argv[1] == "cuda":
+    assert torch.cuda.is_available(), "torch sees no GPU"
+    x = torch.randn(512, 512, device="cuda")
+    assert torch.isfinite(x @ x).all(), "a matrix product on the GPU fails"
+assert backends.missing("triton") is None, backends.missing("triton")
+PY
+}
+
+check() { # OP
+    bounded "$python" -m mmkernels check --op "$1" --device "$device" "${quick[@]}" --json "$out/check-$1.json"
+}
+
+# On a GPU that is the equivalence suite once more, from another seed, and whatever else takes a device; interpreted,
+# the former takes minutes and was the phase before. Tests of compilation need no GPU.
+run_tests() {
+    local chosen="cuda or gpu"
+    [[ $device == cuda ]] || chosen="triton and not equals_reference"
+    bounded "$python" -m pytest "$repo/tests" -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider \
+        --ignore "$repo/tests/compile" --ignore "$repo/tests/core" -k "$chosen" --junitxml "$out/tests.xml"
+}
+
+bench() { # DTYPE
+    bounded "$python" -m mmkernels bench --device "$device" "${quick[@]}" --dtype "$1" --json "$out/bench-$1.json"
+}
+
+summarize() {
+    { grep -h '^== ' "$log" || true; } | awk '!seen[$0]++'
+    bounded "$python" - "$out" <<'PY'
+import json
+import sys
+from pathlib import Path
+
+from mmkernels.bench.report import print_report
+from mmkernels.bench.runner import Report
+from rich.console import Console
+
+console = Console(width=160)
+for path in sorted(Path(sys.argv[1]).glob("check-*.json")):
+    outcomes = json.loads(path.read_text())["outcomes"]
+    failed = [outcome for outcome in outcomes if outcome["failures"]]
+    served = [outcome for outcome in outcomes if not outcome["unsupported"]]
+    console.print(f"{path.stem}: {len(served) - len(failed)} of {len(served)} passed, {len(outcomes) - len(served)} not served")
+    for outcome in failed:
+        console.print(f"  {outcome['reproduce']}: {outcome['failures'][0]}", markup=False, soft_wrap=True)
+for path in sorted(Path(sys.argv[1]).glob("bench-*.json")):
+    content = json.loads(path.read_text())
+    env = content["env"]
+    console.print(f"{path.stem}: {env['gpu'] or env['cpu']}, torch {env['torch']}, triton {env['triton']}")
+    print_report(console, Report(env, content["peaks"], content["results"], env["unmeasured"]))
+PY
+}
+
+phase() { # NAME
+    case $1 in
+        install) install ;;
+        info) info ;;
+        check-*) check "${1#check-}" ;;
+        test) run_tests ;;
+        bench-*) bench "${1#bench-}" ;;
+        summary) summarize | tee "$out/summary.txt" ;;
+    esac
+}
+
+failed=0
+run_phase() { # NAME
+    local start=$SECONDS code
+    echo "-- $1" | tee -a "$log"
+    set +e # and on again inside; within a condition it would stay off there, and only a phase's last command count
+    (set -e; phase "$1") 2>&1 | tee -a "$log"
+    code=$?
+    set -e
+    ((code == 0)) || failed=1
+    echo "== $1: $( ((code == 0)) && echo passed || echo "FAILED, code $code"), $((SECONDS - start)) s" | tee -a "$log"
+}
+
+installed || [[ " ${phases[*]} " == *" install "* ]] || phases=(install "${phases[@]}")
+for name in "${phases[@]}"; do
+    run_phase "$name"
+done
+exit "$failed"
