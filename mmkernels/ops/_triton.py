@@ -107,6 +107,27 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+STRIPS = tl.constexpr(4)
+
+
+@triton.jit
+def strips_of(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The STRIPS strips [BLOCK_M, BLOCK_N / STRIPS] of a tile, left to right.
+
+    What follows a product is done strip by strip: a strip is a renaming of registers, and a quarter as many of the
+    temporaries are live. Whole tiles spill registers, or leave a multiprocessor to one block.
+    """
+    left, right = _halves(x, BLOCK_M, BLOCK_N)
+    strip0, strip1 = _halves(left, BLOCK_M, BLOCK_N // 2)
+    strip2, strip3 = _halves(right, BLOCK_M, BLOCK_N // 2)
+    return strip0, strip1, strip2, strip3
+
+
+@triton.jit
+def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return x.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+
+
 @triton.jit
 def grouped_tile(tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(row, column) of this program's tile: GROUP_M rows of tiles go column by column, so that operands stay in L2."""

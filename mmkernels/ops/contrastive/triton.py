@@ -37,12 +37,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .._triton import Tile, dot, grouped_tile, launch, log1p_unit, rounded
+from .._triton import STRIPS, Tile, dot, grouped_tile, launch, log1p_unit, rounded, strips_of
 
 # Bytes for the rows of dS, or of the partials, in work at a time. Small when interpreted, so that tests walk chunks.
 WORKSPACE = 2**10 if _triton.INTERPRET.value else 2**28
 GROUP_M = 8
-STRIPS = tl.constexpr(4)
 DS_SCALE = tl.constexpr(2.0**15)
 LOWEST = tl.constexpr(-3.4e38)  # stands for no logit at all; finite, for -inf - -inf is NaN
 FOLD = dict(BLOCK_T=16, BLOCK_L=128)
@@ -216,11 +215,7 @@ def _products(
     image, text, stride_i8, stride_t8, n, i0, j0, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The tile of I T^T from row i0 and column j0, zero outside, as STRIPS strips [BLOCK_M, BLOCK_N / STRIPS].
-
-    What follows the products is done strip by strip: a strip is a renaming of registers, and a quarter as many of the
-    temporaries are live. Whole tiles spill registers, or leave a multiprocessor to one block.
-    """
+    """The tile of I T^T from row i0 and column j0, zero outside, in strips."""
     i, j, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     p_image = image + i0.to(tl.int64) * (stride_i8 * 8) + i[:, None] * (stride_i8 * 8) + k[None, :]
     p_text = text + j0.to(tl.int64) * (stride_t8 * 8) + j[:, None] * (stride_t8 * 8) + k[None, :]
@@ -233,15 +228,7 @@ def _products(
         b_image = tl.load(p_image + k0, mask=inside_i, other=0.0)
         b_text = tl.load(p_text + k0, mask=inside_j, other=0.0)
         products = dot(b_image, b_text.T, products, PRECISION)
-    left, right = _halves(products, BLOCK_M, BLOCK_N)
-    strip0, strip1 = _halves(left, BLOCK_M, BLOCK_N // 2)
-    strip2, strip3 = _halves(right, BLOCK_M, BLOCK_N // 2)
-    return strip0, strip1, strip2, strip3
-
-
-@triton.jit
-def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return x.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    return strips_of(products, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["stride_i8", "stride_t8", "n", "row0", "rows"])

@@ -1,0 +1,384 @@
+"""Patch embedding in Triton: a matrix product that reads its left operand where the pixels lie.
+
+    x = images, or (images / 255 - mean) / std         rounded to the weight's dtype
+    Y[b, p, e] = sum_k X[b, p, k] W[e, k] + bias[e] + pos[p, e]        float32 sums, rounded once
+    dW = dY^T X,  dX = dY W,  dbias = sum_bp dY
+
+The address of pixel k of patch m is a sum of two parts, one from m and one from k, each a few strides; so images,
+videos, rows in any order and channels_last are one kernel, and no patch is copied. The order of k is free as long as W
+has the same one: pixels are walked in the order they have in memory, runs of neighbours merged, and the weight, which
+is small, is copied into that order where it has another.
+
+Bytes come in as uint8 and are normalised in registers, x * (1 / 255 std) - mean / std in float32, then rounded to the
+weight's dtype: the very numbers that PyTorch would multiply. Folding mean and std into the weight would save these two
+operations a pixel, but it rounds the folded weight instead of the pixel, and the gradient of the weight needs the
+normalised pixels all the same.
+
+dW sums over all patches, more than the few tiles of dW have programs for: the patches are split into a number of runs
+that depends on the sizes only, each sums into a float32 copy of its own, and the copies are added in order. Every pixel
+belongs to one patch, so dX is stored, never accumulated.
+
+Memory moved, with X read once for each BLOCK_N columns of E (from L2 but for the first): X + W + Y; dW: X + dY + 8
+bytes for each element of each copy; dX: dY + W + X.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _triton
+from .._triton import STRIPS, Tile, dot, launch, rounded, strips_of
+from .geometry import PatchGeometry
+
+IMAGE_DTYPES = (*_triton.DTYPES, torch.uint8)
+PROGRAMS = 256  # that a split of the weight gradient aims at: two for each multiprocessor of the largest GPUs
+
+# (half types, float32), for the result, the weight's gradient and the images': rows, columns, step of the sum.
+TILES = {
+    "interpreter": (Tile(16, 32, 64, 4, 1), Tile(16, 32, 64, 4, 1)),
+    "sm80": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 16, 8, 3)),
+    "sm90": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 16, 8, 3)),
+    "sm100": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 16, 8, 3)),
+    "cdna": (Tile(128, 128, 64, 8, 2), Tile(128, 64, 32, 8, 2)),
+}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How the kernels walk the pixels of a patch: by address, as up to four nested loops of merged dimensions."""
+
+    order: tuple[int, ...]  # of (c, t, y, x), outermost first
+    sizes: tuple[int, ...]  # four, ones in front
+    strides: tuple[int, ...]
+    unit: bool  # the innermost stride is 1
+    vector: int  # the power of two that divides the length of a run, every stride above it and the first address
+    channel_inner: int  # pixels in a row that share a channel
+
+    @classmethod
+    def of(cls, tensor: Tensor, geometry: PatchGeometry) -> Pixels:
+        patch, strides = geometry.patch, geometry.patch_strides
+        # A dimension that is repeated (stride 0) goes outside, where it does not break the runs of neighbours.
+        order = sorted(range(4), key=lambda d: (patch[d] == 1, strides[d] == 0, strides[d]), reverse=True)
+        merged: list[tuple[int, int]] = []  # innermost first
+        for d in reversed(order):
+            if merged and strides[d] == math.prod(merged[-1]):
+                merged[-1] = (merged[-1][0] * patch[d], merged[-1][1])
+            elif patch[d] > 1:
+                merged.append((patch[d], strides[d]))
+        merged += [(1, 0)] * (4 - len(merged))
+        sizes, outer = zip(*reversed(merged), strict=True)
+        unit = outer[3] == 1
+        aligned = tensor.data_ptr() % 16 == 0 and unit
+        rows = (geometry.batch_stride, *geometry.grid_strides, *outer[:3])
+        vector = math.gcd(sizes[3], *rows, 16 // tensor.element_size()) if aligned else 1
+        inner = math.prod(patch[d] for d in order[order.index(0) + 1 :])
+        return cls(tuple(order), sizes, outer, unit, vector, inner)
+
+    def arguments(self, geometry: PatchGeometry) -> tuple[int, ...]:
+        """Strides of (b, gt, gy, gx) and of the four loops in units of the vector, and the sizes of the grid."""
+        strides = (geometry.batch_stride, *geometry.grid_strides, *self.strides)
+        innermost = 0 if self.unit else strides[-1]
+        return *(s // self.vector for s in strides[:-1]), innermost, geometry.patches, *geometry.grid[1:]
+
+    def meta(self) -> dict[str, object]:
+        return dict(SIZES=self.sizes, UNIT=self.unit, VECTOR=self.vector)
+
+
+def unsupported(images: Tensor, weight: Tensor) -> str | None:
+    return _triton.unsupported("images", images, IMAGE_DTYPES) or _triton.unsupported("weight", weight)
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    geometry: PatchGeometry,
+) -> Tensor:
+    features, num_prefix = weight.shape[0], 0 if prefix is None else prefix.shape[0]
+    tokens = weight.new_empty(geometry.batch, num_prefix + geometry.patches, features)
+    pixels, tile = Pixels.of(images, geometry), _tile(weight)
+    rows = _weight_rows(weight, geometry, pixels)
+    count = geometry.batch * geometry.patches
+    positions = None if pos_embed is None else pos_embed.contiguous()
+    skipped = 0 if pos_embed is None else pos_embed.shape[0] - geometry.patches
+    launch(
+        embed, triton.cdiv(count, tile.BLOCK_M) * triton.cdiv(features, tile.BLOCK_N),
+        images, rows, None if bias is None else bias.contiguous(), positions, *_normalisation(mean, std), tokens,
+        *pixels.arguments(geometry), rows.stride(0) // 8, count, num_prefix, skipped, geometry.pixels,
+        E=features, K=geometry.pixels, WIDTH=rows.shape[1], **_channels(geometry, pixels),
+        **_meta(weight, pixels, tile),
+    )  # fmt: skip
+    if num_prefix:
+        first = tokens[:, :num_prefix]
+        if skipped:
+            torch.add(prefix.expand_as(first), positions[:num_prefix], out=first)
+        else:
+            first.copy_(prefix.expand_as(first))
+    return tokens.view(geometry.result_shape(features, num_prefix))
+
+
+def patch_embed_backward(
+    grad: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    geometry: PatchGeometry,
+    d_images: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    into: PatchGeometry,
+) -> None:
+    """grad: (B, N, E). Fills those of d_images (given as zeros), d_weight, d_bias that are not None; `into` is their
+    geometry."""
+    if d_bias is not None:
+        torch.sum(grad, (0, 1), out=d_bias)
+    if d_images is None and d_weight is None:
+        return
+    grad = _triton.aligned_rows(grad)
+    if d_images is not None:
+        _write_images_grad(grad, weight, geometry, d_images, into)
+    if d_weight is not None:
+        _write_weight_grad(grad, images, weight, mean, std, geometry, d_weight, into)
+
+
+def _write_images_grad(
+    grad: Tensor, weight: Tensor, geometry: PatchGeometry, d_images: Tensor, into: PatchGeometry
+) -> None:
+    pixels, tile = Pixels.of(d_images, into), _tile(weight)
+    rows = _weight_rows(weight, geometry, pixels)
+    count = into.batch * into.patches
+    launch(
+        images_grad, triton.cdiv(count, tile.BLOCK_M) * triton.cdiv(into.pixels, tile.BLOCK_N),
+        grad, rows, d_images, *pixels.arguments(into),
+        grad.stride(0) // 8, grad.stride(1) // 8, rows.stride(0) // 8, count, weight.shape[0],
+        E=weight.shape[0], K=into.pixels, WIDTH=rows.shape[1], E_WIDTH=grad.shape[-1], **_meta(weight, pixels, tile),
+    )  # fmt: skip
+
+
+def _write_weight_grad(
+    grad: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    geometry: PatchGeometry,
+    d_weight: Tensor,
+    into: PatchGeometry,
+) -> None:
+    pixels, tile = Pixels.of(images, geometry), _tile(weight)
+    features, count = weight.shape[0], geometry.batch * geometry.patches
+    tiles = triton.cdiv(features, tile.BLOCK_M) * triton.cdiv(geometry.pixels, tile.BLOCK_N)
+    splits = max(1, min(PROGRAMS // tiles, triton.cdiv(count, 2 * tile.BLOCK_K)))
+    run = triton.cdiv(triton.cdiv(count, splits), tile.BLOCK_K) * tile.BLOCK_K
+    splits = triton.cdiv(count, run)
+    copies = weight.new_empty(splits, features, geometry.pixels, dtype=torch.float32)
+    launch(
+        weight_grad, splits * tiles,
+        grad, images, *_normalisation(mean, std), copies, *pixels.arguments(geometry),
+        grad.stride(0) // 8, grad.stride(1) // 8, count, run,
+        E=features, K=geometry.pixels, E_WIDTH=grad.shape[-1], **_channels(geometry, pixels),
+        **_meta(weight, pixels, tile),
+    )  # fmt: skip
+    d_rows = copies[0] if splits == 1 else copies.sum(0)
+    _weight_view(d_weight, into, pixels.order).copy_(d_rows.view(features, *(geometry.patch[d] for d in pixels.order)))
+
+
+def _weight_rows(weight: Tensor, geometry: PatchGeometry, pixels: Pixels) -> Tensor:
+    """(E, K) in the order of the pixels, ready for the kernels."""
+    return _triton.aligned_rows(_weight_view(weight, geometry, pixels.order).reshape(weight.shape[0], geometry.pixels))
+
+
+def _weight_view(weight: Tensor, geometry: PatchGeometry, order: tuple[int, ...]) -> Tensor:
+    sizes = (weight.shape[0], *(geometry.patch[d] for d in order))
+    strides = (geometry.weight_row_stride, *(geometry.weight_strides[d] for d in order))
+    return weight.as_strided(sizes, strides, weight.storage_offset())
+
+
+def _normalisation(mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Factor and offset of each channel: x * factor - offset."""
+    return (None, None) if mean is None else ((std * 255).reciprocal_(), mean / std)
+
+
+def _channels(geometry: PatchGeometry, pixels: Pixels) -> dict[str, int]:
+    return dict(CHANNELS=geometry.patch[0], CHANNEL_INNER=pixels.channel_inner)
+
+
+def _meta(weight: Tensor, pixels: Pixels, tile: Tile) -> dict[str, object]:
+    return dict(PRECISION=_triton.precision(weight.dtype), **pixels.meta(), **tile.meta())
+
+
+def _tile(weight: Tensor) -> Tile:
+    return TILES[_triton.family(weight.device)][weight.dtype == torch.float32]
+
+
+@triton.jit
+def _patch_offsets(m, stride_b, stride_t, stride_y, stride_x, patches, grid_y, grid_x, VECTOR: tl.constexpr):
+    """Where patch m starts, in elements."""
+    b, p = m // patches, m % patches
+    t, y, x = p // (grid_y * grid_x), p // grid_x % grid_y, p % grid_x
+    at = b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+    return at * VECTOR
+
+
+@triton.jit
+def _pixel_offsets(
+    k, stride_0, stride_1, stride_2, stride_3, SIZES: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Where pixel k lies in its patch. The constant sizes show the compiler which pixels are neighbours."""
+    i_3, k = k % SIZES[3], k // SIZES[3]
+    i_2, k = k % SIZES[2], k // SIZES[2]
+    i_1, i_0 = k % SIZES[1], k // SIZES[1]
+    outer = i_0.to(tl.int64) * stride_0 + i_1.to(tl.int64) * stride_1 + i_2.to(tl.int64) * stride_2
+    if UNIT:
+        return outer * VECTOR + i_3
+    return outer * VECTOR + i_3.to(tl.int64) * stride_3
+
+
+@triton.jit
+def _normalised(x, k, factor, offset, dtype: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL_INNER: tl.constexpr):
+    """Pixels [rows, k] in the weight's dtype."""
+    if factor is not None:
+        c = k // CHANNEL_INNER % CHANNELS
+        x = x.to(tl.float32) * tl.load(factor + c)[None, :] - tl.load(offset + c)[None, :]
+    if x.dtype == dtype:
+        return x
+    return rounded(x.to(tl.float32), dtype)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_b", "stride_t", "stride_y", "stride_x", "stride_0", "stride_1", "stride_2", "stride_3",
+        "patches", "grid_y", "grid_x", "stride_w8", "count", "num_prefix", "skipped", "depth",
+    ]
+)  # fmt: skip
+def embed(
+    images,
+    weight,  # [E, WIDTH], zeros from K on
+    bias, positions,  # [E], [skipped + patches, E], or None
+    factor, offset,  # [CHANNELS], or None
+    tokens,  # [B, num_prefix + patches, E]
+    stride_b, stride_t, stride_y, stride_x, stride_0, stride_1, stride_2, stride_3, patches, grid_y, grid_x,
+    stride_w8, count, num_prefix, skipped,
+    depth,  # K, of which the compiler knows nothing: it would unroll the loop
+    E: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL_INNER: tl.constexpr,
+    PRECISION: tl.constexpr, SIZES: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_n: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n  # a row's tiles together: X stays in L2
+    m, e = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows past the end read the last one again and are not stored.
+    at = _patch_offsets(
+        tl.minimum(m, count - 1), stride_b, stride_t, stride_y, stride_x, patches, grid_y, grid_x, VECTOR
+    )
+    p_weight = weight + tl.minimum(e, E - 1)[:, None].to(tl.int64) * (stride_w8 * 8)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in tl.range(0, depth, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        p_images = images + at[:, None] + _pixel_offsets(
+            k, stride_0, stride_1, stride_2, stride_3, SIZES, UNIT, VECTOR
+        )[None, :]  # fmt: skip
+        if K % BLOCK_K == 0:
+            x, w = tl.load(p_images), tl.load(p_weight + k[None, :])
+        else:
+            x = tl.load(p_images, mask=k[None, :] < K, other=0)
+            w = tl.load(p_weight + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
+        x = _normalised(x, k, factor, offset, weight.dtype.element_ty, CHANNELS, CHANNEL_INNER)
+        sums = dot(x, w.T, sums, PRECISION)
+
+    inside = (m[:, None] < count) & (e[None, :] < E)
+    b, p = m // patches, m % patches
+    if bias is not None:
+        sums += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    if positions is not None:
+        p_positions = positions + (skipped + p)[:, None].to(tl.int64) * E + e[None, :]
+        sums += tl.load(p_positions, mask=inside, other=0.0).to(tl.float32)
+    row = b.to(tl.int64) * (num_prefix + patches) + num_prefix + p
+    tl.store(tokens + row[:, None] * E + e[None, :], rounded(sums, tokens.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_b", "stride_t", "stride_y", "stride_x", "stride_0", "stride_1", "stride_2", "stride_3",
+        "patches", "grid_y", "grid_x", "stride_gb8", "stride_gp8", "stride_w8", "count", "depth",
+    ]
+)  # fmt: skip
+def images_grad(
+    grad,  # [B, patches, E_WIDTH]
+    weight,  # [E, WIDTH]
+    d_images,
+    stride_b, stride_t, stride_y, stride_x, stride_0, stride_1, stride_2, stride_3, patches, grid_y, grid_x,
+    stride_gb8, stride_gp8, stride_w8, count,
+    depth,  # E, as in `embed`
+    E: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, E_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, SIZES: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    m, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_read = tl.minimum(m, count - 1)
+    g_row = (m_read // patches).to(tl.int64) * stride_gb8 + (m_read % patches).to(tl.int64) * stride_gp8
+    p_grad = grad + (g_row * 8)[:, None]
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for e0 in tl.range(0, depth, BLOCK_K):
+        e = e0 + tl.arange(0, BLOCK_K)
+        g = tl.load(p_grad + e[None, :], mask=e[None, :] < E_WIDTH, other=0.0)
+        p_weight = weight + e[:, None].to(tl.int64) * (stride_w8 * 8) + k[None, :]
+        w = tl.load(p_weight, mask=(e[:, None] < E) & (k[None, :] < WIDTH), other=0.0)
+        sums = dot(g, w, sums, PRECISION)
+    at = _patch_offsets(m_read, stride_b, stride_t, stride_y, stride_x, patches, grid_y, grid_x, VECTOR)
+    strips = strips_of(sums, BLOCK_M, BLOCK_N)
+    for strip in tl.static_range(STRIPS):
+        k = tile_n * BLOCK_N + strip * (BLOCK_N // STRIPS) + tl.arange(0, BLOCK_N // STRIPS)
+        pixel = _pixel_offsets(k, stride_0, stride_1, stride_2, stride_3, SIZES, UNIT, VECTOR)
+        inside = (m[:, None] < count) & (k[None, :] < K)
+        p_images = d_images + at[:, None] + pixel[None, :]
+        tl.store(p_images, rounded(strips[strip], d_images.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_b", "stride_t", "stride_y", "stride_x", "stride_0", "stride_1", "stride_2", "stride_3",
+        "patches", "grid_y", "grid_x", "stride_gb8", "stride_gp8", "count", "run",
+    ]
+)  # fmt: skip
+def weight_grad(
+    grad,  # [B, patches, E_WIDTH]
+    images, factor, offset,
+    copies,  # [splits, E, K]
+    stride_b, stride_t, stride_y, stride_x, stride_0, stride_1, stride_2, stride_3, patches, grid_y, grid_x,
+    stride_gb8, stride_gp8, count, run,
+    E: tl.constexpr, K: tl.constexpr, E_WIDTH: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL_INNER: tl.constexpr,
+    PRECISION: tl.constexpr, SIZES: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    tiles: tl.constexpr = (E + BLOCK_M - 1) // BLOCK_M * tiles_n
+    split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles  # a split's tiles together: X and dY stay in L2
+    e, k = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M), tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pixel = _pixel_offsets(k, stride_0, stride_1, stride_2, stride_3, SIZES, UNIT, VECTOR)
+    end = tl.minimum((split + 1) * run, count)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for m0 in tl.range(split * run, end, BLOCK_K):
+        m = m0 + tl.arange(0, BLOCK_K)
+        g_row = (m // patches).to(tl.int64) * stride_gb8 + (m % patches).to(tl.int64) * stride_gp8
+        inside_m = m[:, None] < end
+        g = tl.load(grad + (g_row * 8)[:, None] + e[None, :], mask=inside_m & (e[None, :] < E_WIDTH), other=0.0)
+        at = _patch_offsets(m, stride_b, stride_t, stride_y, stride_x, patches, grid_y, grid_x, VECTOR)
+        x = tl.load(images + at[:, None] + pixel[None, :], mask=inside_m & (k[None, :] < K), other=0)
+        x = _normalised(x, k, factor, offset, grad.dtype.element_ty, CHANNELS, CHANNEL_INNER)
+        sums = dot(g.T, x, sums, PRECISION)
+    p_copies = copies + split.to(tl.int64) * (E * K) + e[:, None].to(tl.int64) * K + k[None, :]
+    tl.store(p_copies, sums, mask=(e[:, None] < E) & (k[None, :] < K))
