@@ -2,11 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <stdexcept>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/patch_embed.h"
 #include "cpu/probe.h"
 #include "cpu/tensor.h"
 
@@ -44,6 +47,68 @@ double fma_peak(bool bfloat16, int threads) {
     run_tasks(threads, task, &job);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     return threads * job.flops / seconds.count();
+}
+
+// ---- patch_embed
+
+using Index = std::array<int64_t, 8>;
+
+Patches patches(uintptr_t data, DType dtype, const Index& sizes, const Index& strides) {
+    Patches result{reinterpret_cast<void*>(data), dtype, {}, {}};
+    std::copy(sizes.begin(), sizes.end(), result.sizes);
+    std::copy(strides.begin(), strides.end(), result.strides);
+    return result;
+}
+
+void run_patch_embed(const PatchEmbed& call) {
+    switch (chosen_isa()) {
+#define MMK_RUN(level, isa) MMK_CASE(level, isa, patch_embed, call)
+        MMK_FOR_EACH_ISA(MMK_RUN)
+#undef MMK_RUN
+        default:
+            throw std::logic_error("a level this build does not hold");
+    }
+}
+
+void run_patch_embed_backward(const PatchEmbedBackward& call) {
+    switch (chosen_isa()) {
+#define MMK_RUN(level, isa) MMK_CASE(level, isa, patch_embed_backward, call)
+        MMK_FOR_EACH_ISA(MMK_RUN)
+#undef MMK_RUN
+        default:
+            throw std::logic_error("a level this build does not hold");
+    }
+}
+
+void bind_patch_embed(py::module_& module) {
+    py::class_<Patches>(module, "Patches",
+                        "A tensor as patches (b, gt, gy, gx) of pixels (c, t, y, x): see patch_embed.h.")
+        .def(py::init(&patches), py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"));
+    module.def(
+        "patch_embed",
+        [](const Patches& images, const Patches& weight, uintptr_t mean, uintptr_t std_dev, uintptr_t bias,
+           uintptr_t positions, int64_t position_rows, uintptr_t prefix, int64_t prefix_rows, uintptr_t tokens) {
+            py::gil_scoped_release release;
+            run_patch_embed({images, weight, reinterpret_cast<const float*>(mean),
+                             reinterpret_cast<const float*>(std_dev), reinterpret_cast<const void*>(bias),
+                             reinterpret_cast<const void*>(positions), reinterpret_cast<const void*>(prefix),
+                             reinterpret_cast<void*>(tokens), position_rows, prefix_rows});
+        },
+        py::arg("images"), py::arg("weight"), py::arg("mean"), py::arg("std"), py::arg("bias"), py::arg("positions"),
+        py::arg("position_rows"), py::arg("prefix"), py::arg("prefix_rows"), py::arg("tokens"),
+        "Addresses of contiguous tensors; 0 for one that is not given.");
+    module.def(
+        "patch_embed_backward",
+        [](const Patches& grad, const Patches& images, const Patches& weight, uintptr_t mean, uintptr_t std_dev,
+           const Patches* d_images, const Patches* d_weight, uintptr_t d_bias) {
+            py::gil_scoped_release release;
+            run_patch_embed_backward({grad, images, weight, reinterpret_cast<const float*>(mean),
+                                      reinterpret_cast<const float*>(std_dev), d_images != nullptr, d_weight != nullptr,
+                                      d_bias != 0, d_images == nullptr ? images : *d_images,
+                                      d_weight == nullptr ? weight : *d_weight, reinterpret_cast<void*>(d_bias)});
+        },
+        py::arg("grad"), py::arg("images"), py::arg("weight"), py::arg("mean"), py::arg("std"), py::arg("d_images"),
+        py::arg("d_weight"), py::arg("d_bias"), "Fills what is given of d_images, d_weight (None or Patches), d_bias.");
 }
 
 }  // namespace
@@ -84,4 +149,5 @@ PYBIND11_MODULE(_core, module) {
             return fma_peak(kind == "bfloat16", threads);
         },
         py::arg("kind"), py::arg("threads"), "FLOP/s of a multiply-add loop in 'float32' or 'bfloat16'.");
+    bind_patch_embed(module);
 }
