@@ -1,9 +1,11 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 
 // The OpenMP runtime's own entry points, called directly instead of through `#pragma omp`: the library then links no
 // runtime and cannot bring a second thread pool beside torch's, whatever compiler built it (LLVM's and Intel's runtimes
@@ -31,6 +33,31 @@ void work(void* data) {
     for (int64_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.count;) team.task(team.context, i);
 }
 
+struct Grid {
+    void (*task)(void*, int64_t, int64_t);
+    void* context;
+    int64_t n;
+    std::atomic<int64_t> next;
+    std::unique_ptr<std::atomic<int64_t>[]> waves;  // how many calls of each i are done
+};
+
+void wait_until(const std::atomic<int64_t>& waves, int64_t done) {
+    while (waves.load(std::memory_order_acquire) < done) sched_yield();
+}
+
+// Takes calls wave after wave. No barrier parts the waves: a call waits just for the two of the wave before that had
+// its i and its j. Those were taken earlier, by threads that are at work on them or done, so somebody always goes on.
+void walk(void* data, int64_t) {
+    Grid& grid = *static_cast<Grid*>(data);
+    for (int64_t k; (k = grid.next.fetch_add(1, std::memory_order_relaxed)) < grid.n * grid.n;) {
+        const int64_t t = k / grid.n, i = k % grid.n;
+        wait_until(grid.waves[i], t);
+        wait_until(grid.waves[(i + 1) % grid.n], t);
+        grid.task(grid.context, i, (i + t) % grid.n);
+        grid.waves[i].store(t + 1, std::memory_order_release);
+    }
+}
+
 }  // namespace
 
 bool openmp_present() { return GOMP_parallel != nullptr && omp_get_max_threads != nullptr; }
@@ -45,6 +72,11 @@ void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context) {
     } else {
         work(&team);
     }
+}
+
+void run_grid(int64_t n, int threads, void (*task)(void*, int64_t, int64_t), void* context) {
+    Grid grid{task, context, n, {0}, std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(n))};
+    run_tasks(std::min<int64_t>(threads, n), walk, &grid);
 }
 
 }  // namespace mmk
