@@ -7,6 +7,7 @@
 #include <chrono>
 #include <stdexcept>
 
+#include "cpu/contrastive.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/patch_embed.h"
@@ -47,6 +48,65 @@ double fma_peak(bool bfloat16, int threads) {
     run_tasks(threads, task, &job);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     return threads * job.flops / seconds.count();
+}
+
+// ---- contrastive
+
+ContrastiveResult run_clip_loss(const Contrastive& call) {
+    switch (chosen_isa()) {
+#define MMK_RUN(level, isa) MMK_CASE(level, isa, clip_loss, call)
+        MMK_FOR_EACH_ISA(MMK_RUN)
+#undef MMK_RUN
+        default:
+            throw std::logic_error("a level this build does not hold");
+    }
+}
+
+ContrastiveResult run_siglip_loss(const Contrastive& call) {
+    switch (chosen_isa()) {
+#define MMK_RUN(level, isa) MMK_CASE(level, isa, siglip_loss, call)
+        MMK_FOR_EACH_ISA(MMK_RUN)
+#undef MMK_RUN
+        default:
+            throw std::logic_error("a level this build does not hold");
+    }
+}
+
+Contrastive contrastive(const Matrix& image, const Matrix& text, double scale, double bias, double label_smoothing,
+                        const Matrix* d_image, const Matrix* d_text) {
+    const bool with_grads = d_image != nullptr && d_text != nullptr;
+    return {image,
+            text,
+            scale,
+            bias,
+            label_smoothing,
+            with_grads,
+            with_grads ? *d_image : Matrix{},
+            with_grads ? *d_text : Matrix{}};
+}
+
+void bind_contrastive(py::module_& module) {
+    module.def(
+        "clip_loss",
+        [](const Matrix& image, const Matrix& text, double scale, double label_smoothing, const Matrix* d_image,
+           const Matrix* d_text) {
+            py::gil_scoped_release release;
+            const ContrastiveResult result =
+                run_clip_loss(contrastive(image, text, scale, 0, label_smoothing, d_image, d_text));
+            return std::make_pair(result.loss, result.d_scale);
+        },
+        py::arg("image"), py::arg("text"), py::arg("scale"), py::arg("label_smoothing"), py::arg("d_image"),
+        py::arg("d_text"), "(loss, d_scale); fills d_image and d_text, unless they are None.");
+    module.def(
+        "siglip_loss",
+        [](const Matrix& image, const Matrix& text, double scale, double bias, const Matrix* d_image,
+           const Matrix* d_text) {
+            py::gil_scoped_release release;
+            const ContrastiveResult result = run_siglip_loss(contrastive(image, text, scale, bias, 0, d_image, d_text));
+            return std::make_tuple(result.loss, result.d_scale, result.d_bias);
+        },
+        py::arg("image"), py::arg("text"), py::arg("scale"), py::arg("bias"), py::arg("d_image"), py::arg("d_text"),
+        "(loss, d_scale, d_bias); fills d_image and d_text, unless they are None.");
 }
 
 // ---- patch_embed
@@ -149,5 +209,6 @@ PYBIND11_MODULE(_core, module) {
             return fma_peak(kind == "bfloat16", threads);
         },
         py::arg("kind"), py::arg("threads"), "FLOP/s of a multiply-add loop in 'float32' or 'bfloat16'.");
+    bind_contrastive(module);
     bind_patch_embed(module);
 }

@@ -1,0 +1,228 @@
+// All pairs of two sets of features, tile by tile: products of their rows, and sums of rows weighted by a tile.
+//
+//     products   p_ij = sum_d image_id text_jd                       (rows x columns of one tile)
+//     gradients  dI_id += sum_j g_ij text_jd,  dT_jd += sum_i g_ij image_id     (g one tile of weights)
+//
+// Each set of N rows is packed twice. `lanes`: panels of kPanel rows, [N / kPanel][D units][kPanel], a row a lane,
+// which serve the products both as the broadcast and as the vector operand. `columns`: panels of kPanel columns, [D /
+// kPanel][N units][kPanel], a column a lane, the vector operand of the gradients. Padding is zero. Packing moves O(N D)
+// bytes once, against O(N^2 D) operations.
+//
+// A tile is kTile x kTile, or smaller for few rows so that there is work for several threads. 144 is a multiple of
+// every shape of the micro-kernel; a tile of float32 (81 KB) and the panels it meets share the L2 cache, while its
+// depth of 144 keeps the accumulators busy long enough to hide the loads and stores of the gradients' rows.
+#pragma once
+#include "matmul.h"
+
+namespace mmk::MMK_ISA {
+
+constexpr int kPanel = 48;  // lanes of a panel: a multiple of kTileRows and of kTileVectors * kLanes at every level
+constexpr int kTile = 144;
+static_assert(kPanel % kTileRows == 0 && kPanel % (kTileVectors * kLanes) == 0 && kTile % kPanel == 0);
+
+// ---- c (+)= a b at the edges too: nothing outside rows x columns is read or written in c
+
+template <class Operand, int kRows, int kVectors>
+static void edge_tile(Broadcast a, const uint32_t* b, int64_t units, float* c, int64_t c_row, int columns, bool add) {
+    const int last = columns - (kVectors - 1) * kLanes;  // lanes of the last vector
+    const auto start = [&](int r, int v) {
+        __builtin_prefetch(c + r * c_row + v * kLanes, 1);  // on its way while the product runs
+        return Vec{};
+    };
+    const auto finish = [&](int r, int v, Vec sum) {
+        float* at = c + r * c_row + v * kLanes;
+        if (v + 1 < kVectors || last == kLanes) {
+            store(at, add ? load(at) + sum : sum);
+        } else {
+            store_first(at, add ? load_first(at, last) + sum : sum, last);
+        }
+    };
+    if (a.unit == 1) {
+        micro_kernel<Operand, kRows, kVectors>(a.a, a.row, 1, b, kPanel, units, start, finish);
+    } else {
+        micro_kernel<Operand, kRows, kVectors>(a.a, 1, a.unit, b, kPanel, units, start, finish);
+    }
+}
+
+template <class Operand, int kVectors, int kRows = kTileRows>
+static void edge_rows(Broadcast a, const uint32_t* b, int64_t units, float* c, int64_t c_row, int64_t rows, int columns,
+                      bool add) {
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows) {
+        edge_tile<Operand, kRows, kVectors>({a.a + r * a.row, a.row, a.unit}, b, units, c + r * c_row, c_row, columns,
+                                            add);
+    }
+    if constexpr (kRows > 1) {
+        if (r < rows) {
+            edge_rows<Operand, kVectors, kRows / 2>({a.a + r * a.row, a.row, a.unit}, b, units, c + r * c_row, c_row,
+                                                    rows - r, columns, add);
+        }
+    }
+}
+
+// a: rows in groups of kPanel, a_group units apart. b: panels of kPanel lanes, b_panel units apart. One of a.row and
+// a.unit is 1.
+template <class Operand>
+static void multiply(Broadcast a, int64_t a_group, const uint32_t* b, int64_t b_panel, int64_t units, float* c,
+                     int64_t c_row, int64_t rows, int64_t columns, bool add) {
+    constexpr int kColumns = kTileVectors * kLanes;
+    for (int64_t j = 0; j < columns; j += kColumns) {
+        const uint32_t* from = b + j / kPanel * b_panel + j % kPanel;
+        const int count = static_cast<int>(std::min<int64_t>(kColumns, columns - j));
+        for (int64_t r = 0; r < rows; r += kPanel) {
+            const Broadcast group{a.a + r / kPanel * a_group, a.row, a.unit};
+            const int64_t present = std::min<int64_t>(kPanel, rows - r);
+            float* to = c + r * c_row + j;
+            static_assert(kTileVectors <= 3);
+            if (count <= kLanes) {
+                edge_rows<Operand, 1>(group, from, units, to, c_row, present, count, add);
+            } else if (count <= 2 * kLanes) {
+                edge_rows<Operand, 2>(group, from, units, to, c_row, present, count, add);
+            } else {
+                edge_rows<Operand, kTileVectors>(group, from, units, to, c_row, present, count, add);
+            }
+        }
+    }
+}
+
+// ---- packing
+
+template <class T>
+struct Rows {  // a Matrix whose element type is known
+    const T* data;
+    int64_t rows, columns, row_stride, column_stride;
+
+    explicit Rows(const Matrix& m)
+        : data(static_cast<const T*>(m.data)),
+          rows(m.rows),
+          columns(m.columns),
+          row_stride(m.row_stride),
+          column_stride(m.column_stride) {}
+    const T* row(int64_t i) const { return data + i * row_stride; }
+    // kLanes elements of row i from column d on, zero past the last
+    Vec floats(int64_t i, int64_t d) const {
+        return as_float(load_units<FloatOperand>(row(i), column_stride, d, columns));
+    }
+};
+
+// Units [first, first + count) of every panel of `columns` (see above): unit u is made of rows kPack * u onwards.
+template <class Operand, class T>
+static void pack_columns(const Rows<T>& rows, int64_t first, int64_t count, int64_t units, uint32_t* packed) {
+    const auto bits = [&](int64_t i, int64_t d) { return i < rows.rows ? as_bits(rows.floats(i, d)) : UVec{}; };
+    for (int64_t u = first; u < first + count; u++) {
+        for (int64_t d = 0; d < round_up(rows.columns, kPanel); d += kLanes) {
+            uint32_t* to = packed + (d / kPanel * units + u) * kPanel + d % kPanel;
+            if constexpr (Operand::kPack == 1) {
+                store_bits(to, bits(u, d));
+            } else {  // the upper half of a float is the bfloat16 it was widened from
+                static_assert(std::is_same_v<T, BFloat16>);
+                store_bits(to, bits(2 * u, d) >> 16 | bits(2 * u + 1, d));
+            }
+        }
+    }
+}
+
+// How N rows are cut into tiles. Nothing here knows the number of threads, so no result can depend on it.
+struct Tiling {
+    int64_t rows, side, tiles;  // `side` rows a tile, of which there are `tiles`
+
+    explicit Tiling(int64_t n)
+        : rows(n),
+          side(n <= 4 * kPanel   ? kPanel
+               : n <= 8 * kPanel ? 2 * kPanel
+                                 : kTile),
+          tiles(ceil_div(n, side)) {}
+    int64_t first(int64_t tile) const { return tile * side; }
+    int64_t count(int64_t tile) const { return std::min(side, rows - tile * side); }
+    int64_t padded() const { return tiles * side; }
+};
+
+// Tiles that lie next to each other, the rows or columns of one task. At most 64 of them: that bounds the memory of
+// what is kept a band, and the threads that find work.
+struct Bands {
+    int64_t tiles, size, count;
+
+    Bands(const Tiling& tiling, int64_t least)
+        : tiles(tiling.tiles), size(std::max(least, ceil_div(tiles, 64))), count(ceil_div(tiles, size)) {}
+    int64_t first(int64_t band) const { return band * size; }
+    int64_t last(int64_t band) const { return std::min(tiles, (band + 1) * size); }
+};
+
+template <class T>
+class Pairs {
+  public:
+    using Operand = OperandOf<T>;
+
+    Pairs(const Matrix& image, const Matrix& text, bool with_grads, int threads)
+        : image(image),
+          text(text),
+          tiling(image.rows),
+          depth_(ceil_div(image.columns, Operand::kPack)),
+          column_units_(tiling.padded() / Operand::kPack),
+          image_lanes_(tiling.padded() * depth_),
+          text_lanes_(tiling.padded() * depth_),
+          image_columns_(with_grads ? column_units_ * round_up(image.columns, kPanel) : 0),
+          text_columns_(with_grads ? column_units_ * round_up(image.columns, kPanel) : 0) {
+        for_each(2 * tiling.tiles, threads, [&](int64_t i, int64_t) {
+            if (i % 2 == 0) {
+                pack(this->image, i / 2, image_lanes_.get(), with_grads ? image_columns_.get() : nullptr);
+            } else {
+                pack(this->text, i / 2, text_lanes_.get(), with_grads ? text_columns_.get() : nullptr);
+            }
+        });
+    }
+
+    // p[r * kTile + c] = <image row r, text row c> of tiles a and b; columns up to a whole vector are written, those of
+    // the padding being 0. Features are summed in blocks: a panel's block stays in the L1 cache, and the sum of the
+    // blocks' sums rounds less than one long chain of additions.
+    void products(int64_t a, int64_t b, float* p) const {
+        constexpr int64_t kDepth = 256;
+        const int64_t blocks = ceil_div(depth_, kDepth), columns = round_up(tiling.count(b), kLanes);
+        for (int64_t i = 0; i < blocks; i++) {
+            const int64_t u = depth_ * i / blocks, units = depth_ * (i + 1) / blocks - u;
+            const uint32_t* from = text_lanes_.get() + tiling.first(b) * depth_ + u * kPanel;
+            const uint32_t* rows = image_lanes_.get() + tiling.first(a) * depth_ + u * kPanel;
+            multiply<Operand>({rows, 1, kPanel}, depth_ * kPanel, from, depth_ * kPanel, units, p, kTile,
+                              tiling.count(a), columns, i > 0);
+        }
+    }
+
+    // d_image rows of tile a (+)= g text. g: unit k of row r at r * kTile / kPack + k.
+    void add_to_image(int64_t a, int64_t b, const uint32_t* g, float* d_image, int64_t stride, bool add) const {
+        gradient({g, kTile / Operand::kPack, 1}, b, text_columns_.get(), d_image + tiling.first(a) * stride, stride,
+                 tiling.count(a), add);
+    }
+    // d_text rows of tile b (+)= g^T image. g: unit k of column c at k * kTile + c.
+    void add_to_text(int64_t a, int64_t b, const uint32_t* g, float* d_text, int64_t stride, bool add) const {
+        gradient({g, 1, kTile}, a, image_columns_.get(), d_text + tiling.first(b) * stride, stride, tiling.count(b),
+                 add);
+    }
+
+    const Rows<T> image, text;
+    const Tiling tiling;
+
+  private:
+    void gradient(Broadcast g, int64_t tile, const uint32_t* columns, float* d, int64_t stride, int64_t rows,
+                  bool add) const {
+        multiply<Operand>(g, kPanel * g.row, columns + tiling.first(tile) / Operand::kPack * kPanel,
+                          column_units_ * kPanel, ceil_div(tiling.count(tile), Operand::kPack), d, stride, rows,
+                          image.columns, add);
+    }
+
+    void pack(const Rows<T>& rows, int64_t tile, uint32_t* lanes, uint32_t* columns) const {
+        const int64_t first = tiling.first(tile);
+        for (int64_t i = first; i < first + tiling.side; i += kPanel) {
+            pack_lanes<Operand>(rows.row(i), rows.row_stride, rows.column_stride, rows.rows - i, rows.columns, depth_,
+                                kPanel, lanes + i * depth_);
+        }
+        if (columns != nullptr) {
+            pack_columns<Operand>(rows, first / Operand::kPack, tiling.side / Operand::kPack, column_units_, columns);
+        }
+    }
+
+    int64_t depth_;         // units along D
+    int64_t column_units_;  // units along N
+    Scratch<uint32_t> image_lanes_, text_lanes_, image_columns_, text_columns_;
+};
+
+}  // namespace mmk::MMK_ISA

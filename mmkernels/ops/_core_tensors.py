@@ -1,0 +1,29 @@
+"""Handing tensors to the compiled core: addresses, sizes and strides, nothing copied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _core
+
+FLOATS = {
+    torch.float32: _core.DType.float32,
+    torch.bfloat16: _core.DType.bfloat16,
+    torch.float16: _core.DType.float16,
+}
+
+
+def matrix(x: Tensor) -> _core.Matrix:
+    """A (rows, columns) tensor of any strides. It must outlive the call that the matrix is passed to."""
+    return _core.Matrix(x.data_ptr(), FLOATS[x.dtype], *x.shape, *x.stride())
+
+
+def unserved(name: str, x: Tensor) -> str | None:
+    """Why the core cannot read the floating-point tensor `x`; None when it can."""
+    if x.device.type != "cpu":
+        return f"it serves tensors on the CPU, {name} is on {x.device}"
+    if x.dtype not in FLOATS:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        return f"it serves {name} of {accepted}, not {x.dtype}"
+    return None

@@ -1,0 +1,51 @@
+"""The contrastive losses by the compiled core. Signatures and results are those of `reference.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _core
+from .._core_tensors import matrix, unserved
+
+
+def unsupported(image: Tensor, text: Tensor) -> str | None:
+    return unserved("image_features", image) or unserved("text_features", text)
+
+
+def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
+    loss, _ = _core.clip_loss(matrix(image), matrix(text), scale.item(), label_smoothing, None, None)
+    return _loss(loss)
+
+
+def clip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
+    d_image, d_text = _contiguous_like(image), _contiguous_like(text)
+    loss, d_scale = _core.clip_loss(
+        matrix(image), matrix(text), scale.item(), label_smoothing, matrix(d_image), matrix(d_text)
+    )
+    return _loss(loss), d_image, d_text, _full_like(scale, d_scale)
+
+
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    loss, _, _ = _core.siglip_loss(matrix(image), matrix(text), scale.item(), bias.item(), None, None)
+    return _loss(loss)
+
+
+def siglip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    d_image, d_text = _contiguous_like(image), _contiguous_like(text)
+    loss, d_scale, d_bias = _core.siglip_loss(
+        matrix(image), matrix(text), scale.item(), bias.item(), matrix(d_image), matrix(d_text)
+    )
+    return _loss(loss), d_image, d_text, _full_like(scale, d_scale), _full_like(bias, d_bias)
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _loss(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _full_like(x: Tensor, value: float) -> Tensor:
+    return torch.full(x.shape, value, dtype=x.dtype)
