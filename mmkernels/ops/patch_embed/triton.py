@@ -25,7 +25,7 @@ bytes for each element of each copy; dX: dY + W + X.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -39,11 +39,12 @@ from .geometry import PatchGeometry
 IMAGE_DTYPES = (*_triton.DTYPES, torch.uint8)
 PROGRAMS = 256  # that a split of the weight gradient aims at: two for each multiprocessor of the largest GPUs
 
-# (half types, float32), for the result, the weight's gradient and the images': rows, columns, step of the sum.
+# By architecture: half types, float32. None spills a register and all fit into shared memory (tests/compile); on sm90
+# there is room for two blocks a multiprocessor.
 TILES = {
     "interpreter": (Tile(16, 32, 64, 4, 1), Tile(16, 32, 64, 4, 1)),
     "sm80": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 16, 8, 3)),
-    "sm90": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 16, 8, 3)),
+    "sm90": (Tile(128, 128, 64, 8, 3, maxnreg=128), Tile(128, 128, 16, 8, 3)),
     "sm100": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 16, 8, 3)),
     "cdna": (Tile(128, 128, 64, 8, 2), Tile(128, 64, 32, 8, 2)),
 }
@@ -106,7 +107,7 @@ def patch_embed(
 ) -> Tensor:
     features, num_prefix = weight.shape[0], 0 if prefix is None else prefix.shape[0]
     tokens = weight.new_empty(geometry.batch, num_prefix + geometry.patches, features)
-    pixels, tile = Pixels.of(images, geometry), _tile(weight)
+    pixels, tile = Pixels.of(images, geometry), _tile(weight, two_blocks=mean is None)
     rows = _weight_rows(weight, geometry, pixels)
     count = geometry.batch * geometry.patches
     positions = None if pos_embed is None else pos_embed.contiguous()
@@ -155,7 +156,7 @@ def patch_embed_backward(
 def _write_images_grad(
     grad: Tensor, weight: Tensor, geometry: PatchGeometry, d_images: Tensor, into: PatchGeometry
 ) -> None:
-    pixels, tile = Pixels.of(d_images, into), _tile(weight)
+    pixels, tile = Pixels.of(d_images, into), _tile(weight, two_blocks=True)
     rows = _weight_rows(weight, geometry, pixels)
     count = into.batch * into.patches
     launch(
@@ -176,7 +177,8 @@ def _write_weight_grad(
     d_weight: Tensor,
     into: PatchGeometry,
 ) -> None:
-    pixels, tile = Pixels.of(images, geometry), _tile(weight)
+    pixels = Pixels.of(images, geometry)
+    tile = _tile(weight, two_blocks=False)
     features, count = weight.shape[0], geometry.batch * geometry.patches
     tiles = triton.cdiv(features, tile.BLOCK_M) * triton.cdiv(geometry.pixels, tile.BLOCK_N)
     splits = max(1, min(PROGRAMS // tiles, triton.cdiv(count, 2 * tile.BLOCK_K)))
@@ -218,8 +220,10 @@ def _meta(weight: Tensor, pixels: Pixels, tile: Tile) -> dict[str, object]:
     return dict(PRECISION=_triton.precision(weight.dtype), **pixels.meta(), **tile.meta())
 
 
-def _tile(weight: Tensor) -> Tile:
-    return TILES[_triton.family(weight.device)][weight.dtype == torch.float32]
+def _tile(weight: Tensor, two_blocks: bool) -> Tile:
+    """Normalising, and addresses of both operands that change in the loop, need the registers of a second block."""
+    tile = TILES[_triton.family(weight.device)][weight.dtype == torch.float32]
+    return tile if two_blocks else replace(tile, maxnreg=None)
 
 
 @triton.jit
@@ -374,11 +378,12 @@ def weight_grad(
     for m0 in tl.range(split * run, end, BLOCK_K):
         m = m0 + tl.arange(0, BLOCK_K)
         g_row = (m // patches).to(tl.int64) * stride_gb8 + (m % patches).to(tl.int64) * stride_gp8
-        inside_m = m[:, None] < end
-        g = tl.load(grad + (g_row * 8)[:, None] + e[None, :], mask=inside_m & (e[None, :] < E_WIDTH), other=0.0)
+        g = tl.load(
+            grad + (g_row * 8)[None, :] + e[:, None], mask=(m[None, :] < end) & (e[:, None] < E_WIDTH), other=0.0
+        )
         at = _patch_offsets(m, stride_b, stride_t, stride_y, stride_x, patches, grid_y, grid_x, VECTOR)
-        x = tl.load(images + at[:, None] + pixel[None, :], mask=inside_m & (k[None, :] < K), other=0)
+        x = tl.load(images + at[:, None] + pixel[None, :], mask=(m[:, None] < end) & (k[None, :] < K), other=0)
         x = _normalised(x, k, factor, offset, grad.dtype.element_ty, CHANNELS, CHANNEL_INNER)
-        sums = dot(g.T, x, sums, PRECISION)
+        sums = dot(g, x, sums, PRECISION)
     p_copies = copies + split.to(tl.int64) * (E * K) + e[:, None].to(tl.int64) * K + k[None, :]
     tl.store(p_copies, sums, mask=(e[:, None] < E) & (k[None, :] < K))

@@ -1,0 +1,194 @@
+"""Compile the Triton kernels for a GPU that is not there, and report on what came out.
+
+    python tests/compile/artifacts.py sm90        # JSON: call -> kernel -> report
+
+The backend's own launchers run on meta tensors, with their launch replaced by Triton's `warmup`: what is compiled is
+what a GPU of that family would be sent, tile for tile and argument for argument, and cannot drift from it. Neither a
+GPU nor a driver is needed, only the compiler and the disassembler that come with the triton wheel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from mmkernels.ops import _triton
+from mmkernels.ops.contrastive import triton as contrastive
+from mmkernels.ops.patch_embed import triton as patch_embed
+from mmkernels.ops.patch_embed.geometry import patch_geometry
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "cdna": GPUTarget("hip", "gfx942", 64),
+}
+# KiB a block may use. The sm80 row of the tables also serves sm_86, sm_89 and sm_120, which have 99, not 163.
+SHARED = {"sm80": 99, "sm90": 227, "sm100": 227, "cdna": 64}
+REGISTERS = 65536
+
+
+class Device:
+    """Stands for the driver of a machine with one GPU."""
+
+    def __init__(self, family: str):
+        self.target = TARGETS[family]
+        self.index = list(TARGETS).index(family)  # Triton keeps what it compiled by the index of the device
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Features:
+    """A contrastive loss of features, of no size that a power of two divides."""
+
+    loss: str
+    dtype: str
+    width: int
+
+    def run(self) -> None:
+        x = torch.empty(1003, self.width, dtype=getattr(torch, self.dtype), device="meta")
+        scale = torch.empty((), device="meta")
+        last = scale if self.loss.startswith("siglip") else 0.1
+        getattr(contrastive, self.loss)(x, x, scale, last)
+
+    @property
+    def launched(self) -> set[str]:
+        return (
+            {"siglip"} if self.loss.startswith("siglip") else {"clip_stats", "fold_stats", "clip_loss_sum", "clip_grad"}
+        )
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """patch_embed forward and backward, with everything that can be added."""
+
+    images: tuple[int, ...]
+    image_dtype: str
+    weight: tuple[int, ...]
+    dtype: str = "bfloat16"
+    channels_last: bool = False
+    gathered: bool = True  # the runs of pixels are long enough for asynchronous copies, 4 bytes at least
+
+    def run(self) -> None:
+        images = torch.empty(self.images, dtype=getattr(torch, self.image_dtype), device="meta")
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        weight = torch.empty(self.weight, dtype=getattr(torch, self.dtype), device="meta")
+        mean = torch.empty(3, device="meta") if self.image_dtype == "uint8" else None
+        geometry = patch_geometry(images, weight, None if mean is None else 3, "chw")
+        bias, positions = weight.new_empty(len(weight)), weight.new_empty(geometry.patches, len(weight))
+        tokens = patch_embed.patch_embed(images, weight, bias, positions, None, mean, mean, geometry)
+        grad = tokens.view(geometry.batch, geometry.patches, len(weight))
+        d_images, d_weight = None if mean is not None else torch.empty_like(images), torch.empty_like(weight)
+        arguments = grad, images, weight, mean, mean, geometry, d_images, d_weight, None, geometry
+        patch_embed.patch_embed_backward(*arguments)
+
+    @property
+    def launched(self) -> set[str]:
+        return {"embed", "weight_grad"} | (set() if self.image_dtype == "uint8" else {"images_grad"})
+
+
+PICTURES = (3, 3, 224, 224)
+CALLS = {
+    "clip-bfloat16": Features("clip_loss_with_grads", "bfloat16", 768),
+    "clip-bfloat16-tail": Features("clip_loss_with_grads", "bfloat16", 75),
+    "clip-float32": Features("clip_loss_with_grads", "float32", 768),
+    "siglip-bfloat16": Features("siglip_loss_with_grads", "bfloat16", 768),
+    "siglip-forward": Features("siglip_loss", "bfloat16", 768),
+    "embed-P16": Embedding(PICTURES, "bfloat16", (768, 3, 16, 16)),
+    "embed-P14": Embedding(PICTURES, "bfloat16", (1152, 3, 14, 14)),
+    "embed-uint8-P16": Embedding(PICTURES, "uint8", (768, 3, 16, 16)),
+    "embed-uint8-P14": Embedding(PICTURES, "uint8", (1152, 3, 14, 14), gathered=False),
+    "embed-uint8-channels_last": Embedding(PICTURES, "uint8", (768, 3, 16, 16), channels_last=True),
+    "embed-float32": Embedding(PICTURES, "float32", (768, 3, 16, 16), dtype="float32"),
+}
+
+
+def compile_call(family: str, name: str) -> dict[str, tuple[object, dict[str, object]]]:
+    """The kernels that a call launches on a GPU of this family, compiled, with the options of the launch."""
+    kernels = {}
+
+    def warm_up(kernel, programs: int, *args, **meta) -> None:
+        kernels[kernel.__name__] = kernel.warmup(*args, grid=(programs,), **meta), meta
+
+    driver.set_active(Device(family))
+    torch.version.hip = "7.0" if family == "cdna" else None
+    _triton.family = lambda device: family
+    contrastive.launch = patch_embed.launch = warm_up
+    CALLS[name].run()
+    return kernels
+
+
+def report(kernel, meta: dict[str, object], family: str) -> dict[str, object]:
+    """What a test asserts about a kernel: counts of instructions, resources, and the options it was launched with."""
+    found = amd_report(kernel) if family == "cdna" else nvidia_report(kernel)
+    return found | {name: value for name, value in meta.items() if isinstance(value, int)}
+
+
+def amd_report(kernel) -> dict[str, int]:
+    text = kernel.asm["amdgcn"]
+    field = {name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1)) for name in ("vgpr_count", "vgpr_spill_count")}
+    return dict(
+        shared=kernel.metadata.shared,
+        registers=field["vgpr_count"],
+        spills=field["vgpr_spill_count"],
+        mfma=len(re.findall(r"v_mfma", text)),
+        atomics=len(re.findall(r"_atomic_", text)),
+    )
+
+
+def nvidia_report(kernel) -> dict[str, int]:
+    ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
+    usage, sass = _tool("cuobjdump", cubin, "-res-usage"), _tool("nvdisasm", cubin, "-c")
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, sass))
+
+    warps = int(re.search(r"\.reqntid (\d+)", ptx).group(1)) // 32
+    return dict(
+        shared=kernel.metadata.shared,
+        registers=registers,
+        blocks=REGISTERS // (-(-registers // 8) * 8 * 32 * warps),
+        spills=count(r"\bLDL") + count(r"\bSTL") + stack,
+        hmma=count(r"\bHMMA"),
+        hgmma=count(r"\bHGMMA"),
+        utcmma=count(r"\bUTC\w*MMA"),
+        asynchronous=count(r"\bLDGSTS") + count(r"\bUTMALDG"),
+        atomics=len(re.findall(r"(?m)^\s*(?:@!?%p\d+\s+)?(?:atom|red)\.", ptx)),
+    )
+
+
+def _tool(name: str, cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    family = sys.argv[1]
+    reports = {
+        name: {kernel: report(*compiled, family) for kernel, compiled in compile_call(family, name).items()}
+        for name in sys.argv[2:] or CALLS
+    }
+    print(json.dumps(reports))

@@ -1,0 +1,91 @@
+"""What the Triton kernels compile to, on GPUs that are not there (see artifacts.py).
+
+The compiler runs in processes of its own, one a family: Triton decides when a kernel is decorated whether it is to be
+interpreted, and the rest of the suite interprets.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ARTIFACTS = Path(__file__).with_name("artifacts.py")
+spec = importlib.util.spec_from_file_location("artifacts", ARTIFACTS)
+artifacts = importlib.util.module_from_spec(spec)
+sys.modules["artifacts"] = artifacts
+spec.loader.exec_module(artifacts)
+
+PRODUCTS = {"clip_stats", "clip_grad", "siglip", "embed", "images_grad", "weight_grad"}
+TENSOR_CORES = {"sm80": "hmma", "sm90": "hgmma", "sm100": "utcmma", "cdna": "mfma"}
+
+
+@cache
+def start(family: str) -> subprocess.Popen:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(ARTIFACTS), family]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@cache
+def reports(family: str) -> dict[str, dict[str, dict[str, int]]]:
+    for each in artifacts.TARGETS:
+        start(each)
+    out, err = start(family).communicate(timeout=600)
+    assert start(family).returncode == 0, f"does not compile for {family}:\n{err[-4000:]}"
+    return json.loads(out)
+
+
+CASES = pytest.mark.parametrize(
+    ("family", "call"), [(family, call) for family in artifacts.TARGETS for call in artifacts.CALLS]
+)
+
+
+@CASES
+def test_resources(family: str, call: str):
+    kernels = reports(family)[call]
+    assert set(kernels) == artifacts.CALLS[call].launched
+    for name, found in kernels.items():
+        assert found["spills"] == 0, f"{name} spills registers: {found}"
+        assert found["shared"] <= artifacts.SHARED[family] * 1024, f"{name} asks for too much shared memory: {found}"
+        assert found["atomics"] == 0, f"{name} is not deterministic: {found}"
+        if "maxnreg" in found:
+            blocks = min(found["blocks"], artifacts.SHARED[family] * 1024 // (found["shared"] + 1024))
+            assert blocks >= 2, f"{name} gives up registers, but no second block fits: {found}"
+
+
+@CASES
+def test_instructions(family: str, call: str):
+    case = artifacts.CALLS[call]
+    for name, found in reports(family)[call].items():
+        if name not in PRODUCTS:
+            continue
+        if (
+            family == "cdna" or case.dtype != "float32"
+        ):  # only AMD multiplies float32 by tensor cores without rounding it
+            assert found[TENSOR_CORES[family]] > 0, f"{name} does without tensor cores: {found}"
+        if family in ("sm90", "sm100"):
+            assert found["hmma"] == 0, f"{name} fell back to the tensor core instructions of sm80: {found}"
+        if family != "cdna":
+            assert found["asynchronous"] >= copies(case, name, found), f"{name} waits for its loads: {found}"
+
+
+def copies(case, kernel: str, found: dict[str, int]) -> int:
+    """The 16 byte copies a thread makes to load every stage of both operands, if all are asynchronous."""
+    pixels = {"uint8": 1, "bfloat16": 2, "float32": 4}[getattr(case, "image_dtype", case.dtype)]
+    if not getattr(case, "gathered", True):
+        pixels = 0
+    other = 4 if case.dtype == "float32" else 2
+    rows, columns = found["BLOCK_M"], found["BLOCK_N"]
+    if kernel == "weight_grad":
+        rows, columns = columns, rows
+    if kernel == "images_grad":
+        pixels = other
+    step = (rows * pixels + columns * other) * found["BLOCK_K"]
+    return step * found["num_stages"] // (16 * 32 * found["num_warps"])
