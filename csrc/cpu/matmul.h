@@ -20,8 +20,9 @@ constexpr int kTileRows = kRegisters == 32 ? 8 : 4;
 constexpr int kTileVectors = kLanes == 4 ? 2 : 3;
 constexpr int kTileColumns = kTileVectors * kLanes;
 
-// A float32 chain of multiply-adds loses digits as it grows, so the accumulators are emptied after this many.
-constexpr int64_t kChain = 256;
+// A float32 chain of multiply-adds loses digits as it grows, so the accumulators are emptied after this many: sooner in
+// a short product, where that costs little and libraries sum in several accumulators.
+constexpr int64_t kChain = 256, kShortChain = 64;
 constexpr int64_t kDepth = 1280;  // units of k after which a tile makes way for the next one
 
 static MMK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -152,7 +153,8 @@ static void tile(Broadcast a, const uint32_t* b, int64_t units, float* c, int64_
         float* at = c + r * c_row + v * kLanes;
         store(at, add ? load(at) + sum : sum);
     };
-    const int64_t chains = Operand::kPack == 1 ? ceil_div(units, kChain) : 1;
+    const int64_t chain = units < 2 * kChain ? kShortChain : kChain;
+    const int64_t chains = Operand::kPack == 1 ? ceil_div(units, chain) : 1;
     for (int64_t i = 0; i < chains; i++, add = true) {
         const int64_t first = units * i / chains, count = units * (i + 1) / chains - first;
         const uint32_t *from = a.a + first * a.unit, *lanes = b + first * kVectors * kLanes;

@@ -55,13 +55,15 @@ class GroupPacker {
     Scratch<uint32_t> rows_;
 };
 
+typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
+
 // sums[e] of `count` rows of G.
 template <class Element>
-void sum_rows(const Element* rows, int64_t row, int64_t count, int64_t lanes, float* sums) {
+void sum_rows(const Element* rows, int64_t row, int64_t count, int64_t lanes, double* sums) {
     for (int64_t e = 0; e < lanes; e += kLanes) {
-        Vec sum{};
-        for (int64_t r = 0; r < count; r++) sum += load(rows + r * row + e);
-        store(sums + e, sum);
+        Doubles sum{};
+        for (int64_t r = 0; r < count; r++) sum += __builtin_convertvector(load(rows + r * row + e), Doubles);
+        memcpy(sums + e, &sum, sizeof sum);
     }
 }
 
@@ -79,8 +81,8 @@ void backward_weight(const PatchEmbedBackward& call) {
     const int64_t chunk = std::min(rows, kChunk), chunk_units = ceil_div(chunk, Operand::kPack);
     const int64_t d_row = row_units(x_panels.lanes()), lanes = g_panels.lanes();
     Scratch<uint32_t> x_packed(x_panels.lanes() * chunk_units), g_packed(lanes * chunk_units);
-    Scratch<float> d(lanes * d_row), partial(ceil_div(chunk, kGroup) * lanes);
-    Scratch<double> d_bias(lanes);
+    Scratch<float> d(lanes * d_row);
+    Scratch<double> partial(ceil_div(chunk, kGroup) * lanes), d_bias(lanes);
     for (int64_t e = 0; e < lanes; e++) d_bias.get()[e] = 0;
     if (rows == 0) memset(d.get(), 0, lanes * d_row * sizeof(float));
 

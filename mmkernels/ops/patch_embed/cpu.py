@@ -6,24 +6,15 @@ import torch
 from torch import Tensor
 
 from ... import _core
+from .._core_tensors import FLOATS, unserved
 from .geometry import PatchGeometry
 
-_DTYPES = {
-    torch.float32: _core.DType.float32,
-    torch.bfloat16: _core.DType.bfloat16,
-    torch.float16: _core.DType.float16,
-}
-_PIXELS = {**_DTYPES, torch.uint8: _core.DType.uint8}
+_PIXELS = {**FLOATS, torch.uint8: _core.DType.uint8}
 
 
 def unsupported(images: Tensor, weight: Tensor) -> str | None:
-    if images.device.type != "cpu" or weight.device.type != "cpu":
-        return f"it serves tensors on the CPU, images is on {images.device}, weight on {weight.device}"
-    for label, value, dtypes in (("images", images, _PIXELS), ("weight", weight, _DTYPES)):
-        if value.dtype not in dtypes:
-            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            return f"it serves {label} of {accepted}, not {value.dtype}"
-    return None
+    pixels = None if images.dtype == torch.uint8 and images.device.type == "cpu" else unserved("images", images)
+    return pixels or unserved("weight", weight)
 
 
 def patch_embed(
@@ -73,7 +64,7 @@ def patch_embed_backward(
     _core.patch_embed_backward(
         _core.Patches(
             grad.data_ptr(),
-            _DTYPES[grad.dtype],
+            FLOATS[grad.dtype],
             (batch, 1, 1, patches, 1, 1, 1, features),
             (batch_stride, 0, 0, patch_stride, 0, 0, 0, feature_stride),
         ),
@@ -94,7 +85,7 @@ def _images(images: Tensor, geometry: PatchGeometry) -> _core.Patches:
 def _weight(weight: Tensor, geometry: PatchGeometry) -> _core.Patches:
     sizes = (1, 1, 1, weight.shape[0], *geometry.patch)
     strides = (0, 0, 0, geometry.weight_row_stride, *geometry.weight_strides)
-    return _core.Patches(weight.data_ptr(), _DTYPES[weight.dtype], sizes, strides)
+    return _core.Patches(weight.data_ptr(), FLOATS[weight.dtype], sizes, strides)
 
 
 def _contiguous(value: Tensor | None) -> Tensor | None:
