@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ def peers(case: Case, call: Call) -> list[Peer]:
     found = _loss_peers(case.op) if case.op != "patch_embed" else _patch_peers(call)
     if next(iter(call.tensors.values())).device.type in case.compiled:
         best = found[-1]
-        found.append(Peer(f"torch.compile({best.name})", torch.compile(best.function, dynamic=False), compiled=True))
+        found.append(Peer(f"compiled {best.name}", torch.compile(best.function, dynamic=False), compiled=True))
     return found
 
 
@@ -60,6 +61,7 @@ def _open_clip(op: str) -> Function | None:
     )
     try:
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # torch.compile looks its globals up there
         spec.loader.exec_module(module)
     except (ImportError, OSError):
         return None

@@ -36,8 +36,8 @@ def _table(op: str, groups: list[list[dict]]) -> Table:
         table.add_column(heading)
     for heading in ("eager", "best peer"):
         table.add_column(heading, justify="right")
-    table.add_column("which is")
-    for heading in ("of the peak", "memory", "eager's", "error / budget"):
+    table.add_column("which is", no_wrap=True)
+    for heading in ("of peak", "memory", "eager's", "error / budget"):
         table.add_column(heading, justify="right")
     table.caption = f"eager is {eager}" if op != "patch_embed" else "eager is the convolution, as models run it"
     for group in groups:
@@ -81,7 +81,7 @@ def _print_footer(console: Console, report: Report) -> None:
         f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items() if name not in ("copy", "source")
     )
     console.print(
-        f"[dim]Peak measured now: {rates} ({peaks['source']}), copy {peaks['copy'] / 1e9:.1f} GB/s. Medians of "
+        f"[dim]Peak probed in this run: {rates} ({peaks['source']}), copy {peaks['copy'] / 1e9:.1f} GB/s. Medians of "
         "alternating runs with cold caches; every figure is of a result within its error budget.[/]"
     )
     if report.interrupted:

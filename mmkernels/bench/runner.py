@@ -45,7 +45,7 @@ class Request:
 
     @property
     def target_seconds(self) -> float:
-        return 0.3 if self.quick else 2.0
+        return 0.3 if self.quick else 1.5
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,18 @@ def run(request: Request, env: dict, step: Callable[[str, int, int], None]) -> R
             step(f"{case.op} {case.name} {name_of(dtype)}", done, len(work))
             with exact_float32():
                 _measure(case, dtype, request, stopwatch, report)
+            _raise_peaks(report, probe_peaks(request.device, list(request.dtypes)))
     except KeyboardInterrupt:
         report.interrupted = True
-    _raise_peaks(report, probe_peaks(request.device, list(request.dtypes)))
+    for result in report.results:
+        floor = _floor_seconds(result["flops"], result["bytes"], result["dtype"], report.peaks)
+        result["peak_fraction"] = floor * 1e3 / result["ms"]
     return report
 
 
 def _raise_peaks(report: Report, again: Peaks) -> None:
-    """The peak is the better of a probe before and one after: what disturbed one of them disturbs no fraction."""
+    """The peak is the best of the probes between the cases: what disturbed one of them disturbs no fraction."""
     report.peaks |= {name: max(rate, report.peaks[name]) for name, rate in again.items()}
-    for result in report.results:
-        floor = _floor_seconds(result["flops"], result["bytes"], result["dtype"], report.peaks)
-        result["peak_fraction"] = floor * 1e3 / result["ms"]
 
 
 def prepare(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[Call, torch.Tensor, Truth]:

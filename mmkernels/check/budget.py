@@ -10,7 +10,8 @@ A quantity of many elements averages luck out: the largest of many errors hardly
 elements, a scalar above all (the loss, the gradient of a scale or a bias), does not: plain code that happens to round
 to the truth would leave its rivals a budget of nothing. Therefore errors are the largest over several independent
 draws, and the error of a plain scalar counts as at least half an ulp of the dtype it was computed in, which is what
-anyone knows about it.
+anyone knows about it. Where the two errors are equally large on average (features normalised in half precision) or the
+elements very few, more draws of the plain one tell how large it gets.
 
 `response` is how far the quantity moves when every logit of a contrastive loss moves by 2 ulp of float32. Logits are
 rounded before they are exponentiated, whoever does it, and the answer is a difference of such terms; where that
@@ -49,14 +50,17 @@ class Quantity:
 
     def add(self, ours: Tensor, plain: Tensor, truth: Tensor, response: float = 0.0) -> None:
         """Take in one draw."""
+        self.add_plain(plain, truth, response)
         self.complaint = self.complaint or self._malformed(ours, truth)
-        if self.complaint:
-            return
+        if not self.complaint:
+            self.error = max(self.error, _distance(ours, truth))
+
+    def add_plain(self, plain: Tensor, truth: Tensor, response: float = 0.0) -> None:
+        """Take in a draw that only tells how wrong plain PyTorch can be."""
         if not plain.isfinite().all():
             raise ArithmeticError(
                 f"plain PyTorch overflows on {self.name} and gives no budget: the case is too extreme"
             )
-        self.error = max(self.error, _distance(ours, truth))
         self.plain_error = max(self.plain_error, _distance(plain, truth))
         self.size = max(self.size, truth.abs().max().item())
         self.response = max(self.response, response)

@@ -21,7 +21,7 @@ from .ops import OPS, Call, Op
 from .plain import exact_float32
 from .poison import poisoned
 
-THREADS = (1, 2, 3)
+THREADS = (2, 3)  # that the CPU kernels are run on too; everything else is small and runs on one
 
 
 @dataclass
@@ -79,9 +79,13 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
     outcome = Outcome(case.op, case.name, backend, name_of(dtype), device, seed)
     try:
         quantities: dict[str, Quantity] = {}
-        with exact_float32():
+        with exact_float32(), _threads(1):
             for number in range(DRAWS):
                 _check_draw(case, dtype, outcome, number, quantities)
+            for number in range(DRAWS, DRAWS + case.plain_draws):
+                drawn = _Drawn.of(case, dtype, outcome, number)
+                for name, quantity in quantities.items():
+                    quantity.add_plain(drawn.plain[name], drawn.truth[name], drawn.responses.get(name, 0.0))
         outcome.quantities = list(quantities.values())
         outcome.failures += filter(None, (quantity.failure() for quantity in outcome.quantities))
     except BackendUnavailable as reason:
@@ -107,30 +111,45 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_draw(case: Case, dtype: torch.dtype, outcome: Outcome, number: int, quantities: dict[str, Quantity]) -> None:
-    op = OPS[case.op]
-    draw = Draw(outcome.seed, case.op, case.name, number)
-    call = case.make(draw, dtype, outcome.device)
-    wide = call.in_dtype(torch.float64)
-    with torch.no_grad():
-        shape_like = op.call(**wide.tensors, **wide.options, backend="reference")
-    upstream = case.upstream(draw, shape_like).to(outcome.device, dtype)
-    truth = evaluate(op.call, wide, op, upstream, backend="reference")
-    plain = evaluate(op.plain, call, op, upstream)
-    if op.wide_result and not call.options.get("normalize"):
-        plain[op.result] = evaluate(op.plain, call.in_dtype(torch.float32), op, upstream)[op.result]
+@dataclass(frozen=True)
+class _Drawn:
+    """One draw of a case: a call, and what it should give."""
 
+    op: Op
+    call: Call
+    upstream: Tensor
+    truth: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    responses: dict[str, float]
+
+    @classmethod
+    def of(cls, case: Case, dtype: torch.dtype, outcome: Outcome, number: int) -> _Drawn:
+        op = OPS[case.op]
+        draw = Draw(outcome.seed, case.op, case.name, number)
+        call = case.make(draw, dtype, outcome.device)
+        wide = call.in_dtype(torch.float64)
+        with torch.no_grad():
+            shape_like = op.call(**wide.tensors, **wide.options, backend="reference")
+        upstream = case.upstream(draw, shape_like).to(outcome.device, dtype)
+        truth = evaluate(op.call, wide, op, upstream, backend="reference")
+        plain = evaluate(op.plain, call, op, upstream)
+        if op.wide_result and not call.options.get("normalize"):
+            plain[op.result] = evaluate(op.plain, call.in_dtype(torch.float32), op, upstream)[op.result]
+        return cls(op, call, upstream, truth, plain, op.response(call))
+
+
+def _check_draw(case: Case, dtype: torch.dtype, outcome: Outcome, number: int, quantities: dict[str, Quantity]) -> None:
+    drawn = _Drawn.of(case, dtype, outcome, number)
+    op, call, upstream = drawn.op, drawn.call, drawn.upstream
     before = {name: x.clone() for name, x in call.tensors.items()}
     with poisoned():
         ours = evaluate(op.call, call, op, upstream, backend=outcome.backend)
     outcome.failures += [f"{name} was written to" for name, x in call.tensors.items() if not _same(x, before[name])]
-
-    responses = op.response(call)
     for name, value in ours.items():
         expected = call.tensors[name.removeprefix("d_")].dtype if name != op.result else _result_dtype(op, dtype)
         plain_dtype = torch.float32 if name == op.result and op.wide_result else dtype
         quantity = quantities.setdefault(name, Quantity(name, expected, plain_dtype))
-        quantity.add(value, plain[name], truth[name], responses.get(name, 0.0))
+        quantity.add(value, drawn.plain[name], drawn.truth[name], drawn.responses.get(name, 0.0))
     if number == 0 and outcome.backend != "reference":  # what torch's own products do is not ours to promise
         outcome.failures += _unsteady(op, call, upstream, outcome, ours)
     if number == 0 and op.wide_result:
@@ -142,20 +161,25 @@ def _result_dtype(op: Op, dtype: torch.dtype) -> torch.dtype:
 
 
 def _unsteady(op: Op, call: Call, upstream: Tensor, outcome: Outcome, first: dict[str, Tensor]) -> list[str]:
-    """Run again, and on the CPU with other numbers of threads: every bit must stay."""
-    had = torch.get_num_threads()
+    """Run again, on the CPU with other numbers of threads: every bit must stay."""
     found = []
-    try:
-        for threads in THREADS if outcome.device == "cpu" and outcome.backend == "cpu" else (had,):
-            torch.set_num_threads(threads)
-            with _no_synchronisation(outcome.device):
-                again = evaluate(op.call, call, op, upstream, backend=outcome.backend)
-            moved = [name for name, value in again.items() if not _same(value, first[name])]
-            if moved:
-                found.append(f"{', '.join(moved)}: a second run, on {threads} threads, gives other bits")
-    finally:
-        torch.set_num_threads(had)
+    for threads in THREADS if outcome.backend == "cpu" else (1,):
+        with _threads(threads), _no_synchronisation(outcome.device):
+            again = evaluate(op.call, call, op, upstream, backend=outcome.backend)
+        moved = [name for name, value in again.items() if not _same(value, first[name])]
+        if moved:
+            found.append(f"{', '.join(moved)}: a second run, on {threads} threads, gives other bits than one on 1")
     return found
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
