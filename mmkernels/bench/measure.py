@@ -47,11 +47,10 @@ class Stopwatch:
 
     def alternate(self, functions: dict[str, Function], target_seconds: float) -> dict[str, Timing]:
         """Rounds over all functions for about `target_seconds`; they have been run before."""
-        first = {name: self._time(function) for name, function in functions.items()}
-        rounds = int(target_seconds / max(sum(first.values()), 1e-9))
-        seconds: dict[str, list[float]] = {name: [] for name in functions}
         names = list(functions)
-        for number in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
+        seconds = {name: [self._time(function)] for name, function in functions.items()}
+        rounds = int(target_seconds / max(sum(map(sum, seconds.values())), 1e-9))
+        for number in range(1, min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
             start = number % len(names)
             for name in names[start:] + names[:start]:
                 seconds[name].append(self._time(functions[name]))
