@@ -108,7 +108,7 @@ def _matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def _copy_rate(device: str) -> float:
-    count = 1 << (30 if device == "cuda" else 27)  # bytes, several times any cache
+    count = 1 << (30 if device == "cuda" else 26)  # bytes, several times any cache
     source, target = (torch.ones(count, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * count / _best_seconds(lambda: target.copy_(source), device)
 

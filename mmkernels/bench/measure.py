@@ -7,7 +7,6 @@ meanwhile, it does to all of them. On a GPU events on the stream take the time; 
 from __future__ import annotations
 
 import ctypes
-import gc
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -93,7 +92,6 @@ def with_peak_memory(function: Function, device: str) -> tuple[object, int | Non
 
 def _reset_peak() -> int | None:
     """Make this moment the process's peak; its resident bytes, or None where Linux does not allow that."""
-    gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the next allocations come from pages counted already
     try:

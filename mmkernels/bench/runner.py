@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -145,6 +146,7 @@ def _bind(function, call: Call, upstream: torch.Tensor, direction: str, result_n
 
 
 def _measure(case: Case, dtype: torch.dtype, request: Request, stopwatch: Stopwatch, report: Report) -> None:
+    gc.collect()  # what an earlier case left in cycles is not this one's memory
     call, upstream, truth = prepare(case, dtype, request.device, request.seed)
     for direction in request.passes:
         key = {"op": case.op, "case": case.name, "dtype": name_of(dtype), "device": request.device, "pass": direction}
