@@ -16,9 +16,12 @@ from mmkernels import _core
 SECONDS = 60  # a hang is what is looked for; a loaded machine is not
 
 
-def loss(n: int = 700) -> torch.Tensor:
-    features = torch.nn.functional.normalize(torch.arange(2.0 * n * 24).reshape(2, n, 24).sin(), dim=-1)
-    return mmkernels.clip_loss(features[0], features[1], 30.0, backend="cpu")
+def features(n: int = 700) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.arange(2.0 * n * 24).reshape(2, n, 24).sin(), dim=-1)
+
+
+def loss(pairs: torch.Tensor) -> torch.Tensor:
+    return mmkernels.clip_loss(pairs[0], pairs[1], 30.0, backend="cpu")
 
 
 def test_no_second_openmp_runtime_comes_with_the_core():
@@ -40,14 +43,15 @@ def test_without_torch_the_core_says_what_it_needs():
 
 @pytest.mark.parametrize("threads_in_child", [None, 2])
 def test_a_forked_child_does_not_hang(threads_in_child):
-    expected = loss()  # the pool exists now, in this process only
+    pairs = features()  # not in the child: torch's own parallel functions do hang there
+    expected = loss(pairs)  # the pool exists now, in this process only
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(SECONDS)
         if threads_in_child:
             torch.set_num_threads(threads_in_child)
-        os.write(write, loss().numpy().tobytes())
+        os.write(write, loss(pairs).numpy().tobytes())
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert os.read(read, 4) == expected.numpy().tobytes()
@@ -58,12 +62,12 @@ class Losses(Dataset):
         return 4
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return loss(500 + index)
+        return loss(features(500 + index))
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_a_dataloader_worker_may_call_an_op(start_method):
-    expected = [loss(500 + i) for i in range(4)]
+    expected = [loss(features(500 + i)) for i in range(4)]
     loader = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context=start_method, timeout=SECONDS)
     assert [value.item() for value in loader] == [value.item() for value in expected]
 
@@ -71,9 +75,10 @@ def test_a_dataloader_worker_may_call_an_op(start_method):
 def test_threads_of_the_caller_get_the_same_answer():
     from concurrent.futures import ThreadPoolExecutor
 
-    expected = loss()
+    pairs = features()
+    expected = loss(pairs)
     with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(value, expected) for value in pool.map(lambda _: loss(), range(16)))
+        assert all(torch.equal(value, expected) for value in pool.map(lambda _: loss(pairs), range(16)))
 
 
 def test_a_wrong_cap_on_the_instruction_set_is_named(monkeypatch):
