@@ -112,7 +112,6 @@ CALLS = {
     "clip-bfloat16-tail": Features("clip_loss_with_grads", "bfloat16", 75),
     "clip-float32": Features("clip_loss_with_grads", "float32", 768),
     "siglip-bfloat16": Features("siglip_loss_with_grads", "bfloat16", 768),
-    "siglip-forward": Features("siglip_loss", "bfloat16", 768),
     "embed-P16": Embedding(PICTURES, "bfloat16", (768, 3, 16, 16)),
     "embed-P14": Embedding(PICTURES, "bfloat16", (1152, 3, 14, 14)),
     "embed-uint8-P16": Embedding(PICTURES, "uint8", (768, 3, 16, 16)),

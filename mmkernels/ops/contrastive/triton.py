@@ -217,8 +217,8 @@ def _products(
 ):  # fmt: skip
     """The tile of I T^T from row i0 and column j0, zero outside, in strips."""
     i, j, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    p_image = image + i0.to(tl.int64) * (stride_i8 * 8) + i[:, None] * (stride_i8 * 8) + k[None, :]
-    p_text = text + j0.to(tl.int64) * (stride_t8 * 8) + j[:, None] * (stride_t8 * 8) + k[None, :]
+    p_image = image + (i0 + i)[:, None].to(tl.int64) * stride_i8 * 8 + k[None, :]
+    p_text = text + (j0 + j)[:, None].to(tl.int64) * stride_t8 * 8 + k[None, :]
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, D, BLOCK_K):
         inside_i, inside_j = i[:, None] < n - i0, j[:, None] < n - j0

@@ -286,7 +286,7 @@ def embed(
     at = _patch_offsets(
         tl.minimum(m, count - 1), stride_b, stride_t, stride_y, stride_x, patches, grid_y, grid_x, VECTOR
     )
-    p_weight = weight + tl.minimum(e, E - 1)[:, None].to(tl.int64) * (stride_w8 * 8)
+    p_weight = weight + tl.minimum(e, E - 1)[:, None].to(tl.int64) * stride_w8 * 8
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -339,7 +339,7 @@ def images_grad(
     for e0 in tl.range(0, depth, BLOCK_K):
         e = e0 + tl.arange(0, BLOCK_K)
         g = tl.load(p_grad + e[None, :], mask=e[None, :] < E_WIDTH, other=0.0)
-        p_weight = weight + e[:, None].to(tl.int64) * (stride_w8 * 8) + k[None, :]
+        p_weight = weight + e[:, None].to(tl.int64) * stride_w8 * 8 + k[None, :]
         w = tl.load(p_weight, mask=(e[:, None] < E) & (k[None, :] < WIDTH), other=0.0)
         sums = dot(g, w, sums, PRECISION)
     at = _patch_offsets(m_read, stride_b, stride_t, stride_y, stride_x, patches, grid_y, grid_x, VECTOR)
