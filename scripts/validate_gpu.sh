@@ -82,8 +82,26 @@ assert backends.missing("triton") is None, backends.missing("triton")
 PY
 }
 
+# The dtypes side by side: most of the time goes into compiling kernels, on one core each.
 check() { # OP
-    bounded "$python" -m mmkernels check --op "$1" --device "$device" "${quick[@]}" --json "$out/check-$1.json"
+    local dtype process failed=0 running=()
+    for dtype in float32 bfloat16 float16; do
+        bounded "$python" -m mmkernels check --op "$1" --device "$device" --dtype "$dtype" "${quick[@]}" \
+            --json "$elsewhere/$1-$dtype.json" >"$elsewhere/$1-$dtype.txt" 2>&1 &
+        running+=($!)
+    done
+    for process in "${running[@]}"; do wait "$process" || failed=1; done
+    cat "$elsewhere/$1"-*.txt
+    "$python" - "$out/check-$1.json" "$elsewhere/$1"-*.json <<'PY'
+import json
+import sys
+from pathlib import Path
+
+first, *others = (json.loads(Path(path).read_text()) for path in sys.argv[2:])
+first["outcomes"] += [outcome for content in others for outcome in content["outcomes"]]
+Path(sys.argv[1]).write_text(json.dumps(first, indent=1) + "\n")
+PY
+    return "$failed"
 }
 
 # On a GPU that is the equivalence suite once more, from another seed, and whatever else takes a device; interpreted,
