@@ -44,14 +44,20 @@ static MMK_INLINE void store_bits(uint32_t* p, UVec v) { memcpy(p, &v, sizeof v)
 
 // ---- micro-kernel
 
-// start(row, vector) gives an accumulator its first value, finish(row, vector, sum) takes its last.
-template <class Operand, int kRows, int kVectors, class Start, class Finish>
+struct Idle {
+    MMK_INLINE void operator()() const {}
+};
+
+// start(row, vector) gives an accumulator its first value, finish(row, vector, sum) takes its last; beside() may do a
+// little more every kBeside steps, such as a prefetch.
+constexpr int kBeside = 4;
+
+template <class Operand, int kRows, int kVectors, class Start, class Finish, class Beside = Idle>
 static MMK_INLINE void micro_kernel(const uint32_t* a, int64_t a_row, int64_t a_unit, const uint32_t* b, int64_t b_unit,
-                                    int64_t units, Start&& start, Finish&& finish) {
+                                    int64_t units, Start&& start, Finish&& finish, Beside&& beside = {}) {
     Vec c[kRows][kVectors];
     MMK_UNROLL for (int r = 0; r < kRows; r++) MMK_UNROLL for (int v = 0; v < kVectors; v++) c[r][v] = start(r, v);
-#pragma GCC unroll 2
-    for (int64_t k = 0; k < units; k++) {
+    const auto step = [&]() MMK_INLINE_LAMBDA {
         UVec lanes[kVectors];
         MMK_UNROLL for (int v = 0; v < kVectors; v++) lanes[v] = load_bits(b + v * kLanes);
         MMK_UNROLL for (int r = 0; r < kRows; r++) {
@@ -60,17 +66,15 @@ static MMK_INLINE void micro_kernel(const uint32_t* a, int64_t a_row, int64_t a_
         }
         a += a_unit;
         b += b_unit;
+    };
+    int64_t k = 0;
+    for (; k + kBeside <= units; k += kBeside) {
+        beside();
+        MMK_UNROLL for (int i = 0; i < kBeside; i++) step();
     }
+    for (; k < units; k++) step();
     MMK_UNROLL for (int r = 0; r < kRows; r++) MMK_UNROLL for (int v = 0; v < kVectors; v++) finish(r, v, c[r][v]);
 }
-
-// Accumulators that fill the register file and leave room for a step's operands: 24 of 32, 12 of 16.
-template <int kRowsWide, int kVectorsWide, int kRowsNarrow, int kVectorsNarrow>
-struct TileShape {
-    static constexpr int kRows = kRegisters == 32 ? kRowsWide : kRowsNarrow;
-    static constexpr int kVectors = kRegisters == 32 ? kVectorsWide : kVectorsNarrow;
-    static constexpr int kColumns = kVectors * kLanes;
-};
 
 // ---- packing
 

@@ -11,6 +11,7 @@
 #endif
 
 #define MMK_INLINE inline __attribute__((always_inline))
+#define MMK_INLINE_LAMBDA __attribute__((always_inline))
 #define MMK_UNROLL _Pragma("GCC unroll 32")
 
 namespace mmk::MMK_ISA {
