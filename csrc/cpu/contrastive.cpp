@@ -40,6 +40,10 @@ namespace {
 // 128 MiB: every tile up to N = 5700, half of them at 8192. More would buy at most a quarter of the second sweep.
 constexpr int64_t kStoredTiles = (128 << 20) / (kTile * kTile * sizeof(float));
 
+// The second sweep works on blocks of kBlock x kBlock tiles of dS, which with the panels they meet fill the L2 cache:
+// rows of dI and dT, and of the features, come from beyond it once a block.
+constexpr int kBlock = 2;
+
 constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 
@@ -251,47 +255,49 @@ struct Sums {
     }
 };
 
-// A tile of g = s/N dS as the operands of both gradients.
+// A tile of g = s/N dS as the broadcast operands of both gradients, in kTile * kTile units of memory.
 template <class Operand>
 struct GradientTile;
 
 template <>
-struct GradientTile<FloatOperand> {  // one layout serves both, in place of p
-    explicit GradientTile(float* p) : g(p) {}
-    void put(int64_t r, int64_t c, const Vec (&rows)[1]) { store(g + r * kTile + c, rows[0]); }
+struct GradientTile<FloatOperand> {  // one layout serves both; it may take the place of p
+    static constexpr bool kInPlace = true;
+    float* g;
+
+    void put(int64_t r, int64_t c, const Vec (&rows)[1]) const { store(g + r * kTile + c, rows[0]); }
     const uint32_t* by_rows() const { return reinterpret_cast<const uint32_t*>(g); }
     const uint32_t* by_columns() const { return by_rows(); }
-    float* g;
 };
 
 #if defined(__AVX512BF16__)
 template <>
-struct GradientTile<BFloat16Operand> {  // pairs along a row for dI, pairs along a column for dT
-    explicit GradientTile(float*) {}
-    void put(int64_t r, int64_t c, const Vec (&rows)[2]) {
+struct GradientTile<BFloat16Operand> {  // pairs along a row for dI, then pairs along a column for dT
+    static constexpr bool kInPlace = false;
+    float* g;
+
+    void put(int64_t r, int64_t c, const Vec (&rows)[2]) const {
         const HalfLanes low = to_bfloat16(rows[0]), high = to_bfloat16(rows[1]);
-        memcpy(along_rows + r * kTile + c, &low, sizeof low);
-        memcpy(along_rows + (r + 1) * kTile + c, &high, sizeof high);
-        store_bits(along_columns + r / 2 * kTile + c,
+        BFloat16* along_rows = reinterpret_cast<BFloat16*>(g) + r * kTile + c;
+        memcpy(along_rows, &low, sizeof low);
+        memcpy(along_rows + kTile, &high, sizeof high);
+        store_bits(reinterpret_cast<uint32_t*>(g) + (kTile + r) / 2 * kTile + c,
                    __builtin_convertvector(low, UVec) | __builtin_convertvector(high, UVec) << 16);
     }
-    const uint32_t* by_rows() const { return reinterpret_cast<const uint32_t*>(along_rows); }
-    const uint32_t* by_columns() const { return along_columns; }
-    alignas(64) BFloat16 along_rows[kTile * kTile];
-    alignas(64) uint32_t along_columns[kTile / 2 * kTile];
+    const uint32_t* by_rows() const { return reinterpret_cast<const uint32_t*>(g); }
+    const uint32_t* by_columns() const { return by_rows() + kTile / 2 * kTile; }
 };
 #endif
 
-// Tile (a, b) of p becomes one of g; the sums run over the tile. Half types keep the diagonal of g apart in float32: it
-// is far larger than its neighbours, and its rounding would dominate the error of the gradients.
+// Tile (a, b) of p becomes one of g; the sums run over the tile. The diagonal of g is kept apart in float32: it is far
+// larger than its neighbours, and its rounding to a half type would dominate the error of the gradients.
 template <class T, class Terms>
 Sums weigh(const Pairs<T>& pairs, const Terms& terms, int64_t a, int64_t b, const float* p, Vec factor,
-           GradientTile<OperandOf<T>>& tile, float* diagonal) {
+           GradientTile<OperandOf<T>> tile, float* diagonal) {
     constexpr int kPack = OperandOf<T>::kPack;
     const int64_t rows = pairs.tiling.count(a), columns = pairs.tiling.count(b);
     const int64_t first_row = pairs.tiling.first(a), first_column = pairs.tiling.first(b);
     Sums sums;
-    for (int64_t r = 0; r < rows; r += kPack) {
+    for (int64_t r = 0; r < round_up(rows, kTileRows); r += kPack) {
         Vec loss{}, products{}, d_logits{};
         for_vectors(columns, [&](int64_t c, int64_t left) {
             Vec g[kPack] = {};
@@ -305,7 +311,7 @@ Sums weigh(const Pairs<T>& pairs, const Terms& terms, int64_t a, int64_t b, cons
                 products += d_logit * product;
                 d_logits += d_logit;
                 g[h] = d_logit * factor;
-                if (!std::is_same_v<T, float> && i - j >= 0 && i - j < kLanes) {
+                if (i - j >= 0 && i - j < kLanes) {
                     diagonal[i] = g[h][i - j];
                     g[h] = select(on_diagonal, Vec{}, g[h]);
                 }
@@ -317,75 +323,87 @@ Sums weigh(const Pairs<T>& pairs, const Terms& terms, int64_t a, int64_t b, cons
     return sums;
 }
 
-// dI or dT while it is summed: in place where it is float32, else in float32 memory of its own.
+// Row i of a gradient: adds the diagonal of g times the other features, and rounds to the result's type.
 template <class T>
-class Gradient {
-  public:
-    Gradient(const Matrix& result, bool wanted)
-        : result_(result),
-          memory_(std::is_same_v<T, float> || !wanted ? 0 : result.rows * result.columns),
-          sum(std::is_same_v<T, float> ? static_cast<float*>(result.data) : memory_.get()),
-          stride(std::is_same_v<T, float> ? result.row_stride : result.columns) {}
-
-    // Rows of a half type: adds the diagonal of g times the other features, and rounds.
-    void finish(int64_t i, float diagonal, const Rows<T>& other) const {
-        T* row = static_cast<T*>(result_.data) + i * result_.row_stride;
-        for_vectors(result_.columns, [&](int64_t d, int64_t left) {
-            const int count = static_cast<int>(std::min<int64_t>(left, kLanes));
-            store_first(row + d, load_first(sum + i * stride + d, count) + splat(diagonal) * other.floats(i, d), count);
-        });
-    }
-
-  private:
-    const Matrix& result_;
-    Scratch<float> memory_;
-
-  public:
-    float* const sum;
-    const int64_t stride;
-};
+void finish_row(const Pairs<T>& pairs, const float* sum, int64_t i, float diagonal, const Rows<T>& other,
+                const Matrix& result) {
+    T* row = static_cast<T*>(result.data) + i * result.row_stride;
+    for_vectors(result.columns, [&](int64_t d, int64_t left) {
+        const Vec value = pairs.gradient_at(sum, i, d) + splat(diagonal) * other.floats(i, d);
+        if (left >= kLanes) {
+            store(row + d, value);
+        } else {
+            store_first(row + d, value, static_cast<int>(left));
+        }
+    });
+}
 
 template <class Body>
 void for_pairs_of_bands(int64_t bands, int threads, Body&& body) {
-    run_grid(bands, threads, [](void* context, int64_t i, int64_t j) { (*static_cast<Body*>(context))(i, j); }, &body);
+    const auto task = [](void* context, int64_t worker, int64_t i, int64_t j) {
+        (*static_cast<Body*>(context))(worker, i, j);
+    };
+    run_grid(bands, threads, task, &body);
 }
 
 template <class T, class Terms>
 Sums second_sweep(const Pairs<T>& pairs, const Contrastive& call, const Store& stored, const Terms& terms,
                   int threads) {
+    using Tile = GradientTile<OperandOf<T>>;
     const Tiling& tiling = pairs.tiling;
-    // Two tiles a band: a tile's rows of both operands of dI then serve twice before they leave the L2 cache.
-    const Bands bands(tiling, tiling.tiles < 16 ? 1 : 2);
-    const Gradient<T> d_image(call.d_image, call.with_grads), d_text(call.d_text, call.with_grads);
+    const Bands bands(tiling, tiling.tiles < 16 ? 1 : kBlock);
+    const int64_t size = call.with_grads ? tiling.padded() * pairs.panels * kPanel : 0;
+    Scratch<float> d_image(size), d_text(size);
     const Vec factor = splat(static_cast<float>(call.scale / static_cast<double>(tiling.rows)));
-    Scratch<float> diagonal(tiling.padded());
+    constexpr int64_t kTileSize = kTile * kTile, kWorkSize = (kBlock * kBlock + 1) * kTileSize;
+    Scratch<float> diagonal(tiling.padded()), work(threads * kWorkSize);
     Scratch<Sums> sums(bands.count * bands.count);
-    for_pairs_of_bands(bands.count, threads, [&](int64_t i, int64_t j) {
-        alignas(64) float local[kTile * kTile];
+
+    // Tiles [a, a_end) x [b, b_end) of g; `fresh`: no task has added to these rows of dI and dT yet
+    const auto block = [&](float* memory, int64_t a, int64_t a_end, int64_t b, int64_t b_end, bool fresh_a,
+                           bool fresh_b) {
         Sums total;
-        const int64_t first_a = bands.first(i), first_b = bands.first(j);
-        for (int64_t a = first_a; a < bands.last(i); a++) {
-            for (int64_t b = first_b; b < bands.last(j); b++) {
-                float* p = stored.at(a, b);
-                if (p == nullptr) pairs.products(a, b, p = local);
-                GradientTile<OperandOf<T>> g(p);
-                total += weigh(pairs, terms, a, b, p, factor, g, diagonal.get());
-                if (!call.with_grads) continue;
-                // Nothing has been summed yet in the first wave, (i, i), when the first tile of the other side comes.
-                pairs.add_to_image(a, b, g.by_rows(), d_image.sum, d_image.stride, i != j || b > first_b);
-                pairs.add_to_text(a, b, g.by_columns(), d_text.sum, d_text.stride, i != j || a > first_a);
+        Tile g[kBlock][kBlock];
+        for (int64_t i = a; i < a_end; i++) {
+            for (int64_t j = b; j < b_end; j++) {
+                float* const own = memory + ((i - a) * kBlock + j - b) * kTileSize;
+                float* p = stored.at(i, j);
+                if (p == nullptr) pairs.products(i, j, p = Tile::kInPlace ? own : memory + kBlock * kBlock * kTileSize);
+                g[i - a][j - b] = {Tile::kInPlace ? p : own};
+                total += weigh(pairs, terms, i, j, p, factor, g[i - a][j - b], diagonal.get());
+            }
+        }
+        for (int64_t d = 0; call.with_grads && d < pairs.panels; d++) {
+            for (int64_t j = b; j < b_end; j++) {
+                for (int64_t i = a; i < a_end; i++) {
+                    pairs.add_to_image(i, j, g[i - a][j - b].by_rows(), d, d_image.get(), !fresh_a || j > b);
+                }
+            }
+            for (int64_t i = a; i < a_end; i++) {
+                for (int64_t j = b; j < b_end; j++) {
+                    pairs.add_to_text(i, j, g[i - a][j - b].by_columns(), d, d_text.get(), !fresh_b || i > a);
+                }
+            }
+        }
+        return total;
+    };
+    for_pairs_of_bands(bands.count, threads, [&](int64_t worker, int64_t i, int64_t j) {
+        Sums total;
+        for (int64_t a = bands.first(i); a < bands.last(i); a += kBlock) {
+            for (int64_t b = bands.first(j); b < bands.last(j); b += kBlock) {
+                total += block(work.get() + worker * kWorkSize, a, std::min(a + kBlock, bands.last(i)), b,
+                               std::min(b + kBlock, bands.last(j)), i == j && b == bands.first(j),
+                               i == j && a == bands.first(i));
             }
         }
         sums.get()[i * bands.count + j] = total;
     });
-    if (!std::is_same_v<T, float> && call.with_grads) {
-        for_each(tiling.tiles, threads, [&](int64_t a, int64_t) {
-            for (int64_t i = tiling.first(a); i < tiling.first(a) + tiling.count(a); i++) {
-                d_image.finish(i, diagonal.get()[i], pairs.text);
-                d_text.finish(i, diagonal.get()[i], pairs.image);
-            }
-        });
-    }
+    for_each(call.with_grads ? tiling.tiles : 0, threads, [&](int64_t a, int64_t) {
+        for (int64_t i = tiling.first(a); i < tiling.first(a) + tiling.count(a); i++) {
+            finish_row(pairs, d_image.get(), i, diagonal.get()[i], pairs.text, call.d_image);
+            finish_row(pairs, d_text.get(), i, diagonal.get()[i], pairs.image, call.d_text);
+        }
+    });
     Sums total;
     for (int64_t k = 0; k < bands.count * bands.count; k++) total += sums.get()[k];
     return total;

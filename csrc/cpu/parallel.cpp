@@ -34,7 +34,7 @@ void work(void* data) {
 }
 
 struct Grid {
-    void (*task)(void*, int64_t, int64_t);
+    void (*task)(void*, int64_t, int64_t, int64_t);
     void* context;
     int64_t n;
     std::atomic<int64_t> next;
@@ -47,13 +47,13 @@ void wait_until(const std::atomic<int64_t>& waves, int64_t done) {
 
 // Takes calls wave after wave. No barrier parts the waves: a call waits just for the two of the wave before that had
 // its i and its j. Those were taken earlier, by threads that are at work on them or done, so somebody always goes on.
-void walk(void* data, int64_t) {
+void walk(void* data, int64_t worker) {
     Grid& grid = *static_cast<Grid*>(data);
     for (int64_t k; (k = grid.next.fetch_add(1, std::memory_order_relaxed)) < grid.n * grid.n;) {
         const int64_t t = k / grid.n, i = k % grid.n;
         wait_until(grid.waves[i], t);
         wait_until(grid.waves[(i + 1) % grid.n], t);
-        grid.task(grid.context, i, (i + t) % grid.n);
+        grid.task(grid.context, worker, i, (i + t) % grid.n);
         grid.waves[i].store(t + 1, std::memory_order_release);
     }
 }
@@ -74,7 +74,7 @@ void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context) {
     }
 }
 
-void run_grid(int64_t n, int threads, void (*task)(void*, int64_t, int64_t), void* context) {
+void run_grid(int64_t n, int threads, void (*task)(void*, int64_t, int64_t, int64_t), void* context) {
     Grid grid{task, context, n, {0}, std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(n))};
     run_tasks(std::min<int64_t>(threads, n), walk, &grid);
 }

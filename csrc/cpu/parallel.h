@@ -14,9 +14,10 @@ int num_threads();
 // Calls task(context, i) for every i in [0, count). Which thread runs which i is open, so a task must not depend on it.
 void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context);
 
-// Calls task(context, i, j) for every i and j in [0, n), on at most `threads` threads, in diagonal waves: wave t holds
-// the pairs (i, (i + t) mod n), which share no i and no j. Two calls that share one never overlap and always come in
-// the order of the waves, so sums kept an i and a j are deterministic without a lock.
-void run_grid(int64_t n, int threads, void (*task)(void*, int64_t, int64_t), void* context);
+// Calls task(context, worker, i, j) for every i and j in [0, n) in diagonal waves: wave t holds the pairs
+// (i, (i + t) mod n), which share no i and no j. Two calls that share one never overlap and always come in the order of
+// the waves, so sums kept an i and a j are deterministic without a lock. worker < threads: no two calls at work have
+// the same.
+void run_grid(int64_t n, int threads, void (*task)(void*, int64_t, int64_t, int64_t), void* context);
 
 }  // namespace mmk
