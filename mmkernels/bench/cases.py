@@ -43,9 +43,9 @@ class LossCase:
         return torch.ones((), device=result.device)
 
     def flops(self, direction: str) -> int:
-        """Forward the logits; with gradients also both features' products, and for CLIP the logits a second time,
-        since no softmax is known before its sum."""
-        products = {"fwd": 1, "fwd_bwd": 4 if self.op == "clip_loss" else 3}[direction]
+        """The least: the logits once, and with gradients both features' products with them. Who cannot keep N x N
+        logits between the sums and the gradients of CLIP computes them twice, at the cost of its own fraction."""
+        products = 3 if direction == "fwd_bwd" else 1
         return 2 * products * self.pairs**2 * self.width
 
     def bytes(self, direction: str, call: Call) -> int:
