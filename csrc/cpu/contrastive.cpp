@@ -37,8 +37,8 @@
 namespace mmk::MMK_ISA {
 namespace {
 
-// 128 MiB: every tile up to N = 5700, half of them at 8192. More would buy at most a quarter of the second sweep.
-constexpr int64_t kStoredTiles = (128 << 20) / (kTile * kTile * sizeof(float));
+// 272 MiB: every tile up to N = 8352, a quarter of them at 16384. More would buy a quarter of the time at most.
+constexpr int64_t kStoredTiles = (272 << 20) / (kTile * kTile * sizeof(float));
 
 // The second sweep works on blocks of kBlock x kBlock tiles of dS, which with the panels they meet fill the L2 cache:
 // rows of dI and dT, and of the features, come from beyond it once a block.
