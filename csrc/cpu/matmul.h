@@ -154,7 +154,7 @@ static void tile(Broadcast a, const uint32_t* b, int64_t units, float* c, int64_
         store(at, add ? load(at) + sum : sum);
     };
     const int64_t chain = units < 2 * kChain ? kShortChain : kChain;
-    const int64_t chains = Operand::kPack == 1 ? ceil_div(units, chain) : 1;
+    const int64_t chains = Operand::kPack == 1 ? std::max<int64_t>(1, ceil_div(units, chain)) : 1;
     for (int64_t i = 0; i < chains; i++, add = true) {
         const int64_t first = units * i / chains, count = units * (i + 1) / chains - first;
         const uint32_t *from = a.a + first * a.unit, *lanes = b + first * kVectors * kLanes;

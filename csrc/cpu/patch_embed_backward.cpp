@@ -55,80 +55,129 @@ class GroupPacker {
     Scratch<uint32_t> rows_;
 };
 
-typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
-
 // sums[e] of `count` rows of G.
 template <class Element>
 void sum_rows(const Element* rows, int64_t row, int64_t count, int64_t lanes, double* sums) {
+    constexpr int kHalf = kLanes / 2;  // as many doubles as a register holds
+    typedef float Floats __attribute__((vector_size(kHalf * sizeof(float))));
+    typedef double Doubles __attribute__((vector_size(kHalf * sizeof(double))));
     for (int64_t e = 0; e < lanes; e += kLanes) {
-        Doubles sum{};
-        for (int64_t r = 0; r < count; r++) sum += __builtin_convertvector(load(rows + r * row + e), Doubles);
-        memcpy(sums + e, &sum, sizeof sum);
-    }
-}
-
-template <class T>
-void backward_weight(const PatchEmbedBackward& call) {
-    using Operand = OperandOf<T>;
-    const int64_t rows = num_rows(call.images), pixels = num_pixels(call.images), features = num_rows(call.weight);
-    const int threads = useful_threads(2.0 * static_cast<double>(rows) * static_cast<double>(pixels * features));
-    const PixelOrder order = memory_order(call.images);
-    const Normalisation normalisation(call.images, order, call.mean, call.std_dev);
-    const PatchReader images(call.images, order, &normalisation), grad(call.grad, memory_order(call.grad));
-    const GroupPacker<Operand> x(images, pixels, threads), g(grad, features, threads);
-    const Panels x_panels = x.panels(), g_panels = g.panels();
-
-    const int64_t chunk = std::min(rows, kChunk), chunk_units = ceil_div(chunk, Operand::kPack);
-    const int64_t d_row = row_units(x_panels.lanes()), lanes = g_panels.lanes();
-    Scratch<uint32_t> x_packed(x_panels.lanes() * chunk_units), g_packed(lanes * chunk_units);
-    Scratch<float> d(lanes * d_row);
-    Scratch<double> partial(ceil_div(chunk, kGroup) * lanes), d_bias(lanes);
-    for (int64_t e = 0; e < lanes; e++) d_bias.get()[e] = 0;
-    if (rows == 0) memset(d.get(), 0, lanes * d_row * sizeof(float));
-
-    for (int64_t first = 0; first < rows; first += chunk) {
-        const int64_t last = std::min(rows, first + chunk), units = ceil_div(last - first, Operand::kPack);
-        const int64_t groups = ceil_div(last - first, kGroup);
-        for_each(groups, threads, [&](int64_t i, int64_t worker) {
-            const int64_t count = std::min(kGroup, last - first - i * kGroup);
-            const auto* read = g.pack(first, last, i * kGroup, units, worker, g_packed.get());
-            if (call.need_bias) sum_rows(read, g.row(), count, lanes, partial.get() + i * lanes);
-            if (call.need_weight) x.pack(first, last, i * kGroup, units, worker, x_packed.get());
-        });
-        for (int64_t i = 0; call.need_bias && i < groups; i++) {
-            for (int64_t e = 0; e < lanes; e++) d_bias.get()[e] += partial.get()[i * lanes + e];
+        Doubles sum[2] = {};
+        for (int64_t r = 0; r < count; r++) {
+            const Vec values = load(rows + r * row + e);
+            Floats halves[2];
+            memcpy(halves, &values, sizeof values);
+            MMK_UNROLL for (int i = 0; i < 2; i++) sum[i] += __builtin_convertvector(halves[i], Doubles);
         }
-        if (!call.need_weight) continue;
-        for_each(x_panels.count * g_panels.count, threads, [&](int64_t i, int64_t) {
-            const int64_t p = i / g_panels.count, q = i % g_panels.count;
-            const int64_t width = g_panels.width(q), last_row = std::min(width, features - g_panels.first(q));
-            for (int64_t r = 0; r < last_row; r += kTileRows) {
-                const Broadcast a{g_packed.get() + g_panels.offset(q, units) + r, 1, width};
-                multiply_tile<Operand>(a, std::min<int64_t>(kTileRows, last_row - r),
-                                       x_packed.get() + x_panels.offset(p, units), x_panels.width(p), units,
-                                       d.get() + (g_panels.first(q) + r) * d_row + x_panels.first(p), d_row, first > 0);
-            }
-        });
-    }
-
-    if (call.need_weight) {
-        const PatchWriter writer(call.d_weight, order);
-        for_each(ceil_div(features, kGroup), threads, [&](int64_t i, int64_t) {
-            const int64_t e = i * kGroup;
-            writer.write(e, std::min(kGroup, features - e), 0, pixels, d.get() + e * d_row, d_row);
-        });
-    }
-    for (int64_t e = 0; call.need_bias && e < features; e++) {
-        static_cast<T*>(call.d_bias)[e] = from_float<T>(static_cast<float>(d_bias.get()[e]));
+        memcpy(sums + e, sum, sizeof sum);
     }
 }
 
+// A chunk of patches and of their upstream gradients, packed along the units.
+struct Chunk {
+    int64_t first, last, units;
+    uint32_t *x, *g;
+};
+
 template <class T>
-void backward_images(const PatchEmbedBackward& call) {
+class WeightGradient {
+  public:
+    using Operand = OperandOf<T>;
+
+    WeightGradient(const PatchEmbedBackward& call, int threads)
+        : call_(call),
+          rows_(num_rows(call.images)),
+          features_(num_rows(call.weight)),
+          threads_(threads),
+          order_(memory_order(call.images)),
+          normalisation_(call.images, order_, call.mean, call.std_dev),
+          images_(call.images, order_, &normalisation_),
+          grad_(call.grad, memory_order(call.grad)),
+          x_(images_, num_pixels(call.images), threads),
+          g_(grad_, features_, threads),
+          lanes_(g_.panels().lanes()),
+          d_row_(row_units(x_.panels().lanes())),
+          chunk_units_(ceil_div(std::min(rows_, kChunk), Operand::kPack)),
+          packed_((rows_ > kChunk ? 2 : 1) * chunk_units_ * (x_.panels().lanes() + lanes_)),
+          d_(call.need_weight ? lanes_ * d_row_ : 0),
+          partial_(kChunk / kGroup * lanes_),
+          d_bias_(lanes_) {}
+
+    // While one chunk is multiplied, the next is packed: by then it is there, and threads meet once a chunk.
+    void run() {
+        if (rows_ == 0 && call_.need_weight) memset(d_.get(), 0, lanes_ * d_row_ * sizeof(float));
+        memset(d_bias_.get(), 0, lanes_ * sizeof(double));
+        const int64_t chunks = ceil_div(rows_, kChunk);
+        const int64_t products = call_.need_weight ? x_.panels().count * g_.panels().count : 0;
+        for (int64_t i = 0; i <= chunks; i++) {
+            const Chunk next = chunk(i), now = chunk(i - 1);
+            const int64_t groups = ceil_div(next.last - next.first, kGroup);
+            for_each(groups + (i > 0 ? products : 0), threads_, [&](int64_t task, int64_t worker) {
+                task < groups ? pack(next, task, worker) : multiply(now, task - groups);
+            });
+            for (int64_t j = 0; call_.need_bias && j < groups; j++) {
+                for (int64_t e = 0; e < lanes_; e++) d_bias_.get()[e] += partial_.get()[j * lanes_ + e];
+            }
+        }
+        write();
+    }
+
+  private:
+    Chunk chunk(int64_t i) const {
+        const int64_t first = std::min(i * kChunk, rows_), last = std::min(first + kChunk, rows_);
+        uint32_t* x = packed_.get() + (rows_ > kChunk ? i & 1 : 0) * chunk_units_ * (x_.panels().lanes() + lanes_);
+        return {first, last, ceil_div(last - first, Operand::kPack), x, x + chunk_units_ * x_.panels().lanes()};
+    }
+
+    void pack(const Chunk& c, int64_t group, int64_t worker) const {
+        const int64_t count = std::min(kGroup, c.last - c.first - group * kGroup);
+        const auto* read = g_.pack(c.first, c.last, group * kGroup, c.units, worker, c.g);
+        if (call_.need_bias) sum_rows(read, g_.row(), count, lanes_, partial_.get() + group * lanes_);
+        if (call_.need_weight) x_.pack(c.first, c.last, group * kGroup, c.units, worker, c.x);
+    }
+
+    void multiply(const Chunk& c, int64_t task) const {
+        const Panels x = x_.panels(), g = g_.panels();
+        const int64_t p = task / g.count, q = task % g.count;
+        const int64_t e = g.first(q), width = g.width(q), count = std::min(width, features_ - e);
+        for (int64_t r = 0; r < count; r += kTileRows) {
+            const Broadcast a{c.g + g.offset(q, c.units) + r, 1, width};
+            multiply_tile<Operand>(a, std::min<int64_t>(kTileRows, count - r), c.x + x.offset(p, c.units), x.width(p),
+                                   c.units, d_.get() + (e + r) * d_row_ + x.first(p), d_row_, c.first > 0);
+        }
+    }
+
+    void write() const {
+        for (int64_t e = 0; call_.need_bias && e < features_; e++) {
+            static_cast<T*>(call_.d_bias)[e] = from_float<T>(static_cast<float>(d_bias_.get()[e]));
+        }
+        if (!call_.need_weight) return;
+        const PatchWriter writer(call_.d_weight, order_);
+        for_each(ceil_div(features_, kGroup), threads_, [&](int64_t i, int64_t) {
+            const int64_t e = i * kGroup;
+            writer.write(e, std::min(kGroup, features_ - e), 0, num_pixels(call_.weight), d_.get() + e * d_row_,
+                         d_row_);
+        });
+    }
+
+    const PatchEmbedBackward& call_;
+    int64_t rows_, features_;
+    int threads_;
+    PixelOrder order_;
+    Normalisation normalisation_;
+    PatchReader images_, grad_;
+    GroupPacker<Operand> x_, g_;
+    int64_t lanes_, d_row_, chunk_units_;
+    Scratch<uint32_t> packed_;
+    Scratch<float> d_;
+    Scratch<double> partial_, d_bias_;
+};
+
+template <class T>
+void backward_images(const PatchEmbedBackward& call, int threads) {
     using Operand = OperandOf<T>;
     const int64_t rows = num_rows(call.images), pixels = num_pixels(call.images), features = num_rows(call.weight);
     if (rows == 0) return;
-    const int threads = useful_threads(2.0 * static_cast<double>(rows) * static_cast<double>(pixels * features));
     const PixelOrder order = memory_order(call.d_images);
     const PatchReader weight(call.weight, order), grad(call.grad, memory_order(call.grad));
     const PatchWriter writer(call.d_images, order);
@@ -152,8 +201,10 @@ void backward_images(const PatchEmbedBackward& call) {
 
 template <class T>
 void run(const PatchEmbedBackward& call) {
-    if (call.need_weight || call.need_bias) backward_weight<T>(call);
-    if (call.need_images) backward_images<T>(call);
+    const double columns = static_cast<double>(num_pixels(call.images)) * static_cast<double>(num_rows(call.weight));
+    const int threads = useful_threads(2.0 * static_cast<double>(num_rows(call.images)) * columns);
+    if (call.need_weight || call.need_bias) WeightGradient<T>(call, threads).run();
+    if (call.need_images) backward_images<T>(call, threads);
 }
 
 }  // namespace

@@ -256,16 +256,19 @@ class PatchWriter {
                   int64_t from_row) const {
         const int64_t *size = loops_.size, *stride = loops_.stride;
         const int64_t last = std::min(column + width, num_pixels(patches_));
-        for (int64_t n = 0; n < count; n++) {
-            To* patch = static_cast<To*>(patches_.data) + row_offset(patches_, row + n);
+        while (count > 0) {
+            const int64_t neighbours = std::min(count, patches_.sizes[3] - row % patches_.sizes[3]);
+            To* patch = static_cast<To*>(patches_.data) + row_offset(patches_, row);
             for (int64_t k = column; k < last;) {
-                const int64_t inside = k % size[3], run = k / size[3];
-                const int64_t length = std::min(size[3] - inside, last - k);
+                const int64_t inside = k % size[3], run = k / size[3], length = std::min(size[3] - inside, last - k);
                 To* to = patch + run / size[2] / size[1] * stride[0] + run / size[2] % size[1] * stride[1] +
                          run % size[2] * stride[2] + inside * stride[3];
-                write_run(from + n * from_row + k - column, length, to);
+                for (int64_t n = 0; n < neighbours; n++) {
+                    write_run(from + n * from_row + k - column, length, to + n * patches_.strides[3]);
+                }
                 k += length;
             }
+            row += neighbours, count -= neighbours, from += neighbours * from_row;
         }
     }
 
