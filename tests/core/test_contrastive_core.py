@@ -1,0 +1,190 @@
+"""The compiled contrastive losses at every instruction-set level: right, steady, in bounds, in little memory.
+
+tests/test_check.py covers the level this processor would choose; here each of them is run, and what only the C++ can
+get wrong is tried: tails of every tile, tiles kept or computed again, work cut differently among threads.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmkernels import backends, clip_loss, siglip_loss
+from mmkernels.check import run_case, select
+
+pytestmark = pytest.mark.skipif(backends.missing("cpu") is not None, reason=str(backends.missing("cpu")))
+
+CSRC = Path(__file__).parents[2] / "csrc" / "cpu"
+FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
+LOSSES = ("clip_loss", "siglip_loss")
+
+
+def levels() -> list[str]:
+    if backends.missing("cpu") is not None:
+        return []
+    from mmkernels import _core
+
+    return _core.isa_levels()
+
+
+@pytest.fixture(params=levels())
+def level(request, monkeypatch) -> str:
+    from mmkernels import _core
+
+    monkeypatch.setenv("MMKERNELS_CPU_ISA", request.param)
+    assert _core.isa() == request.param
+    return request.param
+
+
+@pytest.fixture(params=LOSSES)
+def loss(request):
+    if request.param == "clip_loss":
+        return lambda image, text, scale, bias: clip_loss(image, text, scale, backend="cpu")
+    return lambda image, text, scale, bias: siglip_loss(image, text, scale, bias, backend="cpu")
+
+
+def evaluate(loss, image, text, scale, bias=-10.0):
+    """The loss and the gradients of both features and of the scale."""
+    leaves = [x.detach().requires_grad_() for x in (image, text, torch.tensor(scale))]
+    value = loss(*leaves, torch.tensor(bias))
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(*job, id=f"{job[0].op}-{job[0].name}-{job[1]}") for op in LOSSES for job in select(op, quick=True)],
+)
+def test_every_level_equals_the_reference(level, case, dtype, seed):
+    outcome = run_case(case, dtype, "cpu", "cpu", seed)
+    assert outcome.passed, "\n".join([outcome.reproduce(), *outcome.failures])
+
+
+@pytest.mark.parametrize("op", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes_around_every_tile(level, op, dtype, seed):
+    case = next(case for case, _ in select(op, "37x65"))
+    for pairs in (47, 49, 95, 97, 143, 145, 193, 289, 385):
+        for width in (7, 16, 17, 47, 49):
+            outcome = run_case(replace(case, pairs=pairs, width=width), dtype, "cpu", "cpu", seed)
+            assert outcome.passed, f"{pairs} x {width}: {outcome.failures}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pairs", [190, 701, 2501])  # tiles of 48 rows, of 144, and bands of two tiles
+def test_bitwise_the_same_for_any_number_of_threads(level, loss, dtype, pairs):
+    image, text = torch.randn(2, pairs, 40).div(6).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 5, 2):
+            torch.set_num_threads(threads)
+            results.append(evaluate(loss, image, text, 14.0))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_tiles_computed_again_are_those_that_were_kept():
+    """8600 pairs: the last tiles do not fit into the store between the sweeps, and their rows get both kinds."""
+    pairs, scale, rows = 8600, 3.0, slice(8400, 8600)
+    image, text = torch.randn(2, pairs, 8) / 2
+    loss, *gradients = evaluate(lambda i, t, s, _: clip_loss(i, t, s, backend="cpu"), image, text, scale)
+    wide = image.double(), text.double()
+    sums = [sum_exp(a, b, scale) for a, b in (wide, wide[::-1])]
+    own = scale * (wide[0] * wide[1]).sum(1)
+    truth = (sum(x.log() for x in sums) / 2 - own).mean()
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    for a, b, by_row, by_column, found in zip(wide, wide[::-1], sums, sums[::-1], gradients[:2], strict=True):
+        weights = (scale * a[rows] @ b.T).exp() * (1 / by_row[rows, None] + 1 / by_column) / 2
+        expected = scale / pairs * (weights @ b - b[rows])
+        assert (found[rows] - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def sum_exp(rows, columns, scale):
+    """The sum of the exponentials of each row of logits, without all of them at once."""
+    return torch.cat([(scale * part @ columns.T).exp().sum(1) for part in rows.split(500)])
+
+
+def test_pairs_told_apart_for_certain_cost_exactly_nothing(level):
+    image = torch.eye(300, 320)
+    for value in evaluate(lambda i, t, s, _: clip_loss(i, t, s, backend="cpu"), image, image, 500.0):
+        assert not value.any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("row", [0, 150, 299])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_bad_feature_is_never_a_plausible_loss(level, loss, bad, row, side):
+    features = torch.randn(2, 300, 33)
+    features[side, row, 32] = bad
+    value, *gradients = evaluate(loss, *features, 14.0)
+    assert not value.isfinite() and not gradients[2].isfinite()
+    if bad != bad:  # the sigmoid of an infinite logit is 0 or 1, and the gradient of its row may well be finite
+        assert gradients[side][row].isnan().all()
+
+
+def test_logits_far_beyond_the_range_of_exp(level, loss):
+    """Raw features at scale 100: logits of 10^4 and more, of either sign."""
+    image, text = torch.randn(2, 200, 512)
+    for value in evaluate(loss, image, text, 100.0):
+        assert value.isfinite().all()
+
+
+MEMORY = """
+import torch, torch.nn.functional as F
+from mmkernels import clip_loss
+def memory(what):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+image, text = (F.normalize(x, dim=1, out=x).requires_grad_() for x in torch.randn(2, 32768, 512))
+clip_loss(image[:300], text[:300], 100.0, backend="cpu").backward()
+image.grad = text.grad = None
+before = memory("VmRSS")
+clip_loss(image, text, 100.0, backend="cpu").backward()
+print(memory("VmHWM") - before - 2 * 4 * image.numel())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_of_32768_pairs():
+    """Eager code would take 12 GB; the limit is 512 MB beyond the features and their gradients."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 512e6
+
+
+def build(tmp_path: Path, level: str, sanitizers: str) -> Path:
+    program = tmp_path / "sanitize"
+    sources = [Path(__file__).with_name("sanitize_contrastive.cpp"), CSRC / "parallel.cpp", CSRC / "scratch.cpp"]
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-Wno-psabi", "-ffp-contract=fast", "-fno-omit-frame-pointer"]
+    command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", *FLAGS[level], f"-DMMK_ISA={level}"]
+    subprocess.run([*command, f"-I{CSRC}", *map(str, sources), "-pthread", "-o", str(program)], check=True)
+    return program
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@needs_compiler
+def test_in_bounds_and_defined(level, tmp_path):
+    """With sizes that are multiples of nothing and tensors that end where their memory ends."""
+    run = subprocess.run([build(tmp_path, level, "address,undefined")], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "right\n", run.stdout + run.stderr
+
+
+@needs_compiler
+def test_tasks_without_a_barrier_do_not_race(tmp_path):
+    """The order of the tasks is the same at every level."""
+    run = subprocess.run([build(tmp_path, "portable", "thread")], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "right\n", run.stdout + run.stderr
