@@ -104,6 +104,7 @@ class PackedWeight {
           panels_(panels),
           features_(num_rows(weight)),
           units_(ceil_div(num_pixels(weight), Operand::kPack)),
+          row_stride_(weight.strides[3] / Operand::kPack),
           rows_stride_(row_units(units_)),
           rows_(threads * kLanes * rows_stride_) {}
 
@@ -114,6 +115,11 @@ class PackedWeight {
         const int64_t first = panels_.first(p), width = panels_.width(p);
         for (int64_t l = 0; l < width; l += kLanes) {
             const int64_t count = std::min<int64_t>(kLanes, features_ - first - l);
+            const uint32_t* in_place = reader_.template units_in_place<Operand>(first + l);
+            if (in_place != nullptr && count == kLanes) {
+                pack_transposed(in_place, row_stride_, units_, width, panel + l);
+                continue;
+            }
             reader_.template read_units<Operand>(first + l, count, rows, rows_stride_);
             for (int64_t r = count; r < kLanes; r++) memset(rows + r * rows_stride_, 0, units_ * sizeof *rows);
             pack_transposed(rows, rows_stride_, units_, width, panel + l);
@@ -123,7 +129,7 @@ class PackedWeight {
   private:
     PatchReader reader_;
     Panels panels_;
-    int64_t features_, units_, rows_stride_;
+    int64_t features_, units_, row_stride_, rows_stride_;
     Scratch<uint32_t> rows_;
 };
 

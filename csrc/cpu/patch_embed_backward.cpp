@@ -99,27 +99,31 @@ class WeightGradient {
           d_row_(row_units(x_.panels().lanes())),
           chunk_units_(ceil_div(std::min(rows_, kChunk), Operand::kPack)),
           packed_((rows_ > kChunk ? 2 : 1) * chunk_units_ * (x_.panels().lanes() + lanes_)),
-          d_(call.need_weight ? lanes_ * d_row_ : 0),
+          d_(call.need_weight ? (rows_ > kChunk ? lanes_ : threads * kTileRows) * d_row_ : 0),
+          writer_(call.d_weight, order_),
           partial_(kChunk / kGroup * lanes_),
           d_bias_(lanes_) {}
 
     // While one chunk is multiplied, the next is packed: by then it is there, and threads meet once a chunk.
     void run() {
-        if (rows_ == 0 && call_.need_weight) memset(d_.get(), 0, lanes_ * d_row_ * sizeof(float));
         memset(d_bias_.get(), 0, lanes_ * sizeof(double));
-        const int64_t chunks = ceil_div(rows_, kChunk);
-        const int64_t products = call_.need_weight ? x_.panels().count * g_.panels().count : 0;
+        const bool one = rows_ <= kChunk;
+        const int64_t chunks = std::max<int64_t>(1, ceil_div(rows_, kChunk));
+        const int64_t parts = one ? kTileColumns / kTileRows : x_.panels().count;
+        const int64_t products = call_.need_weight ? g_.panels().count * parts : 0;
         for (int64_t i = 0; i <= chunks; i++) {
             const Chunk next = chunk(i), now = chunk(i - 1);
             const int64_t groups = ceil_div(next.last - next.first, kGroup);
             for_each(groups + (i > 0 ? products : 0), threads_, [&](int64_t task, int64_t worker) {
-                task < groups ? pack(next, task, worker) : multiply(now, task - groups);
+                if (task < groups) return pack(next, task, worker);
+                one ? finish(now, task - groups, worker) : multiply(now, task - groups);
             });
             for (int64_t j = 0; call_.need_bias && j < groups; j++) {
                 for (int64_t e = 0; e < lanes_; e++) d_bias_.get()[e] += partial_.get()[j * lanes_ + e];
             }
         }
-        write();
+        if (call_.need_bias) write_bias();
+        if (call_.need_weight && !one) write_weight();
     }
 
   private:
@@ -136,27 +140,45 @@ class WeightGradient {
         if (call_.need_weight) x_.pack(c.first, c.last, group * kGroup, c.units, worker, c.x);
     }
 
+    // One of several chunks: a panel of features times a panel of pixels, added to what the chunks before it came to.
     void multiply(const Chunk& c, int64_t task) const {
-        const Panels x = x_.panels(), g = g_.panels();
-        const int64_t p = task / g.count, q = task % g.count;
-        const int64_t e = g.first(q), width = g.width(q), count = std::min(width, features_ - e);
-        for (int64_t r = 0; r < count; r += kTileRows) {
-            const Broadcast a{c.g + g.offset(q, c.units) + r, 1, width};
-            multiply_tile<Operand>(a, std::min<int64_t>(kTileRows, count - r), c.x + x.offset(p, c.units), x.width(p),
-                                   c.units, d_.get() + (e + r) * d_row_ + x.first(p), d_row_, c.first > 0);
+        const int64_t p = task / g_.panels().count, q = task % g_.panels().count;
+        for (int64_t r = 0; r < rows_of(q); r += kTileRows) {
+            multiply_one(c, p, q, r, d_.get() + (g_.panels().first(q) + r) * d_row_, c.first > 0);
         }
     }
 
-    void write() const {
-        for (int64_t e = 0; call_.need_bias && e < features_; e++) {
+    // The only chunk: the rows of dW that a tile of features is, complete, and written as they lie in memory.
+    void finish(const Chunk& c, int64_t task, int64_t worker) const {
+        constexpr int64_t kParts = kTileColumns / kTileRows;
+        const int64_t q = task / kParts, r = task % kParts * kTileRows;
+        if (r >= rows_of(q)) return;
+        float* rows = d_.get() + worker * kTileRows * d_row_;
+        for (int64_t p = 0; p < x_.panels().count; p++) multiply_one(c, p, q, r, rows, false);
+        writer_.write(g_.panels().first(q) + r, std::min<int64_t>(kTileRows, rows_of(q) - r), 0,
+                      num_pixels(call_.weight), rows, d_row_);
+    }
+
+    int64_t rows_of(int64_t q) const { return std::min(g_.panels().width(q), features_ - g_.panels().first(q)); }
+
+    void multiply_one(const Chunk& c, int64_t p, int64_t q, int64_t r, float* rows, bool add) const {
+        const Panels x = x_.panels(), g = g_.panels();
+        const Broadcast a{c.g + g.offset(q, c.units) + r, 1, g.width(q)};
+        multiply_tile<Operand>(a, std::min<int64_t>(kTileRows, rows_of(q) - r), c.x + x.offset(p, c.units), x.width(p),
+                               c.units, rows + x.first(p), d_row_, add);
+    }
+
+    void write_bias() const {
+        for (int64_t e = 0; e < features_; e++) {
             static_cast<T*>(call_.d_bias)[e] = from_float<T>(static_cast<float>(d_bias_.get()[e]));
         }
-        if (!call_.need_weight) return;
-        const PatchWriter writer(call_.d_weight, order_);
+    }
+
+    void write_weight() const {
         for_each(ceil_div(features_, kGroup), threads_, [&](int64_t i, int64_t) {
             const int64_t e = i * kGroup;
-            writer.write(e, std::min(kGroup, features_ - e), 0, num_pixels(call_.weight), d_.get() + e * d_row_,
-                         d_row_);
+            writer_.write(e, std::min(kGroup, features_ - e), 0, num_pixels(call_.weight), d_.get() + e * d_row_,
+                          d_row_);
         });
     }
 
@@ -170,6 +192,7 @@ class WeightGradient {
     int64_t lanes_, d_row_, chunk_units_;
     Scratch<uint32_t> packed_;
     Scratch<float> d_;
+    PatchWriter writer_;
     Scratch<double> partial_, d_bias_;
 };
 

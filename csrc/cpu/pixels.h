@@ -153,6 +153,18 @@ class PatchReader {
         for (int64_t r = count; r < round_up(count, kTileRows); r++) memset(to + r * to_row, 0, units * sizeof *to);
     }
 
+    // Row `first` where the rows can be taken as units of Operand as they lie, whole vectors of them; else null.
+    template <class Operand>
+    const uint32_t* units_in_place(int64_t first) const {
+        const DType dtype = Operand::kPack == 1 ? DType::kFloat32 : DType::kBFloat16;
+        const int64_t pixels = num_pixels(patches_);
+        const bool in_place = patches_.dtype == dtype && loops_.size[3] == pixels && loops_.stride[3] == 1 &&
+                              pixels % (kLanes * Operand::kPack) == 0 && patches_.strides[3] % Operand::kPack == 0;
+        if (!in_place) return nullptr;
+        return reinterpret_cast<const uint32_t*>(static_cast<const ElementOf<Operand>*>(patches_.data) +
+                                                 row_offset(patches_, first));
+    }
+
   private:
     // Patches next to each other are read together, a run of each in turn: their pixels then stream through whole rows
     // of the picture.
