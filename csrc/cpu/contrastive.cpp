@@ -19,15 +19,16 @@
 // second exponential an entry, next to the D multiply-adds (4 % of the time at D = 512), and makes the largest term
 // exactly 1, so that pairs that are told apart perfectly give a loss and gradients of exactly 0.
 //
-// Bounded store. Tiles of p that fit into kStoredTiles are kept from the first sweep, so that the second one
-// needs not compute them again (6 N^2 D where all fit); the others are recomputed: memory stays O(N D).
+// Bounded store. Tiles of p that fit into kStoredTiles are kept from the first sweep, so that the second need not
+// compute them again (6 N^2 D where all fit); the others are recomputed: memory stays O(N D).
 //
 // Diagonal waves. The second sweep adds to rows of dI and of dT at once. Tiles are therefore taken in waves
 // (i, i + t mod n): see run_grid. No two tasks at work share a row of dI or dT, nothing is locked or added atomically,
 // every row is summed in one order, and the result is the same to the bit for any number of threads.
 //
-// Memory moved: a task reads and writes 6 blocks of kTile x D numbers from beyond the L2 cache for 6 kTile^2 D
-// operations, 36 operations a byte at float32; what is moved N^2 times stays in the cache.
+// Memory moved. The second sweep takes blocks of 2 x 2 tiles. A block reads 2 kTile rows of I, of T, of dI and of dT
+// from beyond the L2 cache and writes those of dI and dT back: 12 kTile D numbers for 16 kTile^2 D operations, 48
+// operations a byte in float32. What is as large as N x N is moved at most twice, the tiles kept.
 #include "contrastive.h"
 
 #include <cmath>
@@ -54,9 +55,9 @@ MMK_INLINE Vec keep(Vec v, int64_t n, Vec other) {
     return n >= kLanes ? v : select(lane_index() < static_cast<int32_t>(n), v, other);
 }
 
+// body(first, left): lanes from `first` on, the first `left` of them real.
 template <class Body>
-void for_vectors(int64_t count,
-                 Body&& body) {  // body(first, left): lanes from `first` on, the first `left` of them real
+void for_vectors(int64_t count, Body&& body) {
     for (int64_t i = 0; i < count; i += kLanes) body(i, count - i);
 }
 
@@ -64,10 +65,11 @@ void for_vectors(int64_t count,
 
 class Store {
   public:
-    // Where less than an eighth of the tiles would fit, memory is worth more than the little time gained.
+    // Where less than a quarter of the tiles would fit, memory is worth more than the little time gained: with D = 512,
+    // a call takes less than 512 MB up to N = 40 000.
     Store(const Tiling& tiling, bool wanted)
         : tiles_(tiling.tiles),
-          kept_(wanted && tiling.tiles * tiling.tiles <= 8 * kStoredTiles
+          kept_(wanted && tiling.tiles * tiling.tiles <= 4 * kStoredTiles
                     ? std::min(kStoredTiles, tiling.tiles * tiling.tiles)
                     : 0),
           memory_(kept_ * kTile * kTile) {}
@@ -100,7 +102,7 @@ class LogSumExp {
     float *const max, *const sum;
 };
 
-// Raises the maximum at `max` to at least `least` and returns the sum relative to the new one.
+// Raises a maximum to at least `least` and returns its sum relative to the new one.
 MMK_INLINE Vec rescale(float* max_at, const float* sum_at, Vec least) {
     const Vec old = load(max_at), now = max(least, old);
     store(max_at, now);
@@ -146,10 +148,9 @@ double accumulate(const float* p, int64_t rows, int64_t columns, Vec scale, floa
     return total;
 }
 
-// What the first sweep finds. The sums of a band's rows are its own; those of the columns are kept a band, and merged
-// in the order of the bands.
+// What the first sweep finds. A band of rows has its own sums of the columns, merged in the order of the bands.
 struct Softmax {
-    Softmax(const Tiling& tiling) : rows(tiling.rows), columns(tiling.rows), diagonal(tiling.padded()) {}
+    explicit Softmax(const Tiling& tiling) : rows(tiling.rows), columns(tiling.rows), diagonal(tiling.padded()) {}
 
     LogSumExp rows, columns;
     Scratch<float> diagonal;  // of p, from the very tiles that enter the sums
