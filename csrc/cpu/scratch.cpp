@@ -1,4 +1,6 @@
+#ifndef MMK_ISA
 #define MMK_ISA portable
+#endif
 #include "scratch.h"
 
 #if defined(__linux__)

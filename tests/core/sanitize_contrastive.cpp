@@ -108,7 +108,7 @@ static Truth truth(const Tensor& image, const Tensor& text, double scale, double
 static int failures = 0;
 
 static void check(const char* what, double found, double expected, double tolerance) {
-    if (std::abs(found - expected) <= tolerance) return;
+    if (std::abs(found - expected) <= tolerance) return;  // false for NaN
     failures++;
     printf("FAILED %s: %g instead of %g\n", what, found, expected);
 }
@@ -137,10 +137,14 @@ static void run(bool clip, DType dtype, int64_t n, int64_t dim, Tensor::Layout l
     check(name, steady, true, 0);
 
     const Truth expected = truth(image, text, call.scale, call.bias, clip);
+    const Truth exchanged = truth(text, image, call.scale, call.bias, clip);  // the losses are symmetric
     const double rounding = dtype == DType::kFloat32 ? 1e-4 : 2e-2;
     check(name, result.loss, expected.loss, 1e-4 * (1 + std::abs(expected.loss)));
     for (int64_t i = 0; i < n; i++) {
-        for (int64_t d = 0; d < dim; d++) check(name, d_image.get(i, d), expected.d_image[i * dim + d], rounding);
+        for (int64_t d = 0; d < dim; d++) {
+            check(name, d_image.get(i, d), expected.d_image[i * dim + d], rounding);
+            check(name, d_text.get(i, d), exchanged.d_image[i * dim + d], rounding);
+        }
     }
 }
 
