@@ -153,6 +153,7 @@ def test_any_geometry_equals_the_convolution(patch, grid, rest, batch, channels,
     truth = tokens(F.conv3d(plain, weight.double(), stride=patch))
     ours = patch_embed(images, weight, **normalisation, backend="cpu")
     pixels = channels * math.prod(patch)
+    # What float32 rounding of the products' sums can come to; the error budget proper is tests/test_check.py's.
     torch.testing.assert_close(ours.double(), truth, rtol=0, atol=8 * math.sqrt(pixels) * 1.2e-7 * plain.abs().max())
 
 
