@@ -7,7 +7,6 @@ get wrong is tried: tails of every tile, tiles kept or computed again, work cut 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,10 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkernels import backends, clip_loss, siglip_loss
+from mmkernels import clip_loss, siglip_loss
 from mmkernels.check import run_case, select
-
-pytestmark = pytest.mark.skipif(backends.missing("cpu") is not None, reason=str(backends.missing("cpu")))
 
 CSRC = Path(__file__).parents[2] / "csrc" / "cpu"
 FLAGS = {
@@ -29,23 +26,6 @@ FLAGS = {
 }
 FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
 LOSSES = ("clip_loss", "siglip_loss")
-
-
-def levels() -> list[str]:
-    if backends.missing("cpu") is not None:
-        return []
-    from mmkernels import _core
-
-    return _core.isa_levels()
-
-
-@pytest.fixture(params=levels())
-def level(request, monkeypatch) -> str:
-    from mmkernels import _core
-
-    monkeypatch.setenv("MMKERNELS_CPU_ISA", request.param)
-    assert _core.isa() == request.param
-    return request.param
 
 
 @pytest.fixture(params=LOSSES)
@@ -178,17 +158,12 @@ def build(tmp_path: Path, level: str, sanitizers: str) -> Path:
     return program
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-
-@needs_compiler
 def test_in_bounds_and_defined(level, tmp_path):
     """With sizes that are multiples of nothing and tensors that end where their memory ends."""
     run = subprocess.run([build(tmp_path, level, "address,undefined")], env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == "right\n", run.stdout + run.stderr
 
 
-@needs_compiler
 def test_tasks_without_a_barrier_do_not_race(tmp_path):
     """The order of the tasks is the same at every level."""
     run = subprocess.run([build(tmp_path, "portable", "thread")], capture_output=True, text=True)

@@ -6,17 +6,14 @@ get wrong is tried: tails of every tile, work cut differently among threads, mem
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmkernels import backends, patch_embed
+from mmkernels import patch_embed
 from mmkernels.check import run_case, select
-
-pytestmark = pytest.mark.skipif(backends.missing("cpu") is not None, reason=str(backends.missing("cpu")))
 
 CSRC = Path(__file__).parents[2] / "csrc" / "cpu"
 FLAGS = {
@@ -25,23 +22,6 @@ FLAGS = {
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
-
-
-def levels() -> list[str]:
-    if backends.missing("cpu") is not None:
-        return []
-    from mmkernels import _core
-
-    return _core.isa_levels()
-
-
-@pytest.fixture(params=levels())
-def level(request, monkeypatch) -> str:
-    from mmkernels import _core
-
-    monkeypatch.setenv("MMKERNELS_CPU_ISA", request.param)
-    assert _core.isa() == request.param
-    return request.param
 
 
 @pytest.mark.parametrize(
@@ -116,7 +96,6 @@ def test_nothing_to_embed(level):
     assert not weight.grad.any() and not bias.grad.any()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_in_bounds_and_defined(level, tmp_path):
     """Under the sanitizers, with sizes that are multiples of nothing and tensors that end where their memory ends."""
     program = tmp_path / "sanitize"
