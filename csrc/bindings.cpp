@@ -12,6 +12,7 @@
 #include "cpu/parallel.h"
 #include "cpu/patch_embed.h"
 #include "cpu/probe.h"
+#include "cpu/scratch.h"
 #include "cpu/tensor.h"
 
 namespace py = pybind11;
@@ -209,6 +210,7 @@ PYBIND11_MODULE(_core, module) {
             return fma_peak(kind == "bfloat16", threads);
         },
         py::arg("kind"), py::arg("threads"), "FLOP/s of a multiply-add loop in 'float32' or 'bfloat16'.");
+    module.def("release_kept", &release_kept, "Gives back the working memory kept from earlier calls.");
     bind_contrastive(module);
     bind_patch_embed(module);
 }

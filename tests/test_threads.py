@@ -82,6 +82,25 @@ def test_threads_of_the_caller_get_the_same_answer():
         assert all(torch.equal(value, expected) for value in pool.map(lambda _: loss(pairs), range(16)))
 
 
+def resident_bytes() -> int:
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) << 10
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_working_memory_is_kept_in_bounds_and_given_back():
+    """Up to 352 MiB stay for the next call; blocks of ever new sizes must not pile up."""
+    _core.release_kept()
+    before = resident_bytes()
+    for n in range(3000, 5200, 200):
+        pairs = features(n).requires_grad_()
+        loss(pairs).backward()
+    del pairs
+    kept = resident_bytes() - before
+    _core.release_kept()
+    assert 32 << 20 < kept < 400 << 20
+    assert resident_bytes() - before < 32 << 20
+
+
 def test_a_wrong_cap_on_the_instruction_set_is_named(monkeypatch):
     monkeypatch.setenv("MMKERNELS_CPU_ISA", "avx3")
     with pytest.raises(ValueError, match="MMKERNELS_CPU_ISA is 'avx3'; accepted are portable, avx2"):

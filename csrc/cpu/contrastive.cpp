@@ -420,11 +420,12 @@ double operations(const Contrastive& call) {
 template <class T>
 ContrastiveResult clip(const Contrastive& call) {
     const int threads = useful_threads(operations(call));
+    // The largest block first: freed last, it is the last that scratch.cpp would part with.
+    const Store stored(Tiling(call.image.rows), call.with_grads);
     const Pairs<T> pairs(call.image, call.text, call.with_grads, threads);
     const int64_t count = pairs.tiling.rows;
     const double n = static_cast<double>(count), smoothing = call.label_smoothing;
     const float scale = static_cast<float>(call.scale);
-    const Store stored(pairs.tiling, call.with_grads);
     Softmax softmax(pairs.tiling);
     first_sweep(pairs, stored, scale, threads, softmax);
 

@@ -17,8 +17,9 @@ namespace mmk::MMK_ISA {
 
 namespace {
 
-constexpr int64_t kChunk = 512;  // patches summed in one accumulation
-constexpr int64_t kGroup = 32;   // rows gathered, and summed for the bias, by one task
+constexpr int64_t kChunk = 512;          // patches summed in one accumulation
+constexpr int64_t kResident = 96 << 10;  // units of x that stay in the L2 cache beside a panel of g: 384 KB
+constexpr int64_t kGroup = 32;           // rows gathered, and summed for the bias, by one task
 
 // Rows of a matrix, read in groups and packed along the units of panels.
 template <class Operand>
@@ -98,6 +99,7 @@ class WeightGradient {
           lanes_(g_.panels().lanes()),
           d_row_(row_units(x_.panels().lanes())),
           chunk_units_(ceil_div(std::min(rows_, kChunk), Operand::kPack)),
+          group_(std::max<int64_t>(1, kResident / std::max<int64_t>(1, chunk_units_ * kTileColumns))),
           packed_((rows_ > kChunk ? 2 : 1) * chunk_units_ * (x_.panels().lanes() + lanes_)),
           d_(call.need_weight ? (rows_ > kChunk ? lanes_ : threads * kTileRows) * d_row_ : 0),
           writer_(call.d_weight, order_),
@@ -109,7 +111,7 @@ class WeightGradient {
         memset(d_bias_.get(), 0, lanes_ * sizeof(double));
         const bool one = rows_ <= kChunk;
         const int64_t chunks = std::max<int64_t>(1, ceil_div(rows_, kChunk));
-        const int64_t parts = one ? kTileColumns / kTileRows : x_.panels().count;
+        const int64_t parts = one ? kTileColumns / kTileRows : ceil_div(x_.panels().count, group_);
         const int64_t products = call_.need_weight ? g_.panels().count * parts : 0;
         for (int64_t i = 0; i <= chunks; i++) {
             const Chunk next = chunk(i), now = chunk(i - 1);
@@ -140,11 +142,14 @@ class WeightGradient {
         if (call_.need_weight) x_.pack(c.first, c.last, group * kGroup, c.units, worker, c.x);
     }
 
-    // One of several chunks: a panel of features times a panel of pixels, added to what the chunks before it came to.
+    // One of several chunks: a panel of features times a group of panels of pixels, added to what the chunks before it
+    // came to. The group stays in the L2 cache from task to task.
     void multiply(const Chunk& c, int64_t task) const {
-        const int64_t p = task / g_.panels().count, q = task % g_.panels().count;
-        for (int64_t r = 0; r < rows_of(q); r += kTileRows) {
-            multiply_one(c, p, q, r, d_.get() + (g_.panels().first(q) + r) * d_row_, c.first > 0);
+        const int64_t first = task / g_.panels().count * group_, q = task % g_.panels().count;
+        for (int64_t p = first; p < std::min(first + group_, x_.panels().count); p++) {
+            for (int64_t r = 0; r < rows_of(q); r += kTileRows) {
+                multiply_one(c, p, q, r, d_.get() + (g_.panels().first(q) + r) * d_row_, c.first > 0);
+            }
         }
     }
 
@@ -189,7 +194,7 @@ class WeightGradient {
     Normalisation normalisation_;
     PatchReader images_, grad_;
     GroupPacker<Operand> x_, g_;
-    int64_t lanes_, d_row_, chunk_units_;
+    int64_t lanes_, d_row_, chunk_units_, group_;
     Scratch<uint32_t> packed_;
     Scratch<float> d_;
     PatchWriter writer_;

