@@ -13,6 +13,7 @@
 #include "cpu/patch_embed.h"
 #include "cpu/probe.h"
 #include "cpu/scratch.h"
+#include "cpu/span_attention.h"
 #include "cpu/tensor.h"
 
 namespace py = pybind11;
@@ -172,6 +173,69 @@ void bind_patch_embed(py::module_& module) {
         py::arg("d_weight"), py::arg("d_bias"), "Fills what is given of d_images, d_weight (None or Patches), d_bias.");
 }
 
+// ---- span_attention
+
+void run_span_attention(const SpanAttention& call) {
+    switch (chosen_isa()) {
+#define MMK_RUN(level, isa) MMK_CASE(level, isa, span_attention, call)
+        MMK_FOR_EACH_ISA(MMK_RUN)
+#undef MMK_RUN
+        default:
+            throw std::logic_error("a level this build does not hold");
+    }
+}
+
+void run_span_attention_backward(const SpanAttentionBackward& call) {
+    switch (chosen_isa()) {
+#define MMK_RUN(level, isa) MMK_CASE(level, isa, span_attention_backward, call)
+        MMK_FOR_EACH_ISA(MMK_RUN)
+#undef MMK_RUN
+        default:
+            throw std::logic_error("a level this build does not hold");
+    }
+}
+
+void bind_span_attention(py::module_& module) {
+    py::class_<Heads>(module, "Heads",
+                      "A (B, T, H, D) tensor: address, dtype, sizes, and the strides of the first three in elements.")
+        .def(py::init([](uintptr_t data, DType dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+                         int64_t batch_stride, int64_t token_stride, int64_t head_stride) {
+            return Heads{reinterpret_cast<void*>(data),
+                         dtype,
+                         batch,
+                         tokens,
+                         heads,
+                         dim,
+                         batch_stride,
+                         token_stride,
+                         head_stride};
+        }));
+    py::class_<Spans>(module, "Spans", "Row spans: addresses of lo and hi, runs, queries, stride of the batch.")
+        .def(py::init([](uintptr_t lo, uintptr_t hi, int64_t runs, int64_t queries, int64_t batch_stride) {
+            return Spans{reinterpret_cast<const int32_t*>(lo), reinterpret_cast<const int32_t*>(hi), runs, queries,
+                         batch_stride};
+        }));
+    module.def(
+        "span_attention",
+        [](const Heads& q, const Heads& k, const Heads& v, const Heads& out, uintptr_t lse, const Spans& spans,
+           double scale, double softcap) {
+            py::gil_scoped_release release;
+            run_span_attention({q, k, v, out, reinterpret_cast<float*>(lse), spans, scale, softcap});
+        },
+        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("spans"), py::arg("scale"),
+        py::arg("softcap"), "Fills out and lse.");
+    module.def(
+        "span_attention_backward",
+        [](const Heads& d_out, const Heads& q, const Heads& k, const Heads& v, const Heads& out, uintptr_t lse,
+           const Spans& spans, double scale, double softcap, const Heads& d_q, const Heads& d_k, const Heads& d_v) {
+            py::gil_scoped_release release;
+            run_span_attention_backward(
+                {d_out, q, k, v, out, reinterpret_cast<const float*>(lse), spans, scale, softcap, d_q, d_k, d_v});
+        },
+        py::arg("d_out"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("spans"),
+        py::arg("scale"), py::arg("softcap"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"), "Fills d_q, d_k, d_v.");
+}
+
 }  // namespace
 }  // namespace mmk
 
@@ -213,4 +277,5 @@ PYBIND11_MODULE(_core, module) {
     module.def("release_kept", &release_kept, "Gives back the working memory kept from earlier calls.");
     bind_contrastive(module);
     bind_patch_embed(module);
+    bind_span_attention(module);
 }

@@ -7,14 +7,18 @@ from ._version import __version__
 from .backends import BackendUnavailable, explain, use_backend
 from .ops.contrastive import clip_loss, siglip_loss
 from .ops.patch_embed import patch_embed
+from .ops.span_attention import span_attention
+from .spans import RowSpans
 
 __all__ = [
     "BackendUnavailable",
+    "RowSpans",
     "__version__",
     "clip_loss",
     "explain",
     "nn",
     "patch_embed",
     "siglip_loss",
+    "span_attention",
     "use_backend",
 ]

@@ -10,8 +10,8 @@
 #include <algorithm>
 
 #include "gemm.h"
-#include "parallel.h"
 #include "scratch.h"
+#include "tasks.h"
 
 namespace mmk::MMK_ISA {
 
@@ -35,52 +35,6 @@ using ElementOf = std::conditional_t<Operand::kPack == 1, float, BFloat16>;
 // Units between rows of at least `units`, with room for a vector past the last: an odd number of cache lines, so that
 // rows read together do not fall into the same set of the cache.
 static MMK_INLINE int64_t row_units(int64_t units) { return (ceil_div(units + kLanes, 16) | 1) * 16; }
-
-// ---- stores past the caches
-
-// Whole lines written without reading them first, for results too large to be found in a cache later. Other threads see
-// them after end_streams. `p` is on a boundary of the vector's size; other levels store as usual.
-static MMK_INLINE void stream(float* p, Vec v) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(p, v);
-#else
-    store(p, v);
-#endif
-}
-static MMK_INLINE void stream(BFloat16* p, Vec v) {
-#if defined(__AVX512F__)
-    const HalfLanes h = to_bfloat16(v);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)h);
-#else
-    store(p, v);
-#endif
-}
-static MMK_INLINE void stream(Float16* p, Vec v) { store(p, v); }
-static MMK_INLINE void end_streams() {
-#if defined(__AVX512F__)
-    _mm_sfence();
-#endif
-}
-
-// ---- work shared among threads
-
-// Threads worth waking for this much arithmetic: entering a parallel region costs what a million operations do.
-static MMK_INLINE int useful_threads(double flops) { return flops < 1e6 ? 1 : num_threads(); }
-
-// body(i, worker) for every i in [0, count); worker < threads names a workspace no other thread uses meanwhile.
-template <class Body>
-static void for_each(int64_t count, int threads, Body&& body) {
-    struct Loop {
-        Body& body;
-        int64_t count, next;
-    } loop{body, count, 0};
-    const auto work = [](void* context, int64_t worker) {
-        Loop& loop = *static_cast<Loop*>(context);
-        for (int64_t i; (i = __atomic_fetch_add(&loop.next, 1, __ATOMIC_RELAXED)) < loop.count;) loop.body(i, worker);
-        end_streams();
-    };
-    run_tasks(std::min<int64_t>(threads, count), work, &loop);
-}
 
 // ---- panels
 

@@ -13,6 +13,8 @@
 extern "C" {
 [[gnu::weak]] void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 [[gnu::weak]] int omp_get_max_threads();
+[[gnu::weak]] int omp_get_num_threads();
+[[gnu::weak]] int omp_get_thread_num();
 }
 
 namespace mmk {
@@ -25,12 +27,11 @@ struct Team {
     void (*task)(void*, int64_t);
     void* context;
     int64_t count;
-    std::atomic<int64_t> next;
 };
 
-void work(void* data) {
-    Team& team = *static_cast<Team*>(data);
-    for (int64_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.count;) team.task(team.context, i);
+void work(void* data) {  // the runtime may give fewer threads than were asked for
+    const Team& team = *static_cast<Team*>(data);
+    for (int64_t i = omp_get_thread_num(); i < team.count; i += omp_get_num_threads()) team.task(team.context, i);
 }
 
 struct Grid {
@@ -65,12 +66,12 @@ bool openmp_present() { return GOMP_parallel != nullptr && omp_get_max_threads !
 int num_threads() { return forked ? 1 : omp_get_max_threads(); }
 
 void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context) {
-    Team team{task, context, count, {0}};
+    Team team{task, context, count};
     const int64_t threads = std::min<int64_t>(num_threads(), count);
     if (threads > 1) {
         GOMP_parallel(work, &team, static_cast<unsigned>(threads), 0);
     } else {
-        work(&team);
+        for (int64_t i = 0; i < count; i++) task(context, i);
     }
 }
 

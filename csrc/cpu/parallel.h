@@ -11,7 +11,8 @@ bool openmp_present();
 // parent's pool does not exist and entering it would hang.
 int num_threads();
 
-// Calls task(context, i) for every i in [0, count). Which thread runs which i is open, so a task must not depend on it.
+// Calls task(context, i) for every i in [0, count), at most num_threads(), at once: call i on thread i of the pool,
+// where the pool has that many.
 void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context);
 
 // Calls task(context, worker, i, j) for every i and j in [0, n) in diagonal waves: wave t holds the pairs

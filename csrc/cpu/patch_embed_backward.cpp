@@ -116,9 +116,10 @@ class WeightGradient {
         for (int64_t i = 0; i <= chunks; i++) {
             const Chunk next = chunk(i), now = chunk(i - 1);
             const int64_t groups = ceil_div(next.last - next.first, kGroup);
-            for_each(groups + (i > 0 ? products : 0), threads_, [&](int64_t task, int64_t worker) {
-                if (task < groups) return pack(next, task, worker);
-                one ? finish(now, task - groups, worker) : multiply(now, task - groups);
+            const Shares to_pack(groups, threads_), to_multiply(i > 0 ? products : 0, threads_);
+            on_threads(threads_, [&](int64_t worker) {
+                to_pack.take(worker, [&](int64_t group) { pack(next, group, worker); });
+                to_multiply.take(worker, [&](int64_t task) { one ? finish(now, task, worker) : multiply(now, task); });
             });
             for (int64_t j = 0; call_.need_bias && j < groups; j++) {
                 for (int64_t e = 0; e < lanes_; e++) d_bias_.get()[e] += partial_.get()[j * lanes_ + e];

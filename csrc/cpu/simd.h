@@ -207,4 +207,30 @@ static MMK_INLINE T from_float(float x) {
     return out;
 }
 
+// ---- stores past the caches
+
+// Whole lines written without reading them first, for results too large to be found in a cache later. Other threads see
+// them after end_streams. `p` is on a boundary of the vector's size; other levels store as usual.
+static MMK_INLINE void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, v);
+#else
+    store(p, v);
+#endif
+}
+static MMK_INLINE void stream(BFloat16* p, Vec v) {
+#if defined(__AVX512F__)
+    const HalfLanes h = to_bfloat16(v);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)h);
+#else
+    store(p, v);
+#endif
+}
+static MMK_INLINE void stream(Float16* p, Vec v) { store(p, v); }
+static MMK_INLINE void end_streams() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
 }  // namespace mmk::MMK_ISA

@@ -1,0 +1,125 @@
+"""Attention in which each query sees runs of keys: packed documents, images inside text, windows, cross-attention."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import backends
+from ...spans import RowSpans
+from .. import _checks
+from . import op
+
+_NAME = "span_attention"
+
+
+def span_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: RowSpans,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v, in which query i sees the keys that `spans` gives it and no others.
+
+    A query that sees no key gives zeros, an lse of -inf and no gradient. Keys and values outside every span, such as
+    padding, may hold anything, NaN too, without reaching the result or a gradient.
+
+    Args:
+        q: queries (Tq, Hq, D), or with a batch axis (B, Tq, Hq, D); float32, bfloat16 or float16 (the reference
+            backend: float64 too). Here and below the last stride must be 1, the others may be anything: slices of a
+            fused projection, a (B, H, T, D) tensor transposed and a KV cache are read where they lie.
+        k, v: keys (Tk, Hkv, D) and values (Tk, Hkv, Dv), or with the batch axis of q; Hq a multiple of Hkv, and query
+            head h reads key head h // (Hq / Hkv) (grouped-query attention, Ainslie et al. 2023,
+            https://arxiv.org/abs/2305.13245).
+        spans: which keys each query sees; `mmkernels.RowSpans` and its builders. Spans without a batch axis serve every
+            row of the batch; key numbers count within a row.
+        scale: factor on q k^T; None: 1 / sqrt(D).
+        softcap: if given, scores become softcap * tanh(scores / softcap) before the softmax, as in Gemma 2.
+        return_lse: return also the log-sum-exp of every query's scores, natural logarithm, not differentiable.
+        backend: "cuda", "triton", "cpu", "reference"; None takes the fastest that supports the call.
+
+    Returns:
+        (Tq, Hq, Dv) of q's dtype, contiguous, with the batch axis of q if it has one; differentiable once in q, k and
+        v. Softmax and sums are computed in float32. With return_lse, also float32 (Hq, Tq), or (B, Hq, Tq).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, dtype, shape, stride or device; the message names it.
+        BackendUnavailable: the backend asked for cannot serve the call.
+    """
+    for label, value in (("q", q), ("k", k), ("v", v)):
+        _checks.floating(_NAME, label, value)
+    q, k, v = map(_checks.autocast, (q, k, v))
+    _check_heads(q, k, v)
+    _check_spans(spans, q, k)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{_NAME}: softcap is {softcap}; it must be positive, or None for none")
+    batched = q.dim() == 4
+    if not batched:
+        q, k, v = q[None], k[None], v[None]
+    lo, hi = _with_axes(spans.lo), _with_axes(spans.hi)
+    asked = backends.requested(backend)
+    hulls = spans.hulls() if q.device.type != "cpu" or asked in ("cuda", "triton") else None
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    out, lse = op.span_attention(q, k, v, lo, hi, hulls, scale, float(softcap or 0.0), asked)
+    if not batched:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def _with_axes(x: Tensor) -> Tensor:
+    """(Tq,), (runs, Tq) or (B, runs, Tq) -> (B or 1, runs, Tq), rows contiguous."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.reshape(1, *x.shape[-2:]) if x.dim() == 2 else x.reshape(1, 1, -1) if x.dim() == 1 else x
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() not in (3, 4):
+        raise ValueError(f"{_NAME}: q has shape {tuple(q.shape)}; it must be (Tq, Hq, D) or (B, Tq, Hq, D)")
+    for label, value in (("k", k), ("v", v)):
+        axes = "(Tk, Hkv, D)" if q.dim() == 3 else "(B, Tk, Hkv, D)"
+        if value.dim() != q.dim():
+            raise ValueError(
+                f"{_NAME}: {label} has shape {tuple(value.shape)}, q {tuple(q.shape)}; {label} must be {axes} beside it"
+            )
+        _checks.same_dtype(_NAME, label, value, "q", q)
+        _checks.same_device(_NAME, label, value, "q", q)
+    for label, value in (("q", q), ("k", k), ("v", v)):
+        if value.shape[-1] == 0 or value.shape[-2] == 0:
+            raise ValueError(
+                f"{_NAME}: {label} has shape {tuple(value.shape)}; it needs at least one head of one number"
+            )
+        if value.stride(-1) != 1 and value.shape[-1] > 1:
+            raise ValueError(
+                f"{_NAME}: {label} has strides {value.stride()}; the last must be 1: call {label}.contiguous()"
+            )
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"{_NAME}: k has shape {tuple(k.shape)}, v {tuple(v.shape)}; they must be equal but for the last axis"
+        )
+    if q.dim() == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(f"{_NAME}: q has a batch of {q.shape[0]}, k and v of {k.shape[0]}; they must be equal")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{_NAME}: k has heads of {k.shape[-1]} numbers, q of {q.shape[-1]}; they must be equal")
+    if q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"{_NAME}: k has {k.shape[-2]} heads, q has {q.shape[-2]}; the number of query heads must be a multiple of "
+            "the key heads"
+        )
+
+
+def _check_spans(spans: RowSpans, q: Tensor, k: Tensor) -> None:
+    if not isinstance(spans, RowSpans):
+        raise TypeError(f"{_NAME}: spans must be a mmkernels.RowSpans, got {type(spans).__name__}")
+    if spans.device != q.device:
+        raise ValueError(f"{_NAME}: spans are on {spans.device}, q on {q.device}; move them with spans.to(...)")
+    if spans.num_queries != q.shape[-3]:
+        raise ValueError(f"{_NAME}: spans are for {spans.num_queries} queries, q has {q.shape[-3]}")
+    if spans.num_keys != k.shape[-3]:
+        raise ValueError(f"{_NAME}: spans are for {spans.num_keys} keys, k has {k.shape[-3]}")
+    if spans.batch is not None and (q.dim() == 3 or spans.batch != q.shape[0]):
+        batch = "none" if q.dim() == 3 else q.shape[0]
+        raise ValueError(f"{_NAME}: spans have a batch of {spans.batch}, q has {batch}; they must be equal")

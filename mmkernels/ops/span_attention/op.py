@@ -1,0 +1,69 @@
+"""Registration of span attention: schemas, shapes for tracing, and autograd. Imports torch only.
+
+Inside, every tensor has a batch axis and spans are (B or 1, runs, Tq). Spans are tensors like any other, so that a new
+layout neither recompiles nor waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import backends
+from .._registration import register
+
+
+def _forward(q, k, v, lo, hi, hulls, scale, softcap, backend):
+    return backends.select("span_attention", backend, q, k, v).span_attention(q, k, v, lo, hi, hulls, scale, softcap)
+
+
+def _forward_fake(q, k, v, lo, hi, hulls, scale, softcap, backend):
+    batch, tokens, heads, _ = q.shape
+    lse = q.new_empty((batch, heads, tokens), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty((batch, tokens, heads, v.shape[3])), lse
+
+
+def _backward(d_out, q, k, v, out, lse, lo, hi, hulls, scale, softcap, backend):
+    kernels = backends.select("span_attention", backend, q, k, v)
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    return kernels.span_attention_backward(d_out, q, k, v, out, lse, lo, hi, hulls, scale, softcap)
+
+
+def _backward_fake(d_out, q, k, v, out, lse, lo, hi, hulls, scale, softcap, backend):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+_forward_op = register(
+    "span_attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? hulls, float scale, float softcap, "
+    "str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = register(
+    "span_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, Tensor hi, "
+    "Tensor? hulls, float scale, float softcap, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _SpanAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, lo, hi, hulls, scale, softcap, backend):
+        out, lse = _forward_op(q, k, v, lo, hi, hulls, scale, softcap, backend)
+        ctx.save_for_backward(q, k, v, out, lse, lo, hi, hulls)
+        ctx.call = scale, softcap, backend
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, _):
+        return *_backward_op(d_out, *ctx.saved_tensors, *ctx.call), None, None, None, None, None, None
+
+
+def span_attention(q, k, v, lo, hi, hulls, scale, softcap, backend) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _SpanAttention.apply(q, k, v, lo, hi, hulls, scale, softcap, backend)
+    return _forward_op(q, k, v, lo, hi, hulls, scale, softcap, backend)

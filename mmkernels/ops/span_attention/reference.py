@@ -1,0 +1,101 @@
+"""Span attention in plain PyTorch: the definition of right.
+
+    S = scale q k^T, then softcap tanh(S / softcap) where there is one
+    P_ij = exp(S_ij - lse_i) for the keys j that query i sees, lse_i = log sum_j exp(S_ij), O = P V
+    delta_i = sum_d dO_id O_id,  dS = P (dO V^T - delta)  [times 1 - (S / softcap)^2],  dQ = scale dS K,
+    dK = scale dS^T Q,  dV = P^T dO
+
+A query that sees nothing: O = 0, lse = -inf, and no gradient. What it does not see reaches it in no way: a plain
+product would not do, since 0 * NaN is NaN (`_visible_product`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return None
+
+
+def span_attention(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, hulls: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """q: (B, Tq, Hq, D), k: (B, Tk, Hkv, D), v: (B, Tk, Hkv, Dv); lo, hi: (B or 1, runs, Tq); softcap 0: none.
+    -> (B, Tq, Hq, Dv) and lse (B, Hq, Tq)."""
+    mask = _mask(lo, hi, k.shape[1])
+    scores = _scores(q, k, mask, scale, softcap)[0]
+    lse = scores.logsumexp(-1)
+    weights = _weights(scores, lse)
+    out = _visible_product(weights, _by_heads(v, q), mask)
+    return _by_tokens(out).to(q.dtype), lse
+
+
+def span_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    hulls: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, each of its shape and dtype, contiguous."""
+    mask = _mask(lo, hi, k.shape[1])
+    scores, d_cap = _scores(q, k, mask, scale, softcap)
+    weights = _weights(scores, lse)
+    queries, keys, values, d_o, o = (_by_heads(x, q) for x in (q, k, v, d_out, out))
+    d_weights = d_o @ values.mT
+    d_scores = weights * (d_weights - (d_o * o).sum(-1, keepdim=True)) * d_cap * scale
+    d_scores = d_scores.masked_fill(~mask, 0.0)
+    d_q = _visible_product(d_scores, keys, mask)
+    d_k = _visible_product(d_scores.mT, queries, mask.mT)
+    d_v = _visible_product(weights.mT, d_o, mask.mT)
+    return _by_tokens(d_q).to(q.dtype), _sum_groups(d_k, k).to(k.dtype), _sum_groups(d_v, v).to(v.dtype)
+
+
+def _mask(lo: Tensor, hi: Tensor, num_keys: int) -> Tensor:
+    """(B or 1, 1, Tq, Tk), True where a query sees a key."""
+    keys = torch.arange(num_keys, device=lo.device)
+    return ((lo[..., None] <= keys) & (keys < hi[..., None])).any(1)[:, None]
+
+
+def _by_heads(x: Tensor, q: Tensor) -> Tensor:
+    """(B, T, H, D) -> (B, Hq, T, D), float32 at least: a key head is repeated for the query heads that share it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide).transpose(1, 2).repeat_interleave(q.shape[2] // x.shape[2], 1)
+
+
+def _by_tokens(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous()
+
+
+def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
+    """(B, Hq, T, D) -> (B, T, Hkv, D)."""
+    return _by_tokens(grad.unflatten(1, (like.shape[2], -1)).sum(2))
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """(B, Hq, Tq, Tk), -inf where a query does not see a key, and their derivative by the scaled product."""
+    scores, derivative = _by_heads(q, q) @ _by_heads(k, q).mT * scale, 1.0
+    if softcap:
+        bounded = (scores / softcap).tanh()
+        scores, derivative = softcap * bounded, 1 - bounded * bounded
+    return scores.masked_fill(~mask, -torch.inf), derivative
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    return (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+
+
+def _visible_product(weights: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """weights @ x, in which a row of x that is not finite reaches the rows of the result that see it, and no others."""
+    finite = x.isfinite().all(-1)
+    clean = weights.nan_to_num() @ x.masked_fill(~finite[..., None], 0.0)
+    spoilt = (mask & ~finite[..., None, :]).any(-1) | (mask & ~weights.isfinite()).any(-1)
+    return clean.masked_fill(spoilt[..., None], torch.nan)
