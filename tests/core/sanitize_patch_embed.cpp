@@ -7,21 +7,9 @@
 #include <cstring>
 #include <vector>
 
+#include "openmp_on_threads.h"
 #include "patch_embed.cpp"
 #include "patch_embed_backward.cpp"
-
-namespace mmk {
-int num_threads() { return 3; }
-void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context) {
-    for (int64_t i = count; i-- > 0;) task(context, i);
-}
-void* allocate(size_t bytes) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, bytes) != 0) std::abort();
-    return memory;
-}
-void release(void* memory) { std::free(memory); }
-}  // namespace mmk
 
 using namespace mmk;
 using namespace mmk::MMK_ISA;
@@ -152,6 +140,7 @@ void check(const Shape& s, DType image_dtype, DType dtype) {
 }  // namespace
 
 int main() {
+    threads = 3;
     // Tails of every kind: rows, features and pixels that are multiples of nothing; runs shorter and longer than a
     // vector, or one short of it where the tensor ends; more than kFewRows rows; more than kDepth units; a result that
     // is streamed.

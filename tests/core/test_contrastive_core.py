@@ -6,7 +6,6 @@ get wrong is tried: tails of every tile, tiles kept or computed again, work cut 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,13 +17,6 @@ import torch
 from mmkernels import clip_loss, siglip_loss
 from mmkernels.check import run_case, select
 
-CSRC = Path(__file__).parents[2] / "csrc" / "cpu"
-FLAGS = {
-    "portable": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-}
-FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
 LOSSES = ("clip_loss", "siglip_loss")
 
 
@@ -145,26 +137,11 @@ def test_memory_of_32768_pairs(tmp_path):
     assert int(run.stdout) < 512e6
 
 
-# Fresh memory is full of NaN, so that what was never written shows.
-ENVIRONMENT = os.environ | {"ASAN_OPTIONS": "max_malloc_fill_size=1073741824:malloc_fill_byte=255"}
-
-
-def build(tmp_path: Path, level: str, sanitizers: str) -> Path:
-    program = tmp_path / "sanitize"
-    sources = [Path(__file__).with_name("sanitize_contrastive.cpp"), CSRC / "parallel.cpp", CSRC / "scratch.cpp"]
-    command = ["g++", "-std=c++17", "-O1", "-g1", "-Wno-psabi", "-ffp-contract=fast", "-fno-omit-frame-pointer"]
-    command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", *FLAGS[level], f"-DMMK_ISA={level}"]
-    subprocess.run([*command, f"-I{CSRC}", *map(str, sources), "-pthread", "-o", str(program)], check=True)
-    return program
-
-
-def test_in_bounds_and_defined(level, tmp_path):
+def test_in_bounds_and_defined(level, passes_under):
     """With sizes that are multiples of nothing and tensors that end where their memory ends."""
-    run = subprocess.run([build(tmp_path, level, "address,undefined")], env=ENVIRONMENT, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout == "right\n", run.stdout + run.stderr
+    passes_under("sanitize_contrastive.cpp", level, "address,undefined")
 
 
-def test_tasks_without_a_barrier_do_not_race(tmp_path):
+def test_tasks_without_a_barrier_do_not_race(passes_under):
     """The order of the tasks is the same at every level."""
-    run = subprocess.run([build(tmp_path, "portable", "thread")], capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout == "right\n", run.stdout + run.stderr
+    passes_under("sanitize_contrastive.cpp", "portable", "thread")
