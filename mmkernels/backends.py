@@ -32,6 +32,7 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 # been measured yet, so there the compiled kernels simply come before the reference.
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
+OLDEST_TRITON = (3, 4)  # before it, a kernel cannot index a tuple of tiles
 INSTALL = "pip install --force-reinstall --no-deps mmkernels"
 
 _override: str | None = None
@@ -139,6 +140,9 @@ def missing(backend: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; mend: pip install triton"
+        version = importlib.import_module("triton").__version__
+        if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+            return f"triton is {version}; the kernels need {'.'.join(map(str, OLDEST_TRITON))}: take torch 2.8 or later"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             return (
                 "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"

@@ -57,6 +57,11 @@ def test_a_named_backend_raises_instead_of_falling_back():
         mmkernels.patch_embed(IMAGES.double(), WEIGHT.double(), backend="cpu")
 
 
+def test_an_old_triton_is_named_with_what_mends_it(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.2.0")
+    assert backends.missing.__wrapped__("triton") == ("triton is 3.2.0; the kernels need 3.4: take torch 2.8 or later")
+
+
 def test_unknown_names_are_refused_with_what_is_accepted(monkeypatch):
     with pytest.raises(ValueError, match=r"'auto' or one of 'cuda', 'triton', 'cpu', 'reference', got 'gpu'"):
         mmkernels.patch_embed(IMAGES, WEIGHT, backend="gpu")

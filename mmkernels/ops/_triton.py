@@ -22,7 +22,6 @@ from torch import Tensor
 # A module-level constexpr: part of the cache key, and the branches on it fold away when compiled.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-OLDEST = (3, 4)  # before it, a kernel cannot index a tuple of tiles
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,10 +42,6 @@ class Tile:
 
 def unsupported(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     """Why the kernels cannot take this tensor."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        return (
-            f"triton is {triton.__version__}; the kernels need {'.'.join(map(str, OLDEST))}, which comes with torch 2.8"
-        )
     if tensor.dtype not in dtypes:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"{name} has dtype {tensor.dtype}; the Triton kernels take {accepted}"
