@@ -8,14 +8,27 @@ changed from batch to batch without a recompile. Layouts with gaps take several 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from . import _layouts
 
 HULL_ROWS = 32  # queries that share an entry of `RowSpans.hulls`
 
 
 class RowSpans:
     """The runs of keys that each query sees: query i sees key j if lo[r, i] <= j < hi[r, i] for one of the runs r.
+
+    Of the layouts that models use, the builders make them: `full`, `packed`, `image_text`, `prefix_lm`, `media`; and
+    `from_dense` takes any mask. All but the last run on the device of their tensors without waiting for it and compile
+    whole, once for all lengths. Sizes that only the values of a tensor tell are therefore ints that the caller gives
+    (num_queries = q.shape[0], num_keys = k.shape[0]); they may be left out where the tensor is on the CPU.
+
+    The builders describe documents by cu_seqlens (documents + 1,), int32 or int64: document d is tokens cu_seqlens[d]
+    to cu_seqlens[d + 1] - 1. It begins with 0 and never falls, which is not checked: that would wait for the device.
+    Documents may be empty. Queries after the last document are padding and see nothing; no query sees keys after it.
 
     Args:
         lo, hi: int32 tensors on one device, of shape (num_queries,), (runs, num_queries), or, for tensors with a batch
@@ -70,8 +83,190 @@ class RowSpans:
         )
 
     def to(self, device: torch.device | str) -> RowSpans:
-        """The same spans on another device."""
-        return RowSpans(self.lo.to(device), self.hi.to(device), self.num_keys)
+        """The same spans on another device; these themselves if they are there already."""
+        lo = self.lo.to(device)
+        return self if lo is self.lo else RowSpans(lo, self.hi.to(device), self.num_keys)
+
+    @classmethod
+    def full(cls, num_queries: int, num_keys: int, *, device: torch.device | str | None = None) -> RowSpans:
+        """Every query sees every key."""
+        for label, size in (("num_queries", num_queries), ("num_keys", num_keys)):
+            _check_size("RowSpans.full", label, size)
+        lo = torch.zeros(num_queries, dtype=torch.int32, device=device)
+        return cls(lo, torch.full_like(lo, num_keys), num_keys)
+
+    @classmethod
+    def packed(
+        cls,
+        cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        *,
+        num_queries: int | None = None,
+        num_keys: int | None = None,
+        causal: bool = False,
+        window: int | None = None,
+    ) -> RowSpans:
+        """Documents laid one after the other, each of which sees itself only: the layout of flash-attn's varlen calls.
+
+        Args:
+            cu_seqlens: where each document's queries start, (documents + 1,).
+            cu_seqlens_k: where its keys do, if they are not its queries; of the same shape.
+            num_queries, num_keys: tokens in all, padding included. num_keys is num_queries where the keys are the
+                queries. None: cu_seqlens[-1] and cu_seqlens_k[-1], which must then be on the CPU.
+            causal: queries do not see what follows them. The last query of a document stands at its last key
+                (bottom-right alignment, as in flash-attn), so that of 2 queries and 5 keys the first sees 4; queries
+                before the first key see nothing.
+            window: keys that a causal query sees at most, itself included: sliding-window attention (Mistral 7B,
+                https://arxiv.org/abs/2310.06825).
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind, dtype, shape or device, a size is missing, or a
+                window is given without causal; the message names it.
+        """
+        name = "RowSpans.packed"
+        cu_seqlens = _offsets(name, "cu_seqlens", cu_seqlens)
+        if window is not None:
+            _check_window(name, window)
+            if not causal:
+                raise ValueError(f"{name}: window is {window} and causal False; a window counts keys back: set causal")
+        num_queries = _size(name, "num_queries", num_queries, "cu_seqlens", cu_seqlens, _last)
+        if cu_seqlens_k is not None:
+            cu_seqlens_k = _offsets(name, "cu_seqlens_k", cu_seqlens_k)
+            _check_beside(name, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "cu_seqlens", cu_seqlens)
+        elif num_keys is None:
+            num_keys = num_queries
+        keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        num_keys = _size(name, "num_keys", num_keys, "cu_seqlens_k", keys, _last)
+        return cls(*_layouts.packed(cu_seqlens, cu_seqlens_k, num_queries, causal, window), num_keys)
+
+    @classmethod
+    def image_text(
+        cls, cu_seqlens: Tensor, image_id: Tensor, *, window: int | None = None, window_rule: str = "clamp"
+    ) -> RowSpans:
+        """Packed documents, causal but for their images, whose tokens see each other both ways (Gemma 3,
+        https://arxiv.org/abs/2503.19786).
+
+        Args:
+            cu_seqlens: where each document starts, (documents + 1,).
+            image_id: (tokens,) int32 or int64, -1 for text, else the number of an image. Neighbours in a document
+                that have the same number are one image; the same number further on is another image.
+            window: keys back, the query included, of a sliding-window layer.
+            window_rule: what it cuts. "clamp": all, so that late tokens of a long image do not see its early ones (the
+                sliding layers of Gemma 3 in transformers). "union": only the causal part, an image sees the whole of
+                itself (FlashInfer's bidirectional ranges, PaliGemma 2's sliding layers).
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind, dtype, shape or device; the message names it.
+        """
+        name = "RowSpans.image_text"
+        cu_seqlens = _offsets(name, "cu_seqlens", cu_seqlens)
+        image_id = _integers(name, "image_id", image_id)
+        _check_beside(name, "image_id", image_id, None, "cu_seqlens", cu_seqlens)
+        if window is not None:
+            _check_window(name, window)
+        _check_choice(name, "window_rule", window_rule, ("clamp", "union"))
+        return cls(*_layouts.image_text(cu_seqlens, image_id, window, window_rule), image_id.shape[0])
+
+    @classmethod
+    def prefix_lm(cls, cu_seqlens: Tensor, prefix_lengths: Tensor, *, num_queries: int | None = None) -> RowSpans:
+        """Packed documents, causal but for their beginnings, whose tokens see each other both ways: image and prompt
+        of PaliGemma (https://arxiv.org/abs/2407.07726).
+
+        Args:
+            cu_seqlens: where each document starts, (documents + 1,).
+            prefix_lengths: (documents,) int32 or int64, tokens of each document's beginning; more than it has: all.
+            num_queries: tokens in all, padding included. None: cu_seqlens[-1], which must then be on the CPU.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind, dtype, shape or device, or num_queries is missing;
+                the message names it.
+        """
+        name = "RowSpans.prefix_lm"
+        cu_seqlens = _offsets(name, "cu_seqlens", cu_seqlens)
+        prefix_lengths = _integers(name, "prefix_lengths", prefix_lengths)
+        _check_beside(name, "prefix_lengths", prefix_lengths, (cu_seqlens.shape[0] - 1,), "cu_seqlens", cu_seqlens)
+        num_queries = _size(name, "num_queries", num_queries, "cu_seqlens", cu_seqlens, _last)
+        return cls(*_layouts.prefix_lm(cu_seqlens, prefix_lengths, num_queries), num_queries)
+
+    @classmethod
+    def media(
+        cls,
+        media_locations: Tensor,
+        tokens_per_image: int | Tensor,
+        *,
+        num_keys: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        attend: str = "immediate",
+        empty_rows: str = "none",
+    ) -> RowSpans:
+        """Cross-attention from text to the images in it: a token sees images that stand before it, or at it.
+
+        The keys are the tokens of all images, in the order of the images in the text.
+
+        Args:
+            media_locations: bool, True where the text has an image: (tokens,), or for tensors with a batch axis
+                (batch, tokens), where the keys count within a row.
+            tokens_per_image: keys of an image: an int, or if they differ, int32 or int64 (images,), or with a batch
+                axis (batch, images). 0 for an image without any; a location beyond the last image shows nothing.
+            num_keys: keys in all (of a row), padding included. None: those of the images, if the tensors are on the
+                CPU.
+            cu_seqlens: where each document starts, (documents + 1,): documents see their own images only.
+            attend: "immediate": the last image (Flamingo, https://arxiv.org/abs/2204.14198; idefics); "previous": all
+                so far (Flamingo without only_attend_immediate_media); "group": the last image and those that stand
+                directly before it, with no token between them (Llama 3.2 Vision, https://arxiv.org/abs/2407.21783).
+            empty_rows: what a token sees that would see no key: "none", or "all" the keys, with cu_seqlens those of its
+                document's images (transformers' mllama).
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind, dtype, shape or device, or num_keys is missing; the
+                message names it.
+        """
+        name = "RowSpans.media"
+        _check_media(name, media_locations, tokens_per_image)
+        if isinstance(tokens_per_image, Tensor):
+            tokens_per_image = tokens_per_image.to(torch.int32)
+        if cu_seqlens is not None:
+            cu_seqlens = _offsets(name, "cu_seqlens", cu_seqlens)
+            _check_beside(name, "cu_seqlens", cu_seqlens, None, "media_locations", media_locations)
+            if media_locations.dim() == 2:
+                raise ValueError(
+                    f"{name}: cu_seqlens is given and media_locations has shape {tuple(media_locations.shape)}; "
+                    "documents are packed into one row: it must be (tokens,)"
+                )
+        _check_choice(name, "attend", attend, ("immediate", "previous", "group"))
+        _check_choice(name, "empty_rows", empty_rows, ("none", "all"))
+        seen = media_locations.cumsum(-1, dtype=torch.int32)
+        if isinstance(tokens_per_image, Tensor):
+            keys = ("tokens_per_image", tokens_per_image, lambda x: x.sum(-1))
+        else:
+            keys = ("media_locations", seen, lambda x: x[..., -1:] * tokens_per_image)
+        num_keys = _size(name, "num_keys", num_keys, *keys)
+        lo, hi = _layouts.media(media_locations, seen, tokens_per_image, num_keys, cu_seqlens, attend, empty_rows)
+        return cls(lo, hi, num_keys) if lo.dim() == 1 else cls(lo[:, None], hi[:, None], num_keys)
+
+    @classmethod
+    def from_dense(cls, mask: Tensor, *, max_runs: int | None = None) -> RowSpans:
+        """The spans of a mask, as many runs as its rows need. Waits for the device.
+
+        Args:
+            mask: bool, True where a query sees a key: (num_queries, num_keys), or with a batch axis before.
+            max_runs: most runs a row may have: more would be slower than the caller wants, or are a mistake.
+
+        Raises:
+            TypeError, ValueError: mask is of the wrong kind, dtype or shape, or has a row with more than max_runs runs;
+                the message names the first such row.
+        """
+        name = "RowSpans.from_dense"
+        _check_bool(name, "mask", mask, (2, 3), "(num_queries, num_keys) or (batch, num_queries, num_keys)")
+        counts = _layouts.run_starts(mask).sum(-1)
+        if max_runs is not None and (counts > max_runs).any():
+            row = tuple((counts > max_runs).nonzero()[0].tolist())
+            raise ValueError(
+                f"{name}: row {', '.join(map(str, row))} of mask has {int(counts[row])} runs of keys; "
+                f"max_runs is {max_runs}"
+            )
+        runs = max(1, int(counts.max())) if counts.numel() else 1
+        return cls(*_layouts.runs_of(mask, runs), mask.shape[-1])
 
     def to_dense(self) -> Tensor:
         """The mask, bool, True where a query sees a key: (num_queries, num_keys), or with a batch axis before."""
@@ -91,23 +286,111 @@ class RowSpans:
         return self._hulls
 
     def _make_hulls(self) -> Tensor:
+        blocks = -(-self.num_queries // HULL_ROWS)
+        # The last block is filled up with the last query, which changes neither a minimum nor a maximum.
+        rows = torch.arange(blocks * HULL_ROWS, device=self.device).clamp(max=self.num_queries - 1)
         shape = (self.batch or 1, self.runs, self.num_queries)
-        lo, hi = (x.reshape(shape).clamp(0, self.num_keys) for x in (self.lo, self.hi))
+        lo, hi = (x.reshape(shape).clamp(0, self.num_keys).index_select(-1, rows) for x in (self.lo, self.hi))
         empty = lo >= hi
         lo, hi = lo.masked_fill(empty, self.num_keys), hi.masked_fill(empty, 0)
-        blocks = -(-self.num_queries // HULL_ROWS)
-        missing = blocks * HULL_ROWS - self.num_queries
+        (min_lo, max_lo), (min_hi, max_hi) = (x.unflatten(-1, (blocks, HULL_ROWS)).aminmax(dim=-1) for x in (lo, hi))
+        return torch.stack([min_lo, max_hi, max_lo, min_hi], -1)
 
-        def reduce(x: Tensor, of_missing: int, largest: bool) -> Tensor:
-            x = torch.nn.functional.pad(x, (0, missing), value=of_missing).unflatten(-1, (blocks, HULL_ROWS))
-            return x.amax(-1) if largest else x.amin(-1)
 
-        return torch.stack(
-            [
-                reduce(lo, self.num_keys, largest=False),
-                reduce(hi, 0, largest=True),
-                reduce(lo, 0, largest=True),
-                reduce(hi, self.num_keys, largest=False),
-            ],
-            -1,
+def _size(
+    name: str, label: str, given: int | None, source: str, tensor: Tensor, total: Callable[[Tensor], Tensor]
+) -> int:
+    """The size that the caller gave; if none, what `tensor` says, where reading it neither waits nor breaks a graph."""
+    if given is None:
+        if tensor.device.type != "cpu":
+            why = f"{source} is on {tensor.device}, and reading it would wait for the device"
+        elif torch.compiler.is_compiling():
+            why = f"a compiled function cannot read {source}"
+        else:
+            return int(total(tensor).max()) if tensor.numel() else 0
+        tokens = "q" if label == "num_queries" else "k"
+        raise ValueError(f"{name}: {label} is missing: {why}; give {label}={tokens}.shape[0]")
+    _check_size(name, label, given)
+    return given
+
+
+def _last(cu_seqlens: Tensor) -> Tensor:
+    return cu_seqlens[-1]
+
+
+def _check_size(name: str, label: str, value: object) -> None:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name}: {label} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: {label} is {value}; it must be at least 0")
+
+
+def _check_window(name: str, window: object) -> None:
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise TypeError(f"{name}: window must be an int or None, got {type(window).__name__}")
+    if window < 1:
+        raise ValueError(f"{name}: window is {window}; it counts the query too and must be at least 1")
+
+
+def _check_choice(name: str, label: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}: {label} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def _integers(name: str, label: str, value: Tensor) -> Tensor:
+    """`value` as int32, if it is a vector of integers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {label} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: {label} has dtype {value.dtype}; accepted are int32, int64")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: {label} has shape {tuple(value.shape)}; it must have one axis")
+    return value.to(torch.int32)
+
+
+def _offsets(name: str, label: str, value: Tensor) -> Tensor:
+    value = _integers(name, label, value)
+    if value.shape[0] == 0:
+        raise ValueError(f"{name}: {label} is empty; it holds one number more than there are documents, the first 0")
+    return value.contiguous()
+
+
+def _check_beside(
+    name: str, label: str, value: Tensor, shape: tuple[int, ...] | None, other_label: str, other: Tensor
+) -> None:
+    """`value` is on the device of `other` and, unless None, of `shape`, which follows from that of `other`."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: {label} is on {value.device}, {other_label} on {other.device}; move one to the other's"
+        )
+    if shape is not None and tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name}: {label} has shape {tuple(value.shape)}, {other_label} {tuple(other.shape)}; "
+            f"{label} must be {shape}"
+        )
+
+
+def _check_bool(name: str, label: str, value: Tensor, dims: tuple[int, ...], axes: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {label} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: {label} has dtype {value.dtype}; it must be torch.bool")
+    if value.dim() not in dims:
+        raise ValueError(f"{name}: {label} has shape {tuple(value.shape)}; it must be {axes}")
+
+
+def _check_media(name: str, media_locations: Tensor, tokens_per_image: int | Tensor) -> None:
+    _check_bool(name, "media_locations", media_locations, (1, 2), "(tokens,) or (batch, tokens)")
+    label = "tokens_per_image"
+    if not isinstance(tokens_per_image, Tensor):
+        _check_size(name, label, tokens_per_image)
+        return
+    if tokens_per_image.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: {label} has dtype {tokens_per_image.dtype}; accepted are int32, int64")
+    _check_beside(name, label, tokens_per_image, None, "media_locations", media_locations)
+    if tokens_per_image.dim() != media_locations.dim() or tokens_per_image.shape[:-1] != media_locations.shape[:-1]:
+        axes = "(images,)" if media_locations.dim() == 1 else f"({media_locations.shape[0]}, images)"
+        raise ValueError(
+            f"{name}: {label} has shape {tuple(tokens_per_image.shape)}, media_locations "
+            f"{tuple(media_locations.shape)}; {label} must be an int or {axes}"
         )
