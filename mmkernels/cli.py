@@ -17,7 +17,7 @@ from rich.table import Table
 
 from . import backends
 
-OPS = ("clip_loss", "siglip_loss", "patch_embed")
+OPS = ("clip_loss", "siglip_loss", "patch_embed", "span_attention")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 

@@ -9,13 +9,14 @@ import torch
 from mmkernels import backends
 from mmkernels.check import CASES, run_case, select
 from mmkernels.check.budget import Quantity, ulp
-from mmkernels.check.cases import Draw
 from mmkernels.check.contrastive_truth import contrastive_truth
+from mmkernels.check.draw import Draw
 from mmkernels.check.ops import OPS
 from mmkernels.check.poison import MEMORY, guarded, poisoned
 from mmkernels.check.suite import evaluate, name_of
 from mmkernels.ops.contrastive import reference as contrastive_reference
 from mmkernels.ops.patch_embed import reference as patch_reference
+from mmkernels.ops.span_attention import reference as span_reference
 
 GPU = torch.cuda.is_available()
 # Without a GPU, Triton's kernels run in its interpreter, which only the quick cases are small enough for.
@@ -40,14 +41,15 @@ def test_reference_and_plain_code_mean_the_same(case, seed):
     op = OPS[case.op]
     draw = Draw(seed, case.name)
     call = case.make(draw, case.dtypes[0], "cpu").in_dtype(torch.float64)
-    upstream = case.upstream(draw, op.plain(**call.tensors, **call.options).detach())
+    upstream = case.upstream(draw, op.named(op.plain(**call.tensors, **call.options))[op.result].detach())
     truth, plain = (
         evaluate(f, call, op, upstream, **kw) for f, kw in ((op.call, {"backend": "reference"}), (op.plain, {}))
     )
     for name, value in truth.items():
         assert value.shape == plain[name].shape
-        size = max(1.0, value.abs().max().item())
-        assert (value - plain[name]).abs().max().item() <= size * torch.finfo(torch.float64).eps ** 0.5, name
+        size = max(1.0, value[value.isfinite()].abs().max().item())
+        difference = torch.where(value == plain[name], 0.0, value - plain[name])  # -inf too
+        assert difference.abs().max().item() <= size * torch.finfo(torch.float64).eps ** 0.5, name
 
 
 @pytest.mark.parametrize("op", ["clip_loss", "siglip_loss"])
@@ -83,10 +85,11 @@ def test_response_bounds_what_a_rounded_logit_does(seed):
 
 def plant(monkeypatch, **wrong):
     """Make the backend "triton" the reference with some functions replaced."""
-    good = SimpleNamespace(**{name: getattr(module, name) for module in (contrastive_reference, patch_reference)
-                              for name in dir(module) if not name.startswith("_")})  # fmt: skip
+    references = (contrastive_reference, patch_reference, span_reference)
+    good = {name: value for module in references for name, value in vars(module).items() if not name.startswith("_")}
+    good["unsupported"] = lambda *tensors: None
     original = backends._load
-    fake = SimpleNamespace(**(vars(good) | wrong))
+    fake = SimpleNamespace(**(good | wrong))
     monkeypatch.setattr(backends, "_load", lambda op, name: fake if name == "triton" else original(op, name))
     monkeypatch.setattr(backends, "missing", lambda name: None)
 
@@ -117,6 +120,24 @@ def patch_forward(change):
         return tokens
 
     return {"patch_embed": wrong}
+
+
+def span_forward(change):
+    def wrong(*args):
+        results = span_reference.span_attention(*args)
+        change(*results, *args)
+        return results
+
+    return {"span_attention": wrong}
+
+
+def span_backward(change):
+    def wrong(*args):
+        grads = span_reference.span_attention_backward(*args)
+        change(grads)
+        return grads
+
+    return {"span_attention_backward": wrong}
 
 
 def test_an_honest_copy_passes(monkeypatch, seed):
@@ -183,6 +204,50 @@ def test_finds_a_written_input(monkeypatch):
 def test_finds_a_swallowed_nan(monkeypatch):
     plant(monkeypatch, clip_loss=lambda *args: contrastive_reference.clip_loss(*args).nan_to_num(3.0))
     assert "a NaN in row 18 of text_features gives a loss of 3.0" in failures("clip_loss", "37x65")
+
+
+@pytest.mark.parametrize("index, name", [(0, "d_q"), (1, "d_k"), (2, "d_v")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finds_a_scaled_gradient_of_attention(monkeypatch, index, name, dtype):
+    plant(monkeypatch, **span_backward(lambda grads: grads[index].mul_(1.05)))
+    assert f"{name} is off by" in failures("span_attention", "small causal", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finds_a_key_too_many(monkeypatch, dtype):
+    def one_more(q, k, v, lo, hi, *rest):
+        return span_reference.span_attention(q, k, v, lo, hi + (hi == 31), *rest)
+
+    plant(monkeypatch, span_attention=one_more)
+    found = failures("span_attention", "small causal", dtype)
+    assert "out is off by" in found and "lse is off by" in found
+
+
+def test_finds_padding_that_leaks(monkeypatch):
+    """The NaN of a key that nobody sees, times a weight of zero."""
+
+    def leak(out, lse, q, k, v, *_):
+        out += 0 * v.sum()
+
+    plant(monkeypatch, **span_forward(leak))
+    assert "out has" in failures("span_attention", "small, padding")
+    plant(monkeypatch, **span_forward(lambda out, *_: None))
+    assert run_case(case_named("span_attention", "small, padding"), torch.float32, "triton").passed
+
+
+def test_finds_the_wrong_log_sum_exp_of_nothing(monkeypatch):
+    plant(monkeypatch, **span_forward(lambda out, lse, *_: lse.masked_fill_(lse == -math.inf, -1e30)))
+    assert "lse is off by inf" in failures("span_attention", "small, padding")
+
+
+def test_finds_a_half_precision_log_sum_exp(monkeypatch):
+    plant(monkeypatch, **span_forward(lambda out, lse, *_: lse.copy_(lse.bfloat16())))
+    assert "lse is off by" in failures("span_attention", "small causal", torch.bfloat16)
+
+
+def test_finds_written_spans(monkeypatch):
+    plant(monkeypatch, **span_forward(lambda out, lse, q, k, v, lo, *_: lo.clamp_(0, 3)))
+    assert "lo was written to" in failures("span_attention", "small, beyond the keys")
 
 
 def test_finds_an_exception_and_a_wrong_dtype(monkeypatch):

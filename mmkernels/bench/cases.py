@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check.cases import Draw
+from ..check.draw import Draw
 from ..check.ops import Call
 
 PASSES = ("fwd", "fwd_bwd")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..check.budget import Quantity
 from ..check.contrastive_truth import contrastive_truth
 from ..check.ops import OPS, Call
-from ..check.suite import evaluate
+from ..check.suite import dtypes_of, evaluate
 from .cases import Case
 
 Values = dict[str, Tensor]  # a result and its gradients, by name
@@ -44,15 +44,12 @@ def judge(values: Values, plain: Values | None, truth: Truth, call: Call, op_nam
     A peer may return its loss in another dtype; what we promise is that ours is float32.
     """
     op = OPS[op_name]
-    dtype = next(call.tensors[name].dtype for name in ("weight", "image_features") if name in call.tensors)
+    dtype = next(call.tensors[name].dtype for name in ("weight", "image_features", "q") if name in call.tensors)
     found = []
     for name, value in values.items():
         exact = truth.values[name]
-        if name == op.result:
-            kind = torch.float32 if op.wide_result else dtype
-        else:
-            kind = call.tensors[name.removeprefix("d_")].dtype
-        quantity = Quantity(name, kind, torch.float32 if name == op.result and op.wide_result else dtype)
+        kind, plain_dtype = dtypes_of(name, op, call, dtype)
+        quantity = Quantity(name, kind, plain_dtype)
         quantity.add(value if is_ours else value.to(kind), exact if plain is None else plain[name], exact,
                      truth.response.get(name, 0.0))  # fmt: skip
         found.append(quantity)
@@ -62,7 +59,7 @@ def judge(values: Values, plain: Values | None, truth: Truth, call: Call, op_nam
 def plain_values(values: Values, function, call: Call, op_name: str) -> Values:
     """Eager PyTorch's values, with the loss of half features from its float32 code (see mmkernels.check.ops)."""
     op = OPS[op_name]
-    if not op.wide_result:
+    if op.result not in op.wide:
         return values
     wide = call.in_dtype(torch.float32)
     with torch.no_grad():

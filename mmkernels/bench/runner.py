@@ -11,7 +11,7 @@ import torch
 
 from .. import backends
 from ..check.budget import Quantity
-from ..check.cases import Draw
+from ..check.draw import Draw
 from ..check.ops import OPS, Call
 from ..check.plain import exact_float32
 from ..check.suite import name_of
@@ -108,7 +108,7 @@ def prepare(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[Cal
     call = case.make(draw, dtype, device)
     op = OPS[case.op]
     shape_like = torch.empty((), device=device)
-    if not op.wide_result:
+    if op.result not in op.wide:
         with torch.no_grad():
             shape_like = op.call(**call.tensors, **call.options, backend="reference")
     upstream = case.upstream(draw, shape_like)

@@ -4,7 +4,8 @@
     plain   eager PyTorch as a user writes it, in the dtype of the inputs
     passes  max |ours - truth|  <=  2 max |plain - truth| + 2 ulp + response
 
-for every output and every gradient, an ulp being that of the quantity's dtype at max |truth|.
+for every output and every gradient, an ulp being that of the quantity's dtype at max |truth|. An infinite truth (the
+log-sum-exp of no keys) has to be met exactly.
 
 A quantity of many elements averages luck out: the largest of many errors hardly moves from draw to draw. One of few
 elements, a scalar above all (the loss, the gradient of a scale or a bias), does not: plain code that happens to round
@@ -12,6 +13,10 @@ to the truth would leave its rivals a budget of nothing. Therefore errors are th
 draws, and the error of a plain scalar counts as at least half an ulp of the dtype it was computed in, which is what
 anyone knows about it. Where the two errors are equally large on average (features normalised in half precision) or the
 elements very few, more draws of the plain one tell how large it gets.
+
+How much rounding can spoil depends on the draw: one key that many queries cling to makes all of it. Attention's
+gradients are like that, and there plain PyTorch also answers for the same numbers in other orders (the elements of a
+head permuted, which changes no result and every rounding); its error is the largest of these.
 
 `response` is how far the quantity moves when every logit of a contrastive loss moves by 2 ulp of float32. Logits are
 rounded before they are exponentiated, whoever does it, and the answer is a difference of such terms; where that
@@ -51,18 +56,21 @@ class Quantity:
     def add(self, ours: Tensor, plain: Tensor, truth: Tensor, response: float = 0.0) -> None:
         """Take in one draw."""
         self.add_plain(plain, truth, response)
+        self.add_ours(ours, truth)
+
+    def add_ours(self, ours: Tensor, truth: Tensor) -> None:
         self.complaint = self.complaint or self._malformed(ours, truth)
         if not self.complaint:
             self.error = max(self.error, _distance(ours, truth))
 
     def add_plain(self, plain: Tensor, truth: Tensor, response: float = 0.0) -> None:
         """Take in a draw that only tells how wrong plain PyTorch can be."""
-        if not plain.isfinite().all():
+        if not _finite_or_equal(plain, truth).all():
             raise ArithmeticError(
                 f"plain PyTorch overflows on {self.name} and gives no budget: the case is too extreme"
             )
         self.plain_error = max(self.plain_error, _distance(plain, truth))
-        self.size = max(self.size, truth.abs().max().item())
+        self.size = max(self.size, truth[truth.isfinite()].abs().max().item())
         self.response = max(self.response, response)
         if truth.numel() == 1:
             self.plain_error = max(self.plain_error, ulp(self.plain_dtype, self.size) / 2)
@@ -91,12 +99,17 @@ class Quantity:
             return f"has shape {tuple(ours.shape)} instead of {tuple(truth.shape)}"
         if ours.dtype != self.dtype:
             return f"has dtype {ours.dtype} instead of {self.dtype}"
-        bad = int((~ours.isfinite()).sum())
-        if bad == 0:
+        bad = ~_finite_or_equal(ours, truth)
+        if not bad.any():
             return None
-        where = tuple((~ours.isfinite()).nonzero()[0].tolist())
-        return f"has {bad} of {ours.numel()} elements NaN or infinite, the first at {where}"
+        where = tuple(bad.nonzero()[0].tolist())
+        return f"has {int(bad.sum())} of {ours.numel()} elements NaN or infinite, the first at {where}"
+
+
+def _finite_or_equal(value: Tensor, truth: Tensor) -> Tensor:
+    return value.isfinite() | (value.double() == truth)
 
 
 def _distance(value: Tensor, truth: Tensor) -> float:
-    return (value.double() - truth).abs().max().item()
+    value = value.double()
+    return torch.where(value == truth, 0.0, (value - truth).abs()).max().item()

@@ -5,38 +5,16 @@ A case makes fresh calls from a seed; `quick` ones are small enough for Triton's
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_cases import ATTENTION, AttentionCase
+from .draw import DTYPES, Draw
 from .ops import Call
 from .poison import guarded
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DRAWS = 4  # independent draws a case; results of few elements need them (see mmkernels.check.budget)
-
-
-class Draw:
-    """Random numbers of one draw, the same on every device."""
-
-    def __init__(self, *key: object):
-        self._generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
-
-    def bytes(self, *shape: int) -> Tensor:
-        return torch.randint(0, 256, shape, generator=self._generator, dtype=torch.uint8)
-
-    def factor(self) -> Tensor:
-        """A number that every dtype holds exactly, of either sign: what a loss's gradient is fed with."""
-        return torch.randint(2, 16, (), generator=self._generator).double() / 4 * (-1) ** self.coin()
-
-    def coin(self) -> int:
-        return int(torch.randint(0, 2, (), generator=self._generator))
 
 
 @dataclass(frozen=True)
@@ -215,5 +193,5 @@ PATCH = [
     PatchCase("uint8, beyond 2^31", (3, 3, 16, 24), (21, 3, 8, 8), memory="far", dtypes=(torch.float32,), **_UINT8),
 ]
 
-Case = LossCase | PatchCase
-CASES: tuple[Case, ...] = (*CLIP, *SIGLIP, *PATCH)
+Case = LossCase | PatchCase | AttentionCase
+CASES: tuple[Case, ...] = (*CLIP, *SIGLIP, *PATCH, *ATTENTION)

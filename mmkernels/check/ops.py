@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..ops.contrastive import clip_loss, siglip_loss
 from ..ops.patch_embed import patch_embed
+from ..ops.span_attention import span_attention
+from ..spans import RowSpans
 from . import plain
 from .contrastive_truth import contrastive_truth
 
@@ -27,15 +29,31 @@ class Call:
         moved = {name: x.to(dtype) if name in self.differentiable else x for name, x in self.tensors.items()}
         return Call(moved, self.options, self.differentiable)
 
+    def inputs(self) -> dict[str, Tensor]:
+        """Every tensor of the call by name, those of its row spans too."""
+        spans = self.options.get("spans")
+        return self.tensors | ({"lo": spans.lo, "hi": spans.hi} if isinstance(spans, RowSpans) else {})
+
 
 @dataclass(frozen=True)
 class Op:
     name: str
-    result: str  # what its output is called
-    call: Callable[..., Tensor]
-    plain: Callable[..., Tensor]
-    response: Callable[[Call], dict[str, float]]  # see mmkernels.check.budget; the largest of each quantity's elements
-    wide_result: bool  # the result is exact to float32, even of half inputs: the budget is that of plain float32 code
+    outputs: tuple[str, ...]  # what it returns; only the first, its result, has gradients
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+    plain: Callable[..., Tensor | tuple[Tensor, ...]]
+    # See mmkernels.check.budget; the largest of each quantity's elements.
+    response: Callable[[Call], dict[str, float]] = lambda call: {}
+    wide: tuple[str, ...] = ()  # outputs exact to float32, even of half inputs: their budget is plain float32 code's
+    # Arguments and outputs whose last axes may be put in another order, those of a group in the same one.
+    orders: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def result(self) -> str:
+        return self.outputs[0]
+
+    def named(self, returned: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """What a call returned by name: all outputs, or the first where it was not asked for more."""
+        return dict(zip(self.outputs, returned if isinstance(returned, tuple) else (returned,), strict=False))
 
 
 def _logits_response(op: str) -> Callable[[Call], dict[str, float]]:
@@ -59,8 +77,16 @@ def _logits_response(op: str) -> Callable[[Call], dict[str, float]]:
 OPS = {
     op.name: op
     for op in (
-        Op("clip_loss", "loss", clip_loss, plain.clip_loss, _logits_response("clip_loss"), wide_result=True),
-        Op("siglip_loss", "loss", siglip_loss, plain.siglip_loss, _logits_response("siglip_loss"), wide_result=True),
-        Op("patch_embed", "tokens", patch_embed, plain.patch_embed, lambda call: {}, wide_result=False),
+        Op("clip_loss", ("loss",), clip_loss, plain.clip_loss, _logits_response("clip_loss"), wide=("loss",)),
+        Op("siglip_loss", ("loss",), siglip_loss, plain.siglip_loss, _logits_response("siglip_loss"), wide=("loss",)),
+        Op("patch_embed", ("tokens",), patch_embed, plain.patch_embed),
+        Op(
+            "span_attention",
+            ("out", "lse"),
+            span_attention,
+            plain.span_attention,
+            wide=("lse",),
+            orders=(("q", "k"), ("v", "out")),
+        ),
     )
 }

@@ -122,3 +122,40 @@ def channel_of_column(channels: int, columns: int, weight: Tensor, layout: str) 
     frames = weight.shape[2] if layout == "tchw" and weight.dim() == 5 else 1
     pixels = columns // (channels * frames)
     return torch.arange(columns, device=weight.device) // pixels % channels
+
+
+def span_attention(q, k, v, spans, *, scale=None, softcap=None, return_lse=False):
+    """SDPA with a dense mask, or with a softcap the eager code that Gemma 2 is left with.
+
+    A row without keys sees all of them and is zeroed afterwards, as idefics does; what no query sees is zeroed before,
+    since a masked NaN is a NaN.
+    """
+    mask = spans.to_dense()
+    mask = mask if mask.dim() == 2 else mask[:, None]  # over the heads
+    idle, unseen = ~mask.any(-1, keepdim=True), ~mask.any(-2)[..., None]
+    groups = q.shape[-2] // k.shape[-2]
+    queries = q.transpose(-3, -2).masked_fill(idle, 0.0)
+    keys, values = (x.transpose(-3, -2).repeat_interleave(groups, -3).masked_fill(unseen, 0.0) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def scores(visible: Tensor) -> Tensor:
+        products = queries @ keys.mT * scale
+        capped = products if softcap is None else softcap * (products / softcap).tanh()
+        return capped.masked_fill(~visible, -torch.inf)
+
+    if softcap is None:
+        out = _sdpa(queries, keys, values, mask | idle, scale)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = scores(mask | idle).softmax(-1, dtype=wide).to(q.dtype) @ values
+    out = out.masked_fill(idle, 0.0).transpose(-3, -2)
+    return (out, scores(mask).detach().logsumexp(-1)) if return_lse else out
+
+
+def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """([B,] H, T, D), D and Dv brought to one length by zeros, as DeepSeek's models do: the fused kernels want that."""
+    width = max(queries.shape[-1], values.shape[-1])
+    padded = (F.pad(x, (0, width - x.shape[-1])) for x in (queries, keys, values))
+    batched = (x if x.dim() == 4 else x[None] for x in padded)
+    out = F.scaled_dot_product_attention(*batched, attn_mask=mask, scale=scale)
+    return out.view(*queries.shape[:-1], width)[..., : values.shape[-1]]

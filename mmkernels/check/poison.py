@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-MEMORY = ("plain", "odd", "columns", "strided", "expanded", "channels_last", "crop", "far")
+MEMORY = ("plain", "odd", "columns", "strided", "expanded", "channels_last", "crop", "far", "fused", "heads_first")
 GUARD = 64  # elements before and after; a multiple of every vector width, so that "plain" stays aligned
 
 
@@ -45,6 +45,8 @@ def guarded(values: Tensor, memory: str = "plain") -> Tensor:
     columns          the last two axes swapped        strided    every 2nd row and 3rd column of something larger
     expanded         the first row again and again    crop       a window of a larger picture
     channels_last    as torch.channels_last           far        first axis spread beyond 2^31 elements
+    fused            (.., T, H, D) as one third       heads_first (.., T, H, D) in the order (.., H, T, D)
+                     of a fused projection
     """
     strides = _strides(values, memory)
     extent = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True)) + 1
@@ -76,6 +78,10 @@ def _strides(values: Tensor, memory: str) -> tuple[int, ...]:
     if memory == "channels_last":
         kind = torch.channels_last if values.dim() == 4 else torch.channels_last_3d
         return values.to(memory_format=kind).stride()
+    if memory == "fused":
+        return _row_major((*shape[:-2], 3 * shape[-2], shape[-1]))
+    if memory == "heads_first":
+        return values.transpose(-3, -2).contiguous().transpose(-3, -2).stride()
     if memory == "far":
         inner = _row_major(shape)
         return (2**31 // max(1, shape[0] - 1) + inner[0], *inner[1:])

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ..backends import BackendUnavailable
 from .budget import Quantity
-from .cases import CASES, DRAWS, Case, Draw
+from .cases import CASES, Case
+from .draw import DRAWS, Draw
 from .ops import OPS, Call, Op
 from .plain import exact_float32
 from .poison import poisoned
 
+ORDERS = 3  # in which plain PyTorch computes the same again, of ops that have several
 THREADS = (2, 3)  # that the CPU kernels are run on too; everything else is small and runs on one
 
 
@@ -83,9 +85,7 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
             for number in range(DRAWS):
                 _check_draw(case, dtype, outcome, number, quantities)
             for number in range(DRAWS, DRAWS + case.plain_draws):
-                drawn = _Drawn.of(case, dtype, outcome, number)
-                for name, quantity in quantities.items():
-                    quantity.add_plain(drawn.plain[name], drawn.truth[name], drawn.responses.get(name, 0.0))
+                _Drawn.of(case, dtype, outcome, number).add_plain(quantities)
         outcome.quantities = list(quantities.values())
         outcome.failures += filter(None, (quantity.failure() for quantity in outcome.quantities))
     except BackendUnavailable as reason:
@@ -96,15 +96,16 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
 
 
 def evaluate(function, call: Call, op: Op, upstream: Tensor, **options) -> dict[str, Tensor]:
-    """The result and every gradient of `function` on the call's arguments, by name."""
+    """What `function` returns on the call's arguments and every gradient of its result, by name."""
     leaves = {name: call.tensors[name].detach().requires_grad_() for name in call.differentiable}
-    result = function(**(call.tensors | leaves), **call.options, **options)
+    outputs = op.named(function(**(call.tensors | leaves), **call.options, **options))
+    result = outputs[op.result]
     gradients = torch.autograd.grad(result, list(leaves.values()), upstream.to(result), allow_unused=True)
     named = {
         f"d_{name}": torch.zeros_like(leaf) if gradient is None else gradient
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
     }
-    return {op.result: result.detach()} | named
+    return {name: value.detach() for name, value in outputs.items()} | named
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -119,7 +120,7 @@ class _Drawn:
     call: Call
     upstream: Tensor
     truth: dict[str, Tensor]
-    plain: dict[str, Tensor]
+    plains: list[dict[str, Tensor]]
     responses: dict[str, float]
 
     @classmethod
@@ -129,35 +130,57 @@ class _Drawn:
         call = case.make(draw, dtype, outcome.device)
         wide = call.in_dtype(torch.float64)
         with torch.no_grad():
-            shape_like = op.call(**wide.tensors, **wide.options, backend="reference")
+            shape_like = op.named(op.call(**wide.tensors, **wide.options, backend="reference"))[op.result]
         upstream = case.upstream(draw, shape_like).to(outcome.device, dtype)
         truth = evaluate(op.call, wide, op, upstream, backend="reference")
-        plain = evaluate(op.plain, call, op, upstream)
-        if op.wide_result and not call.options.get("normalize"):
-            plain[op.result] = evaluate(op.plain, call.in_dtype(torch.float32), op, upstream)[op.result]
-        return cls(op, call, upstream, truth, plain, op.response(call))
+        plains = [evaluate(op.plain, call, op, upstream)]
+        if op.wide and dtype != torch.float32 and not call.options.get("normalize"):
+            exact = evaluate(op.plain, call.in_dtype(torch.float32), op, upstream)
+            plains[0] |= {name: exact[name] for name in op.wide}
+        if dtype == torch.float32:  # half numbers are rounded too coarsely for any order to matter
+            plains += [_plain_in_another_order(op, call, upstream, draw) for _ in range(ORDERS if op.orders else 0)]
+        return cls(op, call, upstream, truth, plains, op.response(call))
+
+    def add_plain(self, quantities: dict[str, Quantity]) -> None:
+        for plain in self.plains:
+            for name in plain:
+                quantities[name].add_plain(plain[name], self.truth[name], self.responses.get(name, 0.0))
+
+
+def _plain_in_another_order(op: Op, call: Call, upstream: Tensor, draw: Draw) -> dict[str, Tensor]:
+    """The same results with other roundings, put back in place; not those that are exact to float32."""
+    order: dict[str, Tensor] = {}
+    for group in op.orders:
+        order |= dict.fromkeys(group, draw.order(call.tensors[group[0]].shape[-1]).to(upstream.device))
+    tensors = {name: x[..., order[name]] if name in order else x for name, x in call.tensors.items()}
+    reordered = Call(tensors, call.options, call.differentiable)
+    values = evaluate(op.plain, reordered, op, upstream[..., order[op.result]])
+    back = {name: order[name.removeprefix("d_")].argsort() for name in values if name not in op.wide}
+    return {name: values[name][..., index] for name, index in back.items()}
 
 
 def _check_draw(case: Case, dtype: torch.dtype, outcome: Outcome, number: int, quantities: dict[str, Quantity]) -> None:
     drawn = _Drawn.of(case, dtype, outcome, number)
     op, call, upstream = drawn.op, drawn.call, drawn.upstream
-    before = {name: x.clone() for name, x in call.tensors.items()}
+    before = {name: x.clone() for name, x in call.inputs().items()}
     with poisoned():
         ours = evaluate(op.call, call, op, upstream, backend=outcome.backend)
-    outcome.failures += [f"{name} was written to" for name, x in call.tensors.items() if not _same(x, before[name])]
+    outcome.failures += [f"{name} was written to" for name, x in call.inputs().items() if not _same(x, before[name])]
     for name, value in ours.items():
-        expected = call.tensors[name.removeprefix("d_")].dtype if name != op.result else _result_dtype(op, dtype)
-        plain_dtype = torch.float32 if name == op.result and op.wide_result else dtype
-        quantity = quantities.setdefault(name, Quantity(name, expected, plain_dtype))
-        quantity.add(value, drawn.plain[name], drawn.truth[name], drawn.responses.get(name, 0.0))
+        expected, plain_dtype = dtypes_of(name, op, call, dtype)
+        quantities.setdefault(name, Quantity(name, expected, plain_dtype)).add_ours(value, drawn.truth[name])
+    drawn.add_plain(quantities)
     if number == 0 and outcome.backend != "reference":  # what torch's own products do is not ours to promise
         outcome.failures += _unsteady(op, call, upstream, outcome, ours)
-    if number == 0 and op.wide_result:
+    if number == 0 and op.result in op.wide:
         outcome.failures += _hides_nan(op, call, outcome)
 
 
-def _result_dtype(op: Op, dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32) if op.wide_result else dtype
+def dtypes_of(name: str, op: Op, call: Call, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Of an output or gradient: the dtype that is promised, and the one plain PyTorch computes it in."""
+    if name in op.wide:
+        return torch.promote_types(dtype, torch.float32), torch.float32
+    return dtype if name in op.outputs else call.tensors[name.removeprefix("d_")].dtype, dtype
 
 
 def _unsteady(op: Op, call: Call, upstream: Tensor, outcome: Outcome, first: dict[str, Tensor]) -> list[str]:

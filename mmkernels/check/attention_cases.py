@@ -1,0 +1,216 @@
+"""Span attention's cases: every layout, every head size, every place in memory.
+
+Keys that no query sees, queries that see no key, and the gradients of these queries' results hold NaN in every case:
+padding reaches nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..spans import RowSpans
+from .draw import DTYPES, Draw
+from .ops import Call
+from .poison import guarded
+
+Layout = Callable[[], RowSpans]
+
+
+# ---- layouts, by hand: the builders of RowSpans are what tests/test_spans.py checks
+
+
+def spans(rows: Sequence[tuple[int, int]], num_keys: int) -> RowSpans:
+    """One (lo, hi) a query."""
+    lo, hi = torch.tensor(rows, dtype=torch.int32).reshape(-1, 2).unbind(1)
+    return RowSpans(lo.contiguous(), hi.contiguous(), num_keys)
+
+
+def full(queries: int, keys: int) -> Layout:
+    return lambda: spans([(0, keys)] * queries, keys)
+
+
+def last_rows(queries: int, keys: int) -> Layout:
+    """The newest tokens of a cache: the last of them sees everything."""
+    return lambda: spans([(0, keys - queries + i + 1) for i in range(queries)], keys)
+
+
+def causal(lengths: Sequence[int], window: int | None = None, padding: int = 0, images: Sequence[range] = ()) -> Layout:
+    """Packed documents, then `padding` tokens of none; tokens of one image see all of it."""
+
+    def make() -> RowSpans:
+        rows, start = [], 0
+        for length in lengths:
+            for i in range(start, start + length):
+                stop = next((image.stop for image in images if i in image), i + 1)
+                rows.append((max(start, i + 1 - window) if window else start, stop))
+            start += length
+        return spans(rows + [(0, 0)] * padding, start + padding)
+
+    return make
+
+
+def blocks(query_lengths: Sequence[int], key_lengths: Sequence[int], padding: int = 0) -> Layout:
+    """The queries of a document see its keys, all of them: windows, frames, cross-attention to the last image."""
+
+    def make() -> RowSpans:
+        rows, start = [], 0
+        for queries, keys in zip(query_lengths, key_lengths, strict=True):
+            rows += [(start, start + keys)] * queries
+            start += keys
+        return spans(rows, start + padding)
+
+    return make
+
+
+def scattered(queries: int, keys: int, runs: int = 1, batch: int | None = None, empty: float = 0.1) -> Layout:
+    """Runs anywhere, disjoint and ascending, some of them empty."""
+
+    def make() -> RowSpans:
+        generator = random.Random(queries * keys + runs)
+
+        def row() -> list[tuple[int, int]]:
+            cuts = sorted(generator.randint(0, keys) for _ in range(2 * runs))
+            pairs = zip(cuts[::2], cuts[1::2], strict=True)
+            return [(hi, lo) if generator.random() < empty else (lo, hi) for lo, hi in pairs]
+
+        rows = torch.tensor([[row() for _ in range(queries)] for _ in range(batch or 1)], dtype=torch.int32)
+        lo, hi = (rows[..., side].mT.contiguous() for side in (0, 1))  # (batch, runs, queries)
+        return RowSpans(lo, hi, keys) if batch else RowSpans(lo[0], hi[0], keys)
+
+    return make
+
+
+def beyond(queries: int, keys: int) -> Layout:
+    """Values that are no keys: what they mean is what they mean clamped."""
+    far = 2**31 - 1
+    kinds = [(-7, 5), (3, keys + 9), (-far - 1, far), (keys, far), (keys + 3, keys + 8), (-9, 0), (far, -far - 1)]
+    return lambda: spans([kinds[i % len(kinds)] for i in range(queries)], keys)
+
+
+# ---- cases
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    name: str
+    layout: Layout
+    heads: tuple[int, int] = (2, 2)  # of queries, of keys
+    dims: tuple[int, int] = (64, 64)  # of queries and keys, of values
+    op: str = "span_attention"
+    batch: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    memory: str = "plain"
+    kv_memory: str | None = None  # None: as the queries'
+    growing: bool = False  # later keys have larger scores, so that a running maximum moves all the time
+    quick: bool = False
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    plain_draws: int = 0
+
+    def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
+        spans = self.layout()
+        visible = spans.to_dense()
+        idle, unseen = ~visible.any(-1), ~visible.any(-2)
+        (q_heads, kv_heads), (dim, v_dim) = self.heads, self.dims
+
+        def normal(*shape: int) -> Tensor:
+            return draw.normal(*([self.batch] if self.batch else []), *shape)
+
+        def padded(x: Tensor, padding: Tensor, memory: str) -> Tensor:
+            return guarded(x.masked_fill(padding[..., None, None], torch.nan).to(device, dtype), memory)
+
+        q, k = normal(spans.num_queries, q_heads, dim), normal(spans.num_keys, kv_heads, dim)
+        if self.growing:
+            q, k = q.abs(), k.abs() * torch.linspace(0.1, 3, len(k)).view(-1, 1, 1)
+        kv_memory = self.kv_memory or self.memory
+        v = normal(spans.num_keys, kv_heads, v_dim)
+        tensors = {"q": padded(q, idle, self.memory), "k": padded(k, unseen, kv_memory)}
+        tensors["v"] = padded(v, unseen, kv_memory)
+        lo, hi = (guarded(x.to(device), "odd") for x in (spans.lo, spans.hi))
+        options = {"spans": RowSpans(lo, hi, spans.num_keys), "return_lse": True}
+        options |= {"scale": self.scale, "softcap": self.softcap}
+        return Call(tensors, options, tuple(tensors))
+
+    def upstream(self, draw: Draw, result: Tensor) -> Tensor:
+        idle = (result == 0).all(-1).all(-1).cpu()
+        return draw.normal(*result.shape).masked_fill(idle[..., None, None], torch.nan)
+
+
+_LENGTHS = (1, 5, 33, 64, 7, 130)
+_PACKED = AttentionCase("packed causal", causal(_LENGTHS))
+_SMALL = AttentionCase("small causal", causal((5, 17, 1, 9)), dims=(32, 32), quick=True)
+_IMAGES = (range(6, 31), range(40, 57), range(57, 80), range(110, 175))
+
+HEAD_DIMS = (16, 24, 32, 48, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
+
+ATTENTION: list[AttentionCase] = [
+    _SMALL,
+    _PACKED,
+    replace(_PACKED, name="padding after the last document", layout=causal(_LENGTHS, padding=29)),
+    replace(_SMALL, name="small, padding", layout=causal((5, 17, 0, 9), padding=7)),
+    replace(_PACKED, name="images in text", layout=causal(_LENGTHS, images=_IMAGES)),
+    replace(_SMALL, name="small images in text", layout=causal((20, 17), images=(range(3, 12), range(20, 29)))),
+    replace(_PACKED, name="window 17", layout=causal((200, 3, 90), window=17)),
+    replace(_SMALL, name="small window", layout=causal((30, 9), window=6)),
+    replace(_PACKED, name="window 40, images", layout=causal(_LENGTHS, window=40, images=_IMAGES)),
+    AttentionCase("full 49x301", full(49, 301)),
+    AttentionCase("full 333x97", full(333, 97), dims=(128, 128)),
+    AttentionCase("causal, 1100 keys", last_rows(140, 1100), heads=(1, 1)),
+    AttentionCase("full 70x2100", full(70, 2100), heads=(1, 1), dims=(40, 40)),
+    AttentionCase("windows", blocks([64] * 3 + [49, 64, 16], [64] * 3 + [49, 64, 16]), dims=(80, 80)),
+    AttentionCase("small windows", blocks([16] * 3, [16] * 3), dims=(80, 80), quick=True),
+    AttentionCase("last image", blocks([20, 0, 61, 33], [77, 30, 0, 130], padding=5), heads=(4, 4)),
+    AttentionCase("more sequences than queries", blocks([1, 0, 0, 1, 0, 0, 0, 1], [40, 3, 0, 70, 9, 0, 1, 12])),
+    AttentionCase("scattered", scattered(131, 333), heads=(4, 2), dims=(72, 72)),
+    AttentionCase("small scattered", scattered(40, 50), heads=(2, 1), dims=(16, 16), quick=True),
+    AttentionCase("two runs", scattered(100, 210, runs=2), heads=(3, 1)),
+    AttentionCase("small runs", scattered(20, 70, runs=2), dims=(32, 32), quick=True),
+    AttentionCase("five runs", scattered(60, 400, runs=5), dims=(96, 96)),
+    AttentionCase("spans beyond the keys", beyond(50, 90)),
+    AttentionCase("small, beyond the keys", beyond(9, 11), dims=(16, 16), quick=True),
+    *(replace(_PACKED, name=f"D {dim}", layout=causal((37, 5)), dims=(dim, dim), heads=(2, 1)) for dim in HEAD_DIMS),
+    *(
+        replace(_SMALL, name=f"small, D {dim}", layout=causal((13, 4)), heads=(1, 1), dims=(dim, dim))
+        for dim in (72, 88, 128)
+    ),
+    *(AttentionCase(f"D {dim}", blocks([19, 6], [30, 41]), dims=(dim, dim)) for dim in (1, 5, 20, 77)),
+    AttentionCase("D 64, values of 40", causal((50, 21)), dims=(64, 40)),
+    AttentionCase("D 72, values of 128", causal((50, 21)), dims=(72, 128)),
+    AttentionCase("small, D 40, values of 16", causal((9, 5)), dims=(40, 16), quick=True),
+    AttentionCase("D 192, values of 128", causal((50, 21)), dims=(192, 128)),
+    AttentionCase("heads 6/2", causal((5, 90, 33)), heads=(6, 2)),
+    AttentionCase("heads 5/1", causal((50, 33)), heads=(5, 1), dims=(80, 80)),
+    AttentionCase("small, heads 4/2", causal((13, 6)), heads=(4, 2), dims=(16, 16), quick=True),
+    AttentionCase("scale 1", causal((90, 41)), scale=1.0),
+    AttentionCase("scale -0.2", causal((60, 41)), scale=-0.2),
+    AttentionCase("growing scores", full(40, 700), growing=True),
+    replace(_SMALL, name="small, growing scores", layout=full(9, 70), growing=True),
+    AttentionCase("softcap 20", causal((70, 41)), heads=(4, 2), softcap=20.0, scale=1.0),
+    replace(_SMALL, name="small, softcap", softcap=2.0, scale=0.5),
+    AttentionCase("softcap, two runs", scattered(60, 110, runs=2), softcap=5.0, dims=(96, 96)),
+    AttentionCase("decode", full(1, 700), heads=(4, 4)),
+    AttentionCase("decode, heads 8/2, batch", full(1, 400), heads=(8, 2), batch=2, dims=(128, 128)),
+    AttentionCase("decode, cache partly filled", scattered(1, 300, batch=3, empty=0), heads=(4, 2), batch=3),
+    AttentionCase("small decode", full(1, 90), heads=(4, 2), batch=2, dims=(32, 32), quick=True),
+    AttentionCase("decode of 3 rows, softcap", last_rows(3, 700), heads=(4, 1), softcap=10.0),
+    AttentionCase("decode of 5 rows", last_rows(5, 500), heads=(4, 2), batch=2, memory="heads_first"),
+    AttentionCase("decode, two runs", scattered(2, 800, runs=2, empty=0), heads=(4, 2), dims=(80, 80)),
+    AttentionCase("batch, one layout", causal((40, 30), padding=4), batch=3),
+    AttentionCase("batch, layouts of their own", scattered(70, 90, batch=3), heads=(4, 2), batch=3),
+    AttentionCase("batch, runs of their own", scattered(50, 120, runs=2, batch=2), batch=2, dims=(80, 80)),
+    AttentionCase("batch of one keys", full(40, 70), batch=3, kv_memory="expanded"),
+    replace(_SMALL, name="small batch", layout=scattered(20, 30, batch=2), batch=2),
+    AttentionCase("slices of a fused projection", causal((70, 41)), heads=(4, 2), memory="fused"),
+    AttentionCase("small, fused", causal((13, 6)), memory="fused", dims=(16, 16), quick=True),
+    AttentionCase("heads first", causal((70, 41)), heads=(4, 2), dims=(80, 80), memory="heads_first"),
+    AttentionCase("heads first, batch", causal((70, 41)), batch=2, memory="heads_first"),
+    AttentionCase("crop", causal((70, 41)), dims=(72, 72), memory="crop", kv_memory="fused"),
+    AttentionCase("odd address", causal((50, 41)), dims=(61, 61), memory="odd", kv_memory="crop"),
+    AttentionCase("beyond 2^31", full(5, 7), memory="far", dtypes=(torch.bfloat16,)),
+    AttentionCase("beyond 2^31, batch", full(1, 20), batch=3, memory="far", dtypes=(torch.bfloat16,)),
+]
