@@ -6,6 +6,7 @@ padding reaches nothing.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,50 +22,38 @@ from .poison import guarded
 Layout = Callable[[], RowSpans]
 
 
-# ---- layouts, by hand: the builders of RowSpans are what tests/test_spans.py checks
-
-
-def spans(rows: Sequence[tuple[int, int]], num_keys: int) -> RowSpans:
-    """One (lo, hi) a query."""
-    lo, hi = torch.tensor(rows, dtype=torch.int32).reshape(-1, 2).unbind(1)
-    return RowSpans(lo.contiguous(), hi.contiguous(), num_keys)
-
-
 def full(queries: int, keys: int) -> Layout:
-    return lambda: spans([(0, keys)] * queries, keys)
+    return lambda: RowSpans.full(queries, keys)
 
 
 def last_rows(queries: int, keys: int) -> Layout:
     """The newest tokens of a cache: the last of them sees everything."""
-    return lambda: spans([(0, keys - queries + i + 1) for i in range(queries)], keys)
+    return lambda: RowSpans.packed(torch.tensor([0, queries]), torch.tensor([0, keys]), causal=True)
 
 
 def causal(lengths: Sequence[int], window: int | None = None, padding: int = 0, images: Sequence[range] = ()) -> Layout:
     """Packed documents, then `padding` tokens of none; tokens of one image see all of it."""
 
     def make() -> RowSpans:
-        rows, start = [], 0
-        for length in lengths:
-            for i in range(start, start + length):
-                stop = next((image.stop for image in images if i in image), i + 1)
-                rows.append((max(start, i + 1 - window) if window else start, stop))
-            start += length
-        return spans(rows + [(0, 0)] * padding, start + padding)
+        offsets, total = _offsets(lengths), sum(lengths) + padding
+        if not images:
+            return RowSpans.packed(offsets, num_queries=total, causal=True, window=window)
+        image_id = torch.full((total,), -1)
+        for number, tokens in enumerate(images):
+            image_id[tokens.start : tokens.stop] = number
+        return RowSpans.image_text(offsets, image_id, window=window)
 
     return make
 
 
 def blocks(query_lengths: Sequence[int], key_lengths: Sequence[int], padding: int = 0) -> Layout:
     """The queries of a document see its keys, all of them: windows, frames, cross-attention to the last image."""
+    offsets, offsets_k = _offsets(query_lengths), _offsets(key_lengths)
+    return lambda: RowSpans.packed(offsets, offsets_k, num_keys=sum(key_lengths) + padding)
 
-    def make() -> RowSpans:
-        rows, start = [], 0
-        for queries, keys in zip(query_lengths, key_lengths, strict=True):
-            rows += [(start, start + keys)] * queries
-            start += keys
-        return spans(rows, start + padding)
 
-    return make
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
 def scattered(queries: int, keys: int, runs: int = 1, batch: int | None = None, empty: float = 0.1) -> Layout:
@@ -89,10 +78,12 @@ def beyond(queries: int, keys: int) -> Layout:
     """Values that are no keys: what they mean is what they mean clamped."""
     far = 2**31 - 1
     kinds = [(-7, 5), (3, keys + 9), (-far - 1, far), (keys, far), (keys + 3, keys + 8), (-9, 0), (far, -far - 1)]
-    return lambda: spans([kinds[i % len(kinds)] for i in range(queries)], keys)
 
+    def make() -> RowSpans:
+        lo, hi = torch.tensor([kinds[i % len(kinds)] for i in range(queries)], dtype=torch.int32).T.contiguous()
+        return RowSpans(lo, hi, keys)
 
-# ---- cases
+    return make
 
 
 @dataclass(frozen=True)
