@@ -42,6 +42,17 @@ static MMK_INLINE UVec load_bits(const uint32_t* p) {
 }
 static MMK_INLINE void store_bits(uint32_t* p, UVec v) { memcpy(p, &v, sizeof v); }
 
+// The first n of 2 kLanes elements in pairs, the rest zero; 0 <= n < 2 kLanes.
+static MMK_INLINE UVec load_first_pairs(const BFloat16* p, int n) {
+#if defined(__AVX512F__)
+    return (UVec)_mm512_maskz_loadu_epi16((1u << n) - 1, p);
+#else
+    UVec pairs{};
+    memcpy(&pairs, p, static_cast<size_t>(n) * sizeof *p);
+    return pairs;
+#endif
+}
+
 // ---- micro-kernel
 
 struct Idle {
@@ -102,11 +113,13 @@ static MMK_INLINE uint32_t load_unit(const T* row, int64_t stride, int64_t colum
 // kLanes units of a row from column `column` on.
 template <class Operand, class T>
 static MMK_INLINE UVec load_units(const T* row, int64_t stride, int64_t column, int64_t columns) {
-    const bool whole = stride == 1 && column + kLanes * Operand::kPack <= columns;
+    const int64_t left = columns - column;
     if constexpr (Operand::kPack == 1) {
-        if (whole) return as_bits(load(row + column));
+        if (stride == 1 && left >= kLanes) return as_bits(load(row + column));
+        if (stride == 1 && left > 0) return as_bits(load_first(row + column, static_cast<int>(left)));
     } else if constexpr (std::is_same_v<T, BFloat16>) {
-        if (whole) return load_bits(reinterpret_cast<const uint32_t*>(row + column));
+        if (stride == 1 && left >= 2 * kLanes) return load_bits(reinterpret_cast<const uint32_t*>(row + column));
+        if (stride == 1 && left > 0) return load_first_pairs(row + column, static_cast<int>(left));
     }
     UVec units;
     for (int i = 0; i < kLanes; i++) {
@@ -154,25 +167,32 @@ static MMK_INLINE void transpose(UVec (&block)[kLanes]) {
 #endif
 }
 
-// One panel of B from rows of a matrix, a row a lane: panel[u][lane] = unit u of row (first + lane), for `lanes` lanes
-// (a multiple of kLanes); lanes past the last row and columns past the last are zero, up to `units`.
-template <class Operand, class T>
-static void pack_lanes(const T* data, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
-                       int64_t units, int lanes, uint32_t* panel) {
+// One panel of B, a row of a matrix a lane: panel[u * width + lane] = unit u of row_of(lane), for `lanes` lanes (a
+// multiple of kLanes); lanes past the last row and columns past the last are zero, up to `units`.
+template <class Operand, class RowOf>
+static MMK_INLINE void pack_lanes_of(RowOf&& row_of, int64_t column_stride, int64_t rows, int64_t columns,
+                                     int64_t units, int lanes, int64_t width, uint32_t* panel) {
     for (int l0 = 0; l0 < lanes; l0 += kLanes) {
         for (int64_t u0 = 0; u0 < units; u0 += kLanes) {
             UVec block[kLanes];
             for (int l = 0; l < kLanes; l++) {
                 const bool present = l0 + l < rows;
-                block[l] = present ? load_units<Operand>(data + (l0 + l) * row_stride, column_stride,
-                                                         u0 * Operand::kPack, columns)
-                                   : UVec{};
+                block[l] =
+                    present ? load_units<Operand>(row_of(l0 + l), column_stride, u0 * Operand::kPack, columns) : UVec{};
             }
             transpose(block);
             const int64_t count = std::min<int64_t>(kLanes, units - u0);
-            for (int64_t u = 0; u < count; u++) store_bits(panel + (u0 + u) * lanes + l0, block[u]);
+            for (int64_t u = 0; u < count; u++) store_bits(panel + (u0 + u) * width + l0, block[u]);
         }
     }
+}
+
+// The same for rows that are row_stride apart, into a panel of `lanes` lanes.
+template <class Operand, class T>
+static void pack_lanes(const T* data, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
+                       int64_t units, int lanes, uint32_t* panel) {
+    const auto row_of = [=](int64_t row) { return data + row * row_stride; };
+    pack_lanes_of<Operand>(row_of, column_stride, rows, columns, units, lanes, lanes, panel);
 }
 
 }  // namespace mmk::MMK_ISA

@@ -71,11 +71,19 @@ static MMK_INLINE float max(Vec v) {
     return lanes[0];
 }
 
-// 2^x to 1e-7 of the value for every finite x, and exactly where x is whole: 0 below the subnormals, inf above, NaN
-// stays NaN. 2^f on [0, 1) is the polynomial of degree 6 through 2^0 = 1 that is minimax in the relative error, 2e-9.
-static MMK_INLINE Vec exp2(Vec x) {
+template <int kCount>
+static MMK_INLINE Vec polynomial(Vec x, const float (&coefficients)[kCount]) {  // the highest power first
+    Vec p = splat(coefficients[0]);
+    MMK_UNROLL for (int i = 1; i < kCount; i++) p = p * x + splat(coefficients[i]);
+    return p;
+}
+
+// 2^x, where the polynomial gives 2^f for f in [0, 1): 0 below the subnormals, inf above, NaN stays NaN.
+template <int kCount>
+static MMK_INLINE Vec exp2_by(Vec x, const float (&coefficients)[kCount]) {
 #if defined(__AVX512F__)
     const Vec f = _mm512_reduce_ps(x, 9);  // x - floor(x); scalef then applies floor(x), with gradual underflow
+    return _mm512_scalef_ps(polynomial(f, coefficients), x);
 #else
     // Clamped to where the exponent arithmetic below holds; NaN fails both comparisons and passes through.
     const Vec high = splat(129.0f), low = splat(-150.0f);
@@ -83,18 +91,7 @@ static MMK_INLINE Vec exp2(Vec x) {
     const IVec whole = __builtin_convertvector(y == y ? y : Vec{}, IVec);  // towards zero
     const Vec truncated = __builtin_convertvector(whole, Vec);
     const IVec floor = truncated > y ? whole - 1 : whole;
-    const Vec f = y - __builtin_convertvector(floor, Vec);
-#endif
-    Vec p = splat(0.000216129159441f);
-    p = p * f + splat(0.00124678461739f);
-    p = p * f + splat(0.00967545159359f);
-    p = p * f + splat(0.0554852806079f);
-    p = p * f + splat(0.240229305554f);
-    p = p * f + splat(0.693147044443f);
-    p = p * f + splat(1.0f);
-#if defined(__AVX512F__)
-    return _mm512_scalef_ps(p, x);
-#else
+    const Vec p = polynomial(y - __builtin_convertvector(floor, Vec), coefficients);
     // Two factors, since 2^floor alone leaves the range of a float at both ends.
     const IVec half = floor >> 1;
     const IVec a = (half + 127) << 23, b = (floor - half + 127) << 23;
@@ -103,6 +100,27 @@ static MMK_INLINE Vec exp2(Vec x) {
     memcpy(&scale_b, &b, sizeof b);
     return p * scale_a * scale_b;
 #endif
+}
+
+// The polynomials are those through 2^0 = 1 that are minimax in the relative error, so whole x give exact results.
+
+// 2^x to 1e-7 of the value (polynomial: 2e-9).
+static MMK_INLINE Vec exp2(Vec x) {
+    constexpr float kCoefficients[] = {0.000216129159441f,
+                                       0.00124678461739f,
+                                       0.00967545159359f,
+                                       0.0554852806079f,
+                                       0.240229305554f,
+                                       0.693147044443f,
+                                       1.0f};
+    return exp2_by(x, kCoefficients);
+}
+
+// 2^x to 2e-7 of the value (polynomial: 8e-8), for results that are rounded to a half type.
+static MMK_INLINE Vec exp2_coarse(Vec x) {
+    constexpr float kCoefficients[] = {0.00186713147793f, 0.0090170246603f, 0.0557999204246f,
+                                       0.240164446553f,   0.693151312365f,  1.0f};
+    return exp2_by(x, kCoefficients);
 }
 
 // ---- conversions between memory types and float lanes
@@ -116,6 +134,31 @@ static MMK_INLINE UVec as_bits(Vec v) {
     UVec bits;
     memcpy(&bits, &v, sizeof v);
     return bits;
+}
+
+// log2(x) to 2e-7 of the value for x = 0 and normal x > 0; inf and NaN give NaN. With x = 2^e m, m in [0.75, 1.5), it
+// is e + t L(t^2) for t = (m - 1) / (m + 1), L minimax in the relative error, 2e-9.
+static MMK_INLINE Vec log2(Vec x) {
+    constexpr float kCoefficients[] = {0.439083155624f, 0.576395234724f, 0.961802200895f, 2.88539007486f};
+    const UVec bits = as_bits(x);
+    IVec e;
+    memcpy(&e, &bits, sizeof e);
+    e = (e - 0x3f400000) >> 23;  // 0x3f400000: 0.75
+    const Vec m = as_float(bits - ((UVec)e << 23)), t = (m - 1.0f) / (m + 1.0f);
+    const Vec log = __builtin_convertvector(e, Vec) + t * polynomial(t * t, kCoefficients) + (x - x);
+    return select(x == Vec{}, splat(-__builtin_inff()), log);
+}
+
+// tanh(x) to 2e-7 of the value; NaN stays NaN. Near zero, where 1 - exp(-2x) would cancel, x + x^3 R(x^2) with R
+// minimax in the relative error of tanh, 1e-9.
+static MMK_INLINE Vec tanh(Vec x) {
+    constexpr float kCoefficients[] = {-0.00627423855725f, 0.0210716781526f, -0.053852309615f, 0.133325861346f,
+                                       -0.333333175595f};
+    const UVec sign = as_bits(x) & 0x80000000u;
+    const Vec size = as_float(as_bits(x) ^ sign), square = x * x;
+    const Vec e = exp2(size * splat(-2 * 1.44269504f)), far = (1.0f - e) / (1.0f + e);
+    return select(size < splat(0.55f), x + x * square * polynomial(square, kCoefficients),
+                  as_float(as_bits(far) | sign));
 }
 
 typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * 2)));
@@ -156,6 +199,16 @@ static MMK_INLINE HalfLanes to_bfloat16(Vec v) {
     return __builtin_convertvector(v == v ? rounded : quiet, HalfLanes);
 #endif
 }
+// Pairs of bfloat16 in 32 bits a lane, `low` in the lower half.
+static MMK_INLINE UVec to_bfloat16_pairs(Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (UVec)_mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    return __builtin_convertvector(to_bfloat16(low), UVec) | __builtin_convertvector(to_bfloat16(high), UVec) << 16;
+#endif
+}
 static MMK_INLINE void store(BFloat16* p, Vec v) {
     const HalfLanes h = to_bfloat16(v);
     memcpy(p, &h, sizeof h);
@@ -188,11 +241,20 @@ static MMK_INLINE void store_first(T* p, Vec v, int n) {
     memcpy(p, lanes, n * sizeof(T));
 }
 #if defined(__AVX512F__)
-static MMK_INLINE Vec load_first(const float* p, int n) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+static MMK_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+static MMK_INLINE Vec load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+static MMK_INLINE Vec load_first(const BFloat16* p, int n) {
+    return as_float(__builtin_convertvector((HalfLanes)_mm256_maskz_loadu_epi16(first_lanes(n), p), UVec) << 16);
 }
-static MMK_INLINE void store_first(float* p, Vec v, int n) {
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+static MMK_INLINE Vec load_first(const Float16* p, int n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+static MMK_INLINE void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+static MMK_INLINE void store_first(BFloat16* p, Vec v, int n) {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)to_bfloat16(v));
+}
+static MMK_INLINE void store_first(Float16* p, Vec v, int n) {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif
 

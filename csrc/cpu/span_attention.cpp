@@ -1,9 +1,441 @@
+// Attention in which each query sees runs of keys, forward.
+//
+//     S_ij = scale q_i k_j, then softcap tanh(S_ij / softcap) where there is one, for the keys j that query i sees
+//     lse_i = log sum_j exp(S_ij),  o_i = sum_j exp(S_ij - lse_i) v_j
+//
+// A query that sees nothing gets o = 0, lse = -inf. 4 D operations a pair that is seen; the scores exist for a block of
+// queries and a block of keys at a time, O(T) memory in all.
+//
+// Queries in lanes. A block of up to kTileColumns queries is transposed once, keys and values are broadcast: S^T = K
+// Q^T and O^T = V^T P^T are the same micro-kernel. Then keys need no transpose, only to lie together; maxima and sums
+// over keys are vertical; and 8 rows of broadcasts divide the usual head sizes, so that none is padded.
+//
+// Online softmax. Keys come in blocks; m is the largest score so far, l and o are relative to it and rescaled when it
+// grows (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867). Rescaling o costs one multiplication an
+// element as the micro-kernel adds to it.
+//
+// Masks. Keys come in groups of kTileRows. Of each group only the vectors of lanes that see any of it are computed, and
+// only where some lane does not see all of it are keys and lanes compared: packed causal documents lose 2 to 4 % to it.
+// Several runs a query are taken one after the other.
+//
+// Memory moved. A task packs the keys and values that its part of a segment sees, kKeyPanel at a time, so that they
+// stay in the L2 cache while each of its blocks of queries meets them: 2 kTileColumns operations for every float of
+// them that comes from L2. What no query of the segment sees is packed as zeros (segments.h).
 #include "span_attention.h"
 
-#include <stdexcept>
+#include "attention_pack.h"
+#include "attention_plan.h"
+#include "tasks.h"
 
 namespace mmk::MMK_ISA {
+namespace {
 
-void span_attention(const SpanAttention&) { throw std::logic_error("not there yet"); }
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = __builtin_inff();
+
+constexpr int64_t kKeyBlock = 256;  // keys between two updates of the softmax: half-empty caches below, full ones above
+constexpr int64_t kKeyPanel = 2048;  // keys packed at once
+
+template <int kCount>
+using Width = std::integral_constant<int, kCount>;
+
+// body(Width<vectors>): the micro-kernels' shape is fixed when they are compiled.
+template <class Body>
+MMK_INLINE void with_width(int vectors, Body&& body) {
+    static_assert(kTileVectors <= 3);
+    if (vectors == 1) return body(Width<1>{});
+    if (vectors == 2) return body(Width<2>{});
+    body(Width<kTileVectors>{});
+}
+
+// ---- what a block of queries keeps between blocks of keys
+
+struct BlockState {
+    uint32_t* queries;     // [units of D][kTileColumns]
+    float* out;            // [Dv][kTileColumns], relative to exp2(highest)
+    float *highest, *sum;  // [kTileColumns]
+
+    static int64_t size(int64_t query_units, int64_t out_rows) { return (query_units + out_rows + 2) * kTileColumns; }
+    BlockState(uint32_t* memory, int64_t query_units, int64_t out_rows)
+        : queries(memory),
+          out(reinterpret_cast<float*>(memory) + query_units * kTileColumns),
+          highest(out + out_rows * kTileColumns),
+          sum(highest + kTileColumns) {}
+
+    void clear(int64_t out_rows) const {
+        std::fill_n(out, out_rows * kTileColumns, 0.0f);
+        std::fill_n(highest, kTileColumns, -kInfinity);
+        std::fill_n(sum, kTileColumns, 0.0f);
+    }
+};
+
+// Keys and values of one head, packed; token numbers count from `first`.
+struct KeyPanel {
+    int64_t first, count;
+    uint32_t *keys, *values;
+    int64_t key_units, value_stride, value_panels;
+};
+
+// ---- a block of keys
+
+// Keys [first, first + count) of a block, of which the same vectors of lanes see some.
+struct Stretch {
+    int first, count;
+    int vector, vectors;
+};
+
+class Stretches {
+  public:
+    // Of the keys [key, key + count), in groups of kTileRows.
+    Stretches(const LaneSpans& spans, int vectors, int64_t key, int count) {
+        const Span block{static_cast<int32_t>(key), static_cast<int32_t>(key + count)};
+        bool all = true;
+        for (int v = 0; v < vectors; v++) all &= spans.inner[v].lo <= block.lo && spans.inner[v].hi >= block.hi;
+        if (all) {
+            add({0, count, 0, vectors});
+            return;
+        }
+        for (int at = 0; at < count; at += kTileRows) {
+            const auto first = static_cast<int32_t>(key + at);
+            const Span group{first, first + kTileRows};
+            int begin = 0, end = vectors;
+            while (begin < end && !spans.outer[begin].meets(group)) begin++;
+            while (begin < end && !spans.outer[end - 1].meets(group)) end--;
+            if (begin < end) add({at, kTileRows, begin, end - begin});
+        }
+    }
+
+    const Stretch* begin() const { return stretches_; }
+    const Stretch* end() const { return stretches_ + count_; }
+
+  private:
+    void add(Stretch next) {
+        Stretch* last = stretches_ + count_ - 1;
+        const bool same = count_ > 0 && last->first + last->count == next.first && last->vector == next.vector &&
+                          last->vectors == next.vectors;
+        if (same) {
+            last->count += next.count;
+        } else {
+            stretches_[count_++] = next;
+        }
+    }
+
+    Stretch stretches_[kKeyBlock / kTileRows];
+    int count_ = 0;
+};
+
+// scores[key][lane] of one group; the highest of each lane is raised.
+template <class Operand, int kVectors>
+void score_group(const uint32_t* keys, int64_t units, const uint32_t* queries, float* scores, Vec* highest) {
+    micro_kernel<Operand, kTileRows, kVectors>(
+        keys, units, 1, queries, kTileColumns, units, [](int, int) { return Vec{}; },
+        [&](int r, int v, Vec sum) {
+            store(scores + r * kTileColumns + v * kLanes, sum);
+            highest[v] = max(sum, highest[v]);
+        });
+}
+
+// out[d][lane] = out * decay + sum over units of values[d] weights[lane], for one panel of kTileRows d.
+template <class Operand, int kVectors>
+void add_values(const uint32_t* values, const uint32_t* weights, int64_t units, const Vec* decay, float* out) {
+    micro_kernel<Operand, kTileRows, kVectors>(
+        values, 1, kTileRows, weights, kTileColumns, units, [](int, int) { return Vec{}; },
+        [&](int r, int v, Vec sum) {
+            float* at = out + r * kTileColumns + v * kLanes;
+            store(at, load(at) * decay[v] + sum);
+        });
+}
+
+// Scores become logits: scaled and capped here, unless scaling is left to the exponential.
+struct Logits {
+    float scale, softcap;
+    bool deferred;  // the scale is positive and there is no cap: the order of the scores is that of the logits
+
+    Logits(double scale, double softcap)
+        : scale(static_cast<float>(scale)), softcap(static_cast<float>(softcap)), deferred(scale > 0 && softcap == 0) {}
+    // Factor that makes powers of two of them.
+    float base() const { return deferred ? scale * kLog2e : kLog2e; }
+    MMK_INLINE Vec operator()(Vec score) const {
+        if (deferred) return score;
+        const Vec logit = score * splat(scale);
+        return softcap == 0 ? logit : tanh(logit * splat(1 / softcap)) * splat(softcap);
+    }
+};
+
+// One group's scores of one vector of lanes as logits, -inf where a lane does not see a key. Raises `highest`.
+MMK_INLINE void refine(float* scores, int32_t key, const int32_t* lo, const int32_t* hi, const Logits& logits,
+                       Vec& highest) {
+    IVec first, last;
+    memcpy(&first, lo, sizeof first);
+    memcpy(&last, hi, sizeof last);
+    for (int r = 0; r < kTileRows; r++) {
+        const IVec number = IVec{} + (key + r);
+        const Vec logit =
+            select((number >= first) & (number < last), logits(load(scores + r * kTileColumns)), splat(-kInfinity));
+        store(scores + r * kTileColumns, logit);
+        highest = max(logit, highest);
+    }
+}
+
+template <class T>
+class Forward {
+    using Operand = OperandOf<T>;
+    static constexpr int kPack = Operand::kPack;
+
+  public:
+    explicit Forward(const SpanAttention& call)
+        : call_(call),
+          logits_(call.scale, call.softcap),
+          group_(call.q.heads / call.k.heads),
+          query_units_(ceil_div(call.q.dim, kPack)),
+          value_panels_(ceil_div(call.v.dim, kTileRows)),
+          plan_(group_, part_lanes()) {
+        const int64_t rows = call.spans.batch_stride == 0 ? 1 : call.q.batch;
+        for (int64_t b = 0; b < rows; b++) plan_.add(b, SpanTable(call.spans, b, call.k.tokens));
+        copies_ = call.q.batch / rows;
+    }
+
+    void run() const {
+        const auto parts = static_cast<int64_t>(plan_.parts().size());
+        const int64_t heads = call_.k.heads;
+        const int threads = useful_threads(4.0 * call_.q.batch * call_.q.tokens * call_.q.heads * call_.q.dim * 64);
+        const Sizes sizes = workspace();
+        Scratch<uint32_t> memory(threads * sizes.total());
+        for_each(copies_ * parts * heads, threads, [&](int64_t i, int64_t worker) {
+            const Part& part = plan_.parts()[i / heads % parts];
+            attend(part, part.batch_row + i / heads / parts, i % heads, sizes, memory.get() + worker * sizes.total());
+        });
+    }
+
+  private:
+    struct Sizes {  // of a worker's memory, in units
+        int64_t keys, values, scores, states, blocks;
+        int64_t total() const { return keys + values + scores + states; }
+    };
+
+    // Parts small enough that there are many, and large enough that packing keys and values for each costs little.
+    int64_t part_lanes() const {
+        constexpr int64_t kTasks = 64;
+        const int64_t lanes = call_.q.batch * call_.q.tokens * call_.q.heads;
+        return std::clamp<int64_t>(lanes / kTasks, 8 * kTileColumns, 32 * kTileColumns);
+    }
+
+    Sizes workspace() const {
+        Sizes sizes{};
+        int64_t keys = 0;
+        for (const Part& part : plan_.parts()) {
+            const int64_t seen = part.hull.hi - part.hull.lo;
+            keys = std::max(keys, std::min(round_up(seen, kTileRows), kKeyPanel));
+            // Only where keys come in several panels must the blocks wait for the next one.
+            sizes.blocks = std::max(sizes.blocks, seen > kKeyPanel ? part.last_block - part.first_block : 1);
+        }
+        sizes.keys = round_up(keys * query_units_ + kLanes, 16);
+        sizes.values = value_panels_ * value_stride(keys);
+        sizes.scores = kKeyBlock * kTileColumns;
+        sizes.states = sizes.blocks * BlockState::size(query_units_, value_panels_ * kTileRows);
+        return sizes;
+    }
+    // A cache line more, so that panels of a round number of keys do not all fall into the same sets.
+    static int64_t value_stride(int64_t keys) { return keys / kPack * kTileRows + 16; }
+
+    // ---- a part of a segment, one key head
+
+    void attend(const Part& part, int64_t b, int64_t head, const Sizes& sizes, uint32_t* memory) const {
+        uint32_t *values = memory + sizes.keys, *scores = values + sizes.values, *states = scores + sizes.scores;
+        const int64_t out_rows = value_panels_ * kTileRows;
+        const int64_t panels = std::max<int64_t>(1, ceil_div(part.hull.hi - part.hull.lo, kKeyPanel));
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t first = part.hull.lo + p * kKeyPanel;
+            const int64_t count = round_up(std::min<int64_t>(part.hull.hi - first, kKeyPanel), kTileRows);
+            const KeyPanel panel{first, count, memory, values, query_units_, value_stride(count), value_panels_};
+            pack_token_rows<Operand>(TokenRows<T>(call_.k, b, head), first, first + count, plan_.covered_by(part),
+                                     memory);
+            pack_token_panels<Operand>(TokenRows<T>(call_.v, b, head), first, first + count, plan_.covered_by(part),
+                                       values, panel.value_stride);
+            for (int64_t i = part.first_block; i < part.last_block; i++) {
+                const int64_t slot = panels == 1 ? 0 : i - part.first_block;
+                const BlockState state(states + slot * BlockState::size(query_units_, out_rows), query_units_,
+                                       out_rows);
+                if (p == 0) begin(plan_.block(i), b, head, state);
+                for (int64_t run = 0; run < plan_.runs(); run++) {
+                    meet(plan_.block(i).vectors(), plan_.spans(i, run), panel, state, reinterpret_cast<float*>(scores));
+                }
+                if (p == panels - 1) finish(plan_.block(i), b, head, state);
+            }
+        }
+    }
+
+    void begin(const QueryBlock& block, int64_t b, int64_t head, const BlockState& state) const {
+        const auto row_of = [&](int64_t lane) { return query_row(block.first_lane + lane, b, head); };
+        pack_lanes_of<Operand>(row_of, 1, block.lanes, call_.q.dim, query_units_, block.vectors() * kLanes,
+                               kTileColumns, state.queries);
+        state.clear(value_panels_ * kTileRows);
+    }
+
+    const T* query_row(int64_t lane, int64_t b, int64_t head) const {
+        return TokenRows<T>(call_.q, b, head * group_ + lane % group_).row(lane / group_);
+    }
+
+    // The keys of a panel that lanes of the block see, in blocks as even as can be.
+    void meet(int vectors, const LaneSpans& spans, const KeyPanel& panel, const BlockState& state,
+              float* scores) const {
+        int64_t lo = panel.count, hi = 0;
+        for (int v = 0; v < vectors; v++) {
+            if (spans.outer[v].empty()) continue;
+            lo = std::min(lo, std::max<int64_t>(spans.outer[v].lo - panel.first, 0));
+            hi = std::max(hi, std::min<int64_t>(spans.outer[v].hi - panel.first, panel.count));
+        }
+        if (lo >= hi) return;
+        lo = lo / kTileRows * kTileRows, hi = round_up(hi, kTileRows);
+        const int64_t size = round_up(ceil_div(hi - lo, ceil_div(hi - lo, kKeyBlock)), kTileRows);
+        for (int64_t at = lo; at < hi; at += size) {
+            meet_block(vectors, spans, panel, at, static_cast<int>(std::min(size, hi - at)), state, scores);
+        }
+    }
+
+    void meet_block(int vectors, const LaneSpans& spans, const KeyPanel& panel, int64_t at, int count,
+                    const BlockState& state, float* scores) const {
+        Vec highest[kTileVectors];
+        std::fill_n(highest, kTileVectors, splat(-kInfinity));
+        const Stretches stretches(spans, vectors, panel.first + at, count);
+        for (const Stretch& stretch : stretches) score(stretch, spans, panel, at, state, scores, highest);
+
+        Vec decay[kTileVectors], reference[kTileVectors];
+        const Vec base = splat(logits_.base());
+        for (int v = 0; v < vectors; v++) {
+            const Vec before = load(state.highest + v * kLanes), now = max(highest[v] * base, before);
+            // Lanes that saw nothing yet: any finite reference gives them weights of 0.
+            reference[v] = select(now == splat(-kInfinity), Vec{}, now);
+            decay[v] = exp2(before - reference[v]);
+            store(state.highest + v * kLanes, now);
+            store(state.sum + v * kLanes, load(state.sum + v * kLanes) * decay[v]);
+        }
+        for (const Stretch& stretch : stretches) {
+            with_width(stretch.vectors, [&](auto width) {
+                add_stretch<decltype(width)::value>(stretch, panel, at, reference + stretch.vector,
+                                                    decay + stretch.vector, state, scores);
+            });
+        }
+    }
+
+    void score(const Stretch& stretch, const LaneSpans& spans, const KeyPanel& panel, int64_t at,
+               const BlockState& state, float* scores, Vec* highest) const {
+        Span inner{0, INT32_MAX};
+        for (int v = stretch.vector; v < stretch.vector + stretch.vectors; v++) {
+            inner = {std::max(inner.lo, spans.inner[v].lo), std::min(inner.hi, spans.inner[v].hi)};
+        }
+        const uint32_t* queries = state.queries + stretch.vector * kLanes;
+        with_width(stretch.vectors, [&](auto width) {
+            constexpr int kVectors = decltype(width)::value;
+            for (int i = stretch.first; i < stretch.first + stretch.count; i += kTileRows) {
+                const auto key = static_cast<int32_t>(panel.first + at + i);
+                const bool plain = logits_.deferred && inner.lo <= key && key + kTileRows <= inner.hi;
+                const uint32_t* keys = panel.keys + (at + i) * panel.key_units;
+                float* to = scores + i * kTileColumns + stretch.vector * kLanes;
+                Vec unused[kVectors] = {};
+                score_group<Operand, kVectors>(keys, panel.key_units, queries, to,
+                                               plain ? highest + stretch.vector : unused);
+                for (int v = 0; v < kVectors && !plain; v++) {
+                    const int lane = (stretch.vector + v) * kLanes;
+                    refine(to + v * kLanes, key, spans.lo + lane, spans.hi + lane, logits_,
+                           highest[stretch.vector + v]);
+                }
+            }
+        });
+    }
+
+    // Scores become weights in their place, two keys to a unit for bfloat16, and the values weighted by them are added.
+    template <int kVectors>
+    void add_stretch(const Stretch& stretch, const KeyPanel& panel, int64_t at, const Vec* reference, Vec* decay,
+                     const BlockState& state, float* scores) const {
+        float* from = scores + stretch.vector * kLanes;
+        auto* weights = reinterpret_cast<uint32_t*>(from) + stretch.first / kPack * kTileColumns;
+        weigh<kVectors>(from + stretch.first * kTileColumns, stretch.count, reference,
+                        state.sum + stretch.vector * kLanes, weights);
+        const uint32_t* values = panel.values + (at + stretch.first) / kPack * kTileRows;
+        for (int64_t p = 0; p < panel.value_panels; p++) {
+            add_values<Operand, kVectors>(values + p * panel.value_stride, weights, stretch.count / kPack, decay,
+                                          state.out + p * kTileRows * kTileColumns + stretch.vector * kLanes);
+        }
+        std::fill_n(decay, kVectors, splat(1.0f));  // once
+    }
+
+    template <int kVectors>
+    void weigh(const float* scores, int count, const Vec* reference, float* sum_at, uint32_t* weights) const {
+        const Vec base = splat(logits_.base());
+        Vec sum[kVectors];
+        for (int v = 0; v < kVectors; v++) sum[v] = load(sum_at + v * kLanes);
+        for (int i = 0; i < count; i += kPack) {
+            MMK_UNROLL for (int v = 0; v < kVectors; v++) {
+                Vec weight[kPack];
+                MMK_UNROLL for (int j = 0; j < kPack; j++) {
+                    const Vec power = load(scores + (i + j) * kTileColumns + v * kLanes) * base - reference[v];
+                    weight[j] = std::is_same_v<T, float> ? exp2(power) : exp2_coarse(power);
+                    sum[v] += weight[j];
+                }
+                uint32_t* to = weights + i / kPack * kTileColumns + v * kLanes;
+                if constexpr (kPack == 1) {
+                    store_bits(to, as_bits(weight[0]));
+                } else {
+                    store_bits(to, to_bfloat16_pairs(weight[0], weight[1]));
+                }
+            }
+        }
+        for (int v = 0; v < kVectors; v++) store(sum_at + v * kLanes, sum[v]);
+    }
+
+    // ---- the result
+
+    void finish(const QueryBlock& block, int64_t b, int64_t head, const BlockState& state) const {
+        for (int v = 0; v < block.vectors(); v++) {
+            const Vec sum = load(state.sum + v * kLanes);
+            const Vec factor = select(sum == Vec{}, Vec{}, 1.0f / sum);  // 0: the lane saw nothing
+            const int64_t first = block.first_lane + v * kLanes;
+            const int count = static_cast<int>(std::min<int64_t>(kLanes, block.lanes - v * kLanes));
+            float lse[kLanes];
+            store(lse, (load(state.highest + v * kLanes) + log2(sum)) * splat(kLn2));
+            for (int i = 0; i < count; i++) *lse_at(first + i, b, head) = lse[i];
+            for (int64_t d = 0; d < call_.v.dim; d += kLanes) {
+                UVec rows[kLanes];
+                for (int i = 0; i < kLanes; i++) {
+                    const bool present = d + i < value_panels_ * kTileRows;
+                    rows[i] =
+                        present ? as_bits(load(state.out + (d + i) * kTileColumns + v * kLanes) * factor) : UVec{};
+                }
+                transpose(rows);
+                for (int i = 0; i < count; i++) store_out(out_row(first + i, b, head), d, as_float(rows[i]));
+            }
+        }
+    }
+
+    void store_out(T* row, int64_t d, Vec x) const {
+        if (d + kLanes <= call_.v.dim) {
+            store(row + d, x);
+        } else {
+            store_first(row + d, x, static_cast<int>(call_.v.dim - d));
+        }
+    }
+    T* out_row(int64_t lane, int64_t b, int64_t head) const {
+        const TokenRows<T> rows(call_.out, b, head * group_ + lane % group_);
+        return const_cast<T*>(rows.row(lane / group_));
+    }
+    float* lse_at(int64_t lane, int64_t b, int64_t head) const {
+        return call_.lse + (b * call_.q.heads + head * group_ + lane % group_) * call_.q.tokens + lane / group_;
+    }
+
+    const SpanAttention& call_;
+    const Logits logits_;
+    const int64_t group_, query_units_, value_panels_;
+    Plan plan_;
+    int64_t copies_;  // rows of the batch that share a plan
+};
+
+}  // namespace
+
+void span_attention(const SpanAttention& call) {
+    if (call.q.batch == 0 || call.q.tokens == 0) return;
+    if (call.q.dtype == DType::kFloat32) return Forward<float>(call).run();
+    if (call.q.dtype == DType::kBFloat16) return Forward<BFloat16>(call).run();
+    Forward<Float16>(call).run();
+}
 
 }  // namespace mmk::MMK_ISA
