@@ -1,9 +1,277 @@
-#include <stdexcept>
+// Span attention, backward. With S = scale Q K^T for the keys that a query sees, capped where there is a cap, and the
+// forward's lse_i = log sum_j exp(S_ij):
+//
+//     P_ij = exp(S_ij - lse_i)          delta_i = sum_d dO_id O_id          dS = P (dO V^T - delta) [(1 - tanh^2)]
+//     dV = P^T dO                       dQ = scale dS K                     dK = scale dS^T Q
+//
+// Five products, of 2 D operations a visible pair each. P and dS exist a tile at a time (attention_backward_tiles.h).
+//
+// KEY BLOCKS OUTSIDE, QUERIES INSIDE. A task is a key head of a group of queries (attention_backward_plan.h). It packs
+// the group's rows of Q and dO once, in float32 or pairs of bfloat16, and takes block after block of 96 keys past them.
+// dK and dV of a block stay in the caches for the whole pass; dQ is a float32 sum beside the packed rows. The other way
+// round, two sums would travel instead of one. The query heads that share a key head are rows of the same task, so dK
+// and dV need no sum over tasks.
+//
+// DETERMINISTIC. Keys have one owner, as no group shares keys with another. Where groups and heads are few, a group is
+// cut into chunks of at least kChunkKeys keys, each with a dQ of its own, which are added in the order of the chunks.
+// The cuts follow from the shapes, never from the number of threads.
+//
+// MEMORY MOVED: a task reads its rows of Q, dO, O and its keys once and writes its gradients once; in between, the
+// packed rows, 8 D + 4 D bytes in float32, pass once a key block: 120 operations a byte. Working memory: the packed
+// rows of the largest task a thread, and dQ once a chunk; all linear in the number of tokens.
+#include <deque>
 
-#include "span_attention.h"
+#include "attention_backward_tiles.h"
 
 namespace mmk::MMK_ISA {
+namespace {
 
-void span_attention_backward(const SpanAttentionBackward&) { throw std::logic_error("not there yet"); }
+constexpr int64_t kChunkKeys = 1024;  // smaller chunks pack rows too often: 512 cost 4 %
+constexpr int64_t kEnoughTasks = 64;
+
+// One head of one row of the batch.
+template <class T>
+struct Head {
+    T* data;
+    int64_t stride;
+
+    Head(const Heads& x, int64_t b, int64_t head)
+        : data(static_cast<T*>(x.data) + b * x.batch_stride + head * x.head_stride), stride(x.token_stride) {}
+    T* token(int64_t i) const { return data + i * stride; }
+};
+
+template <class T>
+float dot(const T* a, const T* b, int64_t count) {
+    Vec total{};
+    int64_t d = 0;
+    for (; d + kLanes <= count; d += kLanes) total += load(a + d) * load(b + d);
+    if (d < count) {
+        const int left = static_cast<int>(count - d);
+        total += load_first(a + d, left) * load_first(b + d, left);
+    }
+    return sum(total);
+}
+
+struct Task {
+    const Plan* plan;
+    int64_t batch, head;  // a key head
+    int64_t first_row, last_row, first_key, last_key;
+    int64_t part;  // where its dQ lies among the parts, -1: it is the only one of its rows
+};
+
+struct Split {  // a group and head that is cut into chunks: tasks [first, last)
+    int64_t first, last;
+    int64_t first_row, last_row;
+};
+
+// ---- a thread's working memory
+
+template <class Operand>
+struct Workspace {
+    Workspace(int64_t rows, int64_t dim, int64_t value_dim, Softmax softmax, Carver& memory)
+        : rows(rows, dim, value_dim, memory), keys(dim, value_dim, softmax, memory) {}
+
+    QueryRows<Operand> rows;
+    KeyBlock<Operand> keys;
+};
+
+template <class T>
+class Backward {
+  public:
+    using Operand = OperandOf<T>;
+
+    explicit Backward(const SpanAttentionBackward& call)
+        : call_(call), heads_(call.q.heads / call.k.heads), d_q_stride_(round_up(call.q.dim, kLanes)) {
+        const int64_t plans = call.spans.batch_stride == 0 ? std::min<int64_t>(1, call.q.batch) : call.q.batch;
+        for (int64_t b = 0; b < plans; b++) {
+            plans_.emplace_back(SpanTable(call.spans, b, call.k.tokens), call.k.tokens, heads_);
+        }
+        add_tasks();
+    }
+
+    void run() const {
+        const int threads = useful_threads(flops_);
+        const int64_t workers = std::min<int64_t>(threads, static_cast<int64_t>(tasks_.size()));
+        Scratch<float> parts(part_size_);
+        Carver count(nullptr);
+        workspace(count);
+        Scratch<uint32_t> memory(workers * count.used());
+        std::deque<Workspace<Operand>> workspaces;
+        for (int64_t i = 0; i < workers; i++) {
+            Carver carver(memory.get() + i * count.used());
+            workspaces.push_back(workspace(carver));
+        }
+        for_each(call_.k.batch, threads, [&](int64_t b, int64_t) { clear_unseen(b); });
+        for_each(static_cast<int64_t>(tasks_.size()), threads,
+                 [&](int64_t i, int64_t worker) { run_task(tasks_[i], parts.get(), workspaces[worker]); });
+        for_each(static_cast<int64_t>(splits_.size()), threads,
+                 [&](int64_t i, int64_t) { add_parts(splits_[i], parts.get()); });
+    }
+
+  private:
+    const Plan& plan(int64_t b) const { return plans_[plans_.size() == 1 ? 0 : b]; }
+    Workspace<Operand> workspace(Carver& memory) const {
+        return {max_rows_, call_.q.dim, call_.v.dim, Softmax(call_.scale, call_.softcap), memory};
+    }
+
+    void add_tasks() {
+        int64_t units = 0;
+        for (int64_t b = 0; b < call_.q.batch; b++)
+            units += static_cast<int64_t>(plan(b).groups.size()) * call_.k.heads;
+        const int64_t most = std::max<int64_t>(1, kEnoughTasks / std::max<int64_t>(1, units));
+        for (int64_t b = 0; b < call_.q.batch; b++) {
+            for (const Group& group : plan(b).groups) {
+                for (int64_t head = 0; head < call_.k.heads; head++) add_tasks(plan(b), group, b, head, most);
+            }
+        }
+    }
+
+    // A group and head, cut into at most `most` chunks.
+    void add_tasks(const Plan& plan, const Group& group, int64_t b, int64_t head, int64_t most) {
+        const int64_t keys = group.last_key - group.first_key;
+        const int64_t chunks = std::clamp<int64_t>(keys / kChunkKeys, 1, most);
+        const int64_t chunk = round_up(ceil_div(keys, chunks), kBlockKeys), first = num_tasks();
+        flops_ +=
+            10.0 * static_cast<double>(group.last_row - group.first_row) * static_cast<double>(keys * call_.q.dim);
+        int64_t key = group.first_key;
+        do {
+            Task task{&plan, b, head, group.first_row, group.last_row, key, std::min(key + chunk, group.last_key), -1};
+            if (chunks > 1) {
+                trim(task);
+                task.part = part_size_;
+                part_size_ += (task.last_row - task.first_row) * d_q_stride_;
+            }
+            max_rows_ = std::max(max_rows_, task.last_row - task.first_row);
+            tasks_.push_back(task);
+            key = task.last_key;
+        } while (key < group.last_key);
+        if (chunks > 1) splits_.push_back({first, num_tasks(), group.first_row, group.last_row});
+    }
+    int64_t num_tasks() const { return static_cast<int64_t>(tasks_.size()); }
+
+    // Leaves out the rows before the first and after the last that see a key of the chunk.
+    static void trim(Task& task) {
+        const auto idle = [&](int64_t row) { return !task.plan->meets(row, task.first_key, task.last_key); };
+        while (task.first_row < task.last_row && idle(task.first_row)) task.first_row += kTileRows;
+        while (task.first_row < task.last_row && idle(task.last_row - 1)) task.last_row -= kTileRows;
+    }
+
+    void run_task(const Task& task, float* parts, Workspace<Operand>& memory) const {
+        QueryRows<Operand>& rows = memory.rows;
+        const int64_t count = task.last_row - task.first_row;
+        QueryRows<Operand> mine = rows;
+        if (task.part >= 0) mine.d_q = parts + task.part;
+        pack(task, mine);
+        std::fill_n(mine.d_q, count * d_q_stride_, 0.0f);
+        const Head<const T> k(call_.k, task.batch, task.head), v(call_.v, task.batch, task.head);
+        const Head<T> d_k(call_.d_k, task.batch, task.head), d_v(call_.d_v, task.batch, task.head);
+        for (int64_t key = task.first_key; key < task.last_key; key += kBlockKeys) {
+            KeyBlock<Operand>& block = memory.keys;
+            block.pack(*task.plan, key, std::min<int64_t>(kBlockKeys, task.last_key - key), k.data, k.stride, v.data,
+                       v.stride);
+            for (int64_t row = 0; row < count; row += kBlockRows) {
+                block.meet(*task.plan, task.first_row + row, mine, row, std::min<int64_t>(kBlockRows, count - row));
+            }
+            block.store_gradients(*task.plan, static_cast<float>(call_.scale), d_k.data, d_k.stride, d_v.data,
+                                  d_v.stride);
+        }
+        if (task.part >= 0) return;
+        for (int64_t r = 0; r < count; r++) {
+            const float* sums = mine.d_q + r * d_q_stride_;
+            write_query(task, task.first_row + r, [&](int64_t d) { return load(sums + d); });
+        }
+    }
+
+    // The rows of a task that see anything; the others are zeros, whatever the tensors hold there.
+    void pack(const Task& task, QueryRows<Operand>& rows) const {
+        const int64_t count = task.last_row - task.first_row;
+        for (int64_t r = 0; r < count; r++) {
+            const Row row = task.plan->rows[task.first_row + r];
+            const T *q = nullptr, *d_out = nullptr;
+            rows.lse[r] = rows.delta[r] = 0;
+            if (task.plan->sees_anything(task.first_row + r)) {
+                const int64_t head = task.head * heads_ + row.head;
+                q = Head<const T>(call_.q, task.batch, head).token(row.query);
+                d_out = Head<const T>(call_.d_out, task.batch, head).token(row.query);
+                const T* out = Head<const T>(call_.out, task.batch, head).token(row.query);
+                rows.lse[r] = call_.lse[(task.batch * call_.q.heads + head) * call_.q.tokens + row.query] * kLog2e;
+                rows.delta[r] = dot(d_out, out, call_.v.dim);
+            }
+            rows.q.put(r, q);
+            rows.d_out.put(r, d_out);
+        }
+        rows.q.finish(0, count);
+        rows.d_out.finish(0, count);
+    }
+
+    // sums(d): kLanes of the row's sums.
+    template <class Sums>
+    MMK_INLINE void write_query(const Task& task, int64_t plan_row, Sums&& sums) const {
+        const Row row = task.plan->rows[plan_row];
+        if (row.query < 0) return;
+        T* d_q = Head<T>(call_.d_q, task.batch, task.head * heads_ + row.head).token(row.query);
+        const Vec scale = splat(static_cast<float>(call_.scale));
+        for (int64_t d = 0; d < call_.q.dim; d += kLanes) store_up_to(d_q + d, sums(d) * scale, call_.q.dim - d);
+    }
+
+    // dQ of the rows of a group whose keys were cut.
+    void add_parts(const Split& split, const float* parts) const {
+        for (int64_t row = split.first_row; row < split.last_row; row++) {
+            write_query(tasks_[split.first], row, [&](int64_t d) {
+                Vec total{};
+                for (int64_t i = split.first; i < split.last; i++) {
+                    const Task& task = tasks_[i];
+                    if (row < task.first_row || row >= task.last_row) continue;
+                    total += load(parts + task.part + (row - task.first_row) * d_q_stride_ + d);
+                }
+                return total;
+            });
+        }
+    }
+
+    // Keys of no group.
+    void clear_unseen(int64_t b) const {
+        int64_t end = 0;
+        const auto clear = [&](int64_t last) {
+            for (int64_t head = 0; head < call_.k.heads && end < last; head++) {
+                const Head<T> d_k(call_.d_k, b, head), d_v(call_.d_v, b, head);
+                for (int64_t j = end; j < last; j++) {
+                    memset(d_k.token(j), 0, call_.k.dim * sizeof(T));
+                    memset(d_v.token(j), 0, call_.v.dim * sizeof(T));
+                }
+            }
+        };
+        for (const Group& group : plan(b).groups) {
+            if (group.first_key >= group.last_key) continue;
+            clear(group.first_key);
+            end = group.last_key;
+        }
+        clear(call_.k.tokens);
+    }
+
+    const SpanAttentionBackward& call_;
+    int64_t heads_;  // query heads that share a key head
+    int64_t d_q_stride_;
+    std::deque<Plan> plans_;
+    std::vector<Task> tasks_;
+    std::vector<Split> splits_;
+    int64_t max_rows_ = 0, part_size_ = 0;
+    double flops_ = 0;
+};
+
+}  // namespace
+
+void span_attention_backward(const SpanAttentionBackward& call) {
+    switch (call.q.dtype) {
+        case DType::kFloat32:
+            return Backward<float>(call).run();
+        case DType::kBFloat16:
+            return Backward<BFloat16>(call).run();
+        case DType::kFloat16:
+            return Backward<Float16>(call).run();
+        case DType::kUInt8:
+            return;  // refused by the caller
+    }
+}
 
 }  // namespace mmk::MMK_ISA
