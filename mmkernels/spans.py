@@ -8,10 +8,11 @@ changed from batch to batch without a recompile. Layouts with gaps take several 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import _layouts
 
@@ -295,6 +296,34 @@ class RowSpans:
         lo, hi = lo.masked_fill(empty, self.num_keys), hi.masked_fill(empty, 0)
         (min_lo, max_lo), (min_hi, max_hi) = (x.unflatten(-1, (blocks, HULL_ROWS)).aminmax(dim=-1) for x in (lo, hi))
         return torch.stack([min_lo, max_hi, max_lo, min_hi], -1)
+
+
+_LEAVES = ("lo", "hi", "num_keys")  # num_keys too: what is no leaf is a constant of an exported graph
+
+
+def _flatten(spans: RowSpans) -> tuple[list[object], None]:
+    return [getattr(spans, name) for name in _LEAVES], None
+
+
+def _flatten_with_keys(spans: RowSpans) -> tuple[list[tuple[pytree.KeyEntry, object]], None]:
+    return [(pytree.GetAttrKey(name), getattr(spans, name)) for name in _LEAVES], None
+
+
+def _unflatten(leaves: Iterable[object], _: None) -> RowSpans:
+    spans = RowSpans.__new__(RowSpans)  # unchecked: a map over a tree may put anything in the place of its leaves
+    spans.lo, spans.hi, spans.num_keys = leaves
+    spans._hulls = None
+    return spans
+
+
+# A node of pytrees, so that torch.export takes spans as inputs and a map over a batch reaches their tensors.
+pytree.register_pytree_node(
+    RowSpans,
+    _flatten,
+    _unflatten,
+    serialized_type_name="mmkernels.RowSpans",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
 
 
 def _size(

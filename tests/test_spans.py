@@ -397,3 +397,179 @@ def test_compiles_whole_and_once_whatever_the_lengths(rng):
         for got, want in zip(compiled(*arguments), build(*arguments), strict=True):
             assert all(map(torch.equal, got, want))
     assert counter.frame_count == 1
+
+
+def test_compiled_functions_take_and_return_spans():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def following(spans):
+        return RowSpans(spans.lo + 1, spans.hi + 1, spans.num_keys), spans.hulls()
+
+    for length in (40, 70, 99):
+        spans = RowSpans.packed(int32([0, 10, length]), num_keys=2 * length, causal=True)
+        after, hulls = following(spans)
+        assert after.num_keys == 2 * length and torch.equal(after.lo, spans.lo + 1)
+        assert hulls is spans.hulls()  # made inside, kept outside
+        assert torch.equal(hulls, RowSpans(spans.lo, spans.hi, spans.num_keys).hulls())
+    assert counter.frame_count == 1
+
+
+def test_spans_are_inputs_of_exported_programs():
+    class Sees(torch.nn.Module):
+        def forward(self, spans):
+            return spans.to_dense()
+
+    def causal(length):
+        return RowSpans.packed(int32([0, 3, length]), causal=True)
+
+    dynamic = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(Sees(), (causal(9),), dynamic_shapes=([{0: dynamic}, {0: dynamic}, dynamic],))
+    assert torch.equal(exported.module()(causal(20)), causal(20).to_dense())
+
+
+def test_a_map_over_a_batch_reaches_their_tensors():
+    batch = {"spans": RowSpans.full(3, 5), "pixels": torch.zeros(2)}
+    moved = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), batch)["spans"]
+    assert isinstance(moved, RowSpans) and moved.device.type == "meta" and moved.num_keys == 5
+    paths = [torch.utils._pytree.keystr(path) for path, _ in torch.utils._pytree.tree_leaves_with_path(batch["spans"])]
+    assert paths == [".lo", ".hi", ".num_keys"]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+CU = int32([0, 2, 5])
+IDS = int32([-1, 0, 0, -1, 1])
+HERE = torch.tensor([True, False, True])
+SOME = torch.zeros(5, dtype=torch.int32)
+BATCH = torch.zeros(2, 3, dtype=torch.bool)
+PACKED, IMAGE_TEXT, PREFIX_LM, MEDIA, FULL = (
+    RowSpans.packed,
+    RowSpans.image_text,
+    RowSpans.prefix_lm,
+    RowSpans.media,
+    RowSpans.full,
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (TypeError, "RowSpans: lo must be a torch.Tensor, got list", lambda: RowSpans([0], SOME, 5)),
+        (
+            TypeError,
+            "RowSpans: hi has dtype torch.int64; it must be torch.int32",
+            lambda: RowSpans(SOME, SOME.long(), 5),
+        ),
+        (
+            ValueError,
+            r"RowSpans: lo has shape \(5,\), hi \(4,\); they must be equal",
+            lambda: RowSpans(SOME, SOME[1:], 5),
+        ),
+        (ValueError, "with at least one run", lambda: RowSpans(SOME.new_empty(0, 5), SOME.new_empty(0, 5), 5)),
+        (ValueError, "RowSpans: lo is on cpu, hi on meta", lambda: RowSpans(SOME, SOME.to("meta"), 5)),
+        (ValueError, "RowSpans: num_keys is -1; it must be at least 0", lambda: RowSpans(SOME, SOME, -1)),
+        (ValueError, "RowSpans.full: num_queries is -3; it must be at least 0", lambda: FULL(-3, 4)),
+        (TypeError, "RowSpans.full: num_keys must be an int, got float", lambda: FULL(3, 4.0)),
+        (TypeError, "RowSpans.packed: cu_seqlens must be a torch.Tensor, got list", lambda: PACKED([0, 3])),
+        (
+            TypeError,
+            "RowSpans.packed: cu_seqlens has dtype torch.float32; accepted are int32",
+            lambda: PACKED(CU.float()),
+        ),
+        (
+            ValueError,
+            r"RowSpans.packed: cu_seqlens has shape \(1, 3\); it must have one axis",
+            lambda: PACKED(CU[None]),
+        ),
+        (ValueError, "RowSpans.packed: cu_seqlens is empty; it holds one number more than", lambda: PACKED(CU[:0])),
+        (ValueError, "RowSpans.packed: cu_seqlens_k is on meta, cu_seqlens on cpu", lambda: PACKED(CU, CU.to("meta"))),
+        (
+            ValueError,
+            r"RowSpans.packed: cu_seqlens_k has shape \(2,\), cu_seqlens \(3,\); cu_seqlens_k must be \(3,\)",
+            lambda: PACKED(CU, CU[1:]),
+        ),
+        (ValueError, "RowSpans.packed: window is 0; .* must be at least 1", lambda: PACKED(CU, causal=True, window=0)),
+        (TypeError, "RowSpans.packed: window must be an int or None", lambda: PACKED(CU, causal=True, window=1.5)),
+        (ValueError, "RowSpans.packed: window is 2 and causal False; .* set causal", lambda: PACKED(CU, window=2)),
+        (TypeError, "RowSpans.packed: num_queries must be an int, got Tensor", lambda: PACKED(CU, num_queries=CU[-1])),
+        (ValueError, "RowSpans.packed: num_keys is -1", lambda: PACKED(CU, num_keys=-1)),
+        (
+            ValueError,
+            r"RowSpans.packed: num_queries is missing: cu_seqlens is on meta, .* wait for the device; "
+            r"give num_queries=q.shape\[0\]",
+            lambda: PACKED(CU.to("meta")),
+        ),
+        (
+            ValueError,
+            r"RowSpans.packed: num_keys is missing: cu_seqlens_k is on meta, .*; give num_keys=k.shape\[0\]",
+            lambda: PACKED(CU.to("meta"), CU.to("meta"), num_queries=5),
+        ),
+        (TypeError, "RowSpans.image_text: image_id has dtype torch.bool", lambda: IMAGE_TEXT(CU, IDS > 0)),
+        (ValueError, "RowSpans.image_text: image_id is on meta", lambda: IMAGE_TEXT(CU, IDS.to("meta"))),
+        (ValueError, r"RowSpans.image_text: image_id has shape \(1, 5\)", lambda: IMAGE_TEXT(CU, IDS[None])),
+        (ValueError, "RowSpans.image_text: window is -1", lambda: IMAGE_TEXT(CU, IDS, window=-1)),
+        (
+            ValueError,
+            "RowSpans.image_text: window_rule is 'cut'; accepted are 'clamp', 'union'",
+            lambda: IMAGE_TEXT(CU, IDS, window_rule="cut"),
+        ),
+        (
+            ValueError,
+            r"RowSpans.prefix_lm: prefix_lengths has shape \(3,\), cu_seqlens \(3,\); prefix_lengths must be \(2,\)",
+            lambda: PREFIX_LM(CU, CU),
+        ),
+        (TypeError, "RowSpans.prefix_lm: prefix_lengths must be a torch.Tensor", lambda: PREFIX_LM(CU, [1, 2])),
+        (
+            ValueError,
+            "RowSpans.prefix_lm: num_queries is missing",
+            lambda: PREFIX_LM(CU.to("meta"), CU[1:].to("meta")),
+        ),
+        (TypeError, "RowSpans.media: media_locations must be a torch.Tensor", lambda: MEDIA([True], 4)),
+        (TypeError, "RowSpans.media: media_locations has dtype torch.int64; it must be", lambda: MEDIA(HERE.long(), 4)),
+        (ValueError, r"RowSpans.media: media_locations has shape \(1, 2, 3\)", lambda: MEDIA(BATCH[None], 4)),
+        (TypeError, "RowSpans.media: tokens_per_image must be an int, got list", lambda: MEDIA(HERE, [4, 4])),
+        (ValueError, "RowSpans.media: tokens_per_image is -4; it must be at least 0", lambda: MEDIA(HERE, -4)),
+        (TypeError, "RowSpans.media: tokens_per_image has dtype torch.float32", lambda: MEDIA(HERE, torch.ones(2))),
+        (ValueError, "RowSpans.media: tokens_per_image is on meta", lambda: MEDIA(HERE, CU.to("meta"))),
+        (
+            ValueError,
+            r"RowSpans.media: tokens_per_image has shape \(3,\), media_locations \(2, 3\); .* an int or \(2, images\)",
+            lambda: MEDIA(BATCH, CU),
+        ),
+        (ValueError, r"must be an int or \(images,\)", lambda: MEDIA(HERE, CU[None])),
+        (
+            ValueError,
+            r"RowSpans.media: cu_seqlens is given and media_locations has shape \(2, 3\); .* it must be \(tokens,\)",
+            lambda: MEDIA(BATCH, 4, cu_seqlens=CU),
+        ),
+        (ValueError, "RowSpans.media: cu_seqlens is on meta", lambda: MEDIA(HERE, 4, cu_seqlens=CU.to("meta"))),
+        (
+            ValueError,
+            "RowSpans.media: attend is 'last'; accepted are 'immediate', 'previous', 'group'",
+            lambda: MEDIA(HERE, 4, attend="last"),
+        ),
+        (ValueError, "RowSpans.media: empty_rows is 'zero'; accepted", lambda: MEDIA(HERE, 4, empty_rows="zero")),
+        (ValueError, "RowSpans.media: num_keys is missing: media_locations is on", lambda: MEDIA(HERE.to("meta"), 4)),
+        (
+            ValueError,
+            "RowSpans.media: num_keys is missing: tokens_per_image is on",
+            lambda: MEDIA(HERE.to("meta"), CU.to("meta")),
+        ),
+        (TypeError, "RowSpans.from_dense: mask has dtype torch.int32; it must be", lambda: RowSpans.from_dense(CU)),
+        (ValueError, r"RowSpans.from_dense: mask has shape \(3,\)", lambda: RowSpans.from_dense(HERE)),
+        (TypeError, "RowSpans.from_dense: mask must be a torch.Tensor", lambda: RowSpans.from_dense([[True]])),
+    ],
+)
+def test_errors_say_what_was_given_and_what_is_accepted(error, message, make):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_compiled_function_is_told_which_size_it_lacks():
+    @torch.compile(backend="eager", fullgraph=True)
+    def build(cu_seqlens):
+        return RowSpans.packed(cu_seqlens).lo
+
+    with pytest.raises(Exception, match="num_queries is missing: a compiled function cannot read cu_seqlens"):
+        build(CU)
