@@ -70,7 +70,7 @@ class Quantity:
                 f"plain PyTorch overflows on {self.name} and gives no budget: the case is too extreme"
             )
         self.plain_error = max(self.plain_error, _distance(plain, truth))
-        self.size = max(self.size, truth[truth.isfinite()].abs().max().item())
+        self.size = max(self.size, _largest(truth[truth.isfinite()]))
         self.response = max(self.response, response)
         if truth.numel() == 1:
             self.plain_error = max(self.plain_error, ulp(self.plain_dtype, self.size) / 2)
@@ -112,4 +112,8 @@ def _finite_or_equal(value: Tensor, truth: Tensor) -> Tensor:
 
 def _distance(value: Tensor, truth: Tensor) -> float:
     value = value.double()
-    return torch.where(value == truth, 0.0, (value - truth).abs()).max().item()
+    return _largest(torch.where(value == truth, 0.0, value - truth))
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
