@@ -61,7 +61,7 @@ class Quantity:
     def add_ours(self, ours: Tensor, truth: Tensor) -> None:
         self.complaint = self.complaint or self._malformed(ours, truth)
         if not self.complaint:
-            self.error = max(self.error, _distance(ours, truth))
+            self.error = max(self.error, distance(ours, truth))
 
     def add_plain(self, plain: Tensor, truth: Tensor, response: float = 0.0) -> None:
         """Take in a draw that only tells how wrong plain PyTorch can be."""
@@ -69,8 +69,8 @@ class Quantity:
             raise ArithmeticError(
                 f"plain PyTorch overflows on {self.name} and gives no budget: the case is too extreme"
             )
-        self.plain_error = max(self.plain_error, _distance(plain, truth))
-        self.size = max(self.size, _largest(truth[truth.isfinite()]))
+        self.plain_error = max(self.plain_error, distance(plain, truth))
+        self.size = max(self.size, largest(truth[truth.isfinite()]))
         self.response = max(self.response, response)
         if truth.numel() == 1:
             self.plain_error = max(self.plain_error, ulp(self.plain_dtype, self.size) / 2)
@@ -110,10 +110,10 @@ def _finite_or_equal(value: Tensor, truth: Tensor) -> Tensor:
     return value.isfinite() | (value.double() == truth)
 
 
-def _distance(value: Tensor, truth: Tensor) -> float:
+def distance(value: Tensor, truth: Tensor) -> float:
     value = value.double()
-    return _largest(torch.where(value == truth, 0.0, value - truth))
+    return largest(torch.where(value == truth, 0.0, value - truth))
 
 
-def _largest(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
