@@ -74,7 +74,8 @@ def aligned_rows(x: Tensor) -> Tensor:
     """x itself where its rows start at 16 byte boundaries and are multiples of 8 elements, else a zero-padded copy."""
     width = x.shape[-1]
     strides = x.stride()
-    if strides[-1] == 1 and width % 8 == 0 and all(s % 8 == 0 for s in strides[:-1]) and x.data_ptr() % 16 == 0:
+    steps = [stride for size, stride in zip(x.shape[:-1], strides[:-1], strict=True) if size > 1]
+    if strides[-1] == 1 and width % 8 == 0 and not any(step % 8 for step in steps) and x.data_ptr() % 16 == 0:
         return x
     padded = x.new_zeros(*x.shape[:-1], -(-width // 8) * 8)
     padded[..., :width].copy_(x)

@@ -26,6 +26,8 @@ from mmkernels.ops import _triton
 from mmkernels.ops.contrastive import triton as contrastive
 from mmkernels.ops.patch_embed import triton as patch_embed
 from mmkernels.ops.patch_embed.geometry import patch_geometry
+from mmkernels.ops.span_attention import triton as span_attention
+from mmkernels.spans import RowSpans
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -106,6 +108,33 @@ class Embedding:
         return {"embed", "weight_grad"} | (set() if self.image_dtype == "uint8" else {"images_grad"})
 
 
+@dataclass(frozen=True)
+class Attention:
+    """span_attention forward and backward."""
+
+    head: int
+    value_head: int
+    dtype: str = "bfloat16"
+    queries: int = 1003
+    keys: int = 1501
+    heads: int = 6
+    key_heads: int = 2
+    runs: int = 1
+    softcap: float = 0.0
+    batch: int = 40
+
+    def run(self) -> None:
+        def tensor(tokens: int, heads: int, head: int) -> torch.Tensor:
+            return torch.empty(self.batch, tokens, heads, head, dtype=getattr(torch, self.dtype), device="meta")
+
+        q, k = tensor(self.queries, self.heads, self.head), tensor(self.keys, self.key_heads, self.head)
+        v = tensor(self.keys, self.key_heads, self.value_head)
+        lo = torch.empty(1, self.runs, self.queries, dtype=torch.int32, device="meta")
+        spans = lo, lo, RowSpans(lo, lo, self.keys).hulls(), self.head**-0.5, self.softcap
+        out, lse = span_attention.span_attention(q, k, v, *spans)
+        span_attention.span_attention_backward(out, q, k, v, out, lse, *spans)
+
+
 PICTURES = (3, 3, 224, 224)
 CALLS = {
     "clip-bfloat16": Features("clip_loss_with_grads", "bfloat16", 768),
@@ -126,12 +155,15 @@ def compile_call(family: str, name: str) -> dict[str, tuple[object, dict[str, ob
     kernels = {}
 
     def warm_up(kernel, programs: int, *args, **meta) -> None:
-        kernels[kernel.__name__] = kernel.warmup(*args, grid=(programs,), **meta), meta
+        name = kernel.__name__
+        while name in kernels:
+            name += " again"
+        kernels[name] = kernel.warmup(*args, grid=(programs,), **meta), meta
 
     driver.set_active(Device(family))
     torch.version.hip = "7.0" if family == "cdna" else None
     _triton.family = lambda device: family
-    contrastive.launch = patch_embed.launch = warm_up
+    contrastive.launch = patch_embed.launch = span_attention.launch = warm_up
     CALLS[name].run()
     return kernels
 

@@ -1,0 +1,96 @@
+"""Tile configurations of the Triton kernels of span attention, and how head sizes are cut.
+
+No configuration spills a register and all fit into shared memory (tests/compile).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+from .._triton import Tile
+
+FEW_ROWS = 16  # the fewest that tensor cores multiply: a block of queries for decoding
+
+
+@dataclass(frozen=True)
+class Width:
+    """A head of `numbers`, in memory `padded` to a multiple of 8, in the kernels the powers of two W0 + W1."""
+
+    numbers: int
+
+    @property
+    def padded(self) -> int:
+        return -(-self.numbers // 8) * 8
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        whole = max(triton.next_power_of_2(self.padded), 16)
+        first = whole // 2
+        rest = max(triton.next_power_of_2(self.padded - first), 16)
+        return (whole, 0) if first < 16 or first + rest >= whole else (first, rest)
+
+    @property
+    def columns(self) -> tuple[int, int, int]:
+        return self.padded, *self.parts
+
+
+# By kernel and architecture: heads of up to 64, 96, 128 and 256 numbers.
+Tiles = tuple[Tile, Tile, Tile, Tile]
+HEADS = (64, 96, 128, 256)
+LARGEST_HEAD, LARGEST_BLOCK = HEADS[-1], 128
+
+
+def _same(*tile) -> Tiles:
+    return (Tile(tile[0], tile[1], None, *tile[2:]),) * len(HEADS)
+
+
+def _each(*tiles) -> Tiles:
+    return tuple(Tile(m, n, None, *rest) for m, n, *rest in tiles)
+
+
+TILES: dict[str, dict[str, Tiles]] = {
+    "interpreter": {
+        "forward": _same(32, 32, 4, 1),
+        "few_rows": _same(FEW_ROWS, 32, 4, 1),
+        "query_grad": _same(32, 32, 4, 1),
+        "key_grads": _same(32, 32, 4, 1),
+    },
+    "sm80": {
+        "forward": _each((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 16, 4, 2)),
+        "few_rows": _each((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
+        "query_grad": _each((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 16, 8, 2)),
+        "key_grads": _each((32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+    },
+    "sm90": {
+        "forward": _each((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "few_rows": _each((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
+        "query_grad": _each((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+        "key_grads": _each((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
+    },
+    "sm100": {
+        "forward": _each((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "few_rows": _each((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
+        "query_grad": _each((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+        "key_grads": _each((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+    },
+    "cdna": {
+        "forward": _each((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)),
+        "few_rows": _each((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
+        "query_grad": _each((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+        "key_grads": _each((32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
+    },
+}
+
+
+def tile_of(kernel: str, family: str, dtype, *widths: Width) -> Tile:
+    numbers = max(sum(width.parts) for width in widths)
+    size = next(index for index, limit in enumerate(HEADS) if numbers <= limit)
+    return TILES[family][kernel][size]
+
+
+def gradient_passes(family: str, *widths: Width) -> tuple[tuple[bool, bool], ...]:
+    """The launches that make dK and dV, and which of them each makes."""
+    wide = max(sum(width.parts) for width in widths) > 128
+    return ((True, False), (False, True)) if wide and family == "sm90" else ((True, True),)
