@@ -25,6 +25,7 @@
 
 #include "attention_pack.h"
 #include "attention_plan.h"
+#include "span_decode.h"
 #include "tasks.h"
 
 namespace mmk::MMK_ISA {
@@ -433,6 +434,7 @@ class Forward {
 
 void span_attention(const SpanAttention& call) {
     if (call.q.batch == 0 || call.q.tokens == 0) return;
+    if (span_decode(call)) return;
     if (call.q.dtype == DType::kFloat32) return Forward<float>(call).run();
     if (call.q.dtype == DType::kBFloat16) return Forward<BFloat16>(call).run();
     Forward<Float16>(call).run();

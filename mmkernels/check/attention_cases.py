@@ -31,6 +31,12 @@ def last_rows(queries: int, keys: int) -> Layout:
     return lambda: RowSpans.packed(torch.tensor([0, queries]), torch.tensor([0, keys]), causal=True)
 
 
+def filled(*lengths: int, spare: int = 5) -> Layout:
+    """A cache a row of the batch, filled to lengths of their own, and one query for each."""
+    hi = torch.tensor(lengths, dtype=torch.int32).view(-1, 1, 1)
+    return lambda: RowSpans(torch.zeros_like(hi), hi, max(lengths) + spare)
+
+
 def causal(lengths: Sequence[int], window: int | None = None, padding: int = 0, images: Sequence[range] = ()) -> Layout:
     """Packed documents, then `padding` tokens of none; tokens of one image see all of it."""
 
@@ -188,12 +194,18 @@ ATTENTION: list[AttentionCase] = [
     replace(_SMALL, name="small, softcap", softcap=2.0, scale=0.5, plain_draws=20),
     AttentionCase("softcap, two runs", scattered(60, 110, runs=2), softcap=5.0, dims=(96, 96), plain_draws=20),
     AttentionCase("decode", full(1, 700), heads=(4, 4)),
+    AttentionCase("decode, 3000 keys", full(1, 3000), heads=(2, 1), dims=(80, 72)),
     AttentionCase("decode, heads 8/2, batch", full(1, 400), heads=(8, 2), batch=2, dims=(128, 128)),
+    AttentionCase("decode, heads 16/1", full(1, 333), heads=(16, 1), dims=(61, 61)),
     AttentionCase("decode, cache partly filled", scattered(1, 300, batch=3, empty=0), heads=(4, 2), batch=3),
+    AttentionCase("decode, batch of 8", filled(700, 1, 0, 640, 64, 3, 513, 256), heads=(4, 2), batch=8),
     AttentionCase("small decode", full(1, 90), heads=(4, 2), batch=2, dims=(32, 32), quick=True),
+    AttentionCase("small decode, batch of 4", filled(40, 0, 90, 7), dims=(24, 40), batch=4, quick=True),
     AttentionCase("decode of 3 rows, softcap", last_rows(3, 700), heads=(4, 1), softcap=10.0, plain_draws=20),
     AttentionCase("decode of 5 rows", last_rows(5, 500), heads=(4, 2), batch=2, memory="heads_first"),
+    AttentionCase("decode of 8 rows", last_rows(8, 1100), heads=(1, 1), dims=(96, 96), scale=-0.2),
     AttentionCase("decode, two runs", scattered(2, 800, runs=2, empty=0), heads=(4, 2), dims=(80, 80)),
+    AttentionCase("prefill beside decode", blocks([70, 1, 1, 1], [70, 300, 5, 400]), heads=(4, 2)),
     AttentionCase("batch, one layout", causal((40, 30), padding=4), batch=3),
     AttentionCase("batch, layouts of their own", scattered(70, 90, batch=3), heads=(4, 2), batch=3),
     AttentionCase("batch, runs of their own", scattered(50, 120, runs=2, batch=2), batch=2, dims=(80, 80)),
