@@ -1,0 +1,300 @@
+// Span attention's forward of one instruction-set level under sanitizers: address and undefined behaviour, on memory
+// that ends where the tensors end, and threads. Besides, the result must be that of the formula, the same to the bit on
+// one thread and on three, and the same to the bit whatever keys hold that a query does not see.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "openmp_on_threads.h"
+#include "span_attention.cpp"
+
+using namespace mmk;
+using namespace mmk::MMK_ISA;
+
+// How (batch, tokens, heads, dim) lie in memory.
+enum Layout { kTokens, kHeadsFirst, kFused, kBackwards, kLayouts };
+
+// A tensor in memory of its own, not an element more than its strides reach.
+struct Tensor {
+    Tensor(DType dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t dim, Layout layout)
+        : heads{nullptr, dtype, batch, tokens, heads, dim, 0, 0, 0} {
+        int64_t first = 0;
+        if (layout == kHeadsFirst) {
+            this->heads.token_stride = dim, this->heads.head_stride = dim * tokens;
+            this->heads.batch_stride = dim * tokens * heads;
+        } else {  // a part of longer rows, of an odd length
+            const int64_t row = heads * dim + (layout == kFused ? 2 * heads * dim + 1 : 0);
+            this->heads.head_stride = dim, this->heads.token_stride = row, this->heads.batch_stride = row * tokens;
+        }
+        if (layout == kBackwards) {
+            first = (tokens - 1) * this->heads.token_stride;
+            this->heads.token_stride *= -1;
+        }
+        const int64_t size = first + std::max<int64_t>(0, (tokens - 1) * this->heads.token_stride) +
+                             (heads - 1) * this->heads.head_stride + (batch - 1) * this->heads.batch_stride + dim;
+        bytes_ = tokens == 0 ? 1 : static_cast<size_t>(size) * (dtype == DType::kFloat32 ? 4 : 2);
+        memory_ = malloc(bytes_);
+        memset(memory_, 0xff, bytes_);  // NaN
+        this->heads.data = static_cast<char*>(memory_) + first * (dtype == DType::kFloat32 ? 4 : 2);
+    }
+    ~Tensor() { free(memory_); }
+    Tensor(const Tensor&) = delete;
+
+    void fill_token(int64_t b, int64_t t, const std::function<float()>& draw) {
+        for (int64_t h = 0; h < heads.heads; h++) {
+            for (int64_t d = 0; d < heads.dim; d++) set(index(b, t, h, d), draw());
+        }
+    }
+    double get(int64_t b, int64_t t, int64_t h, int64_t d) const {
+        const int64_t i = index(b, t, h, d);
+        if (heads.dtype == DType::kFloat32) return static_cast<float*>(heads.data)[i];
+        if (heads.dtype == DType::kBFloat16) return to_float(static_cast<BFloat16*>(heads.data)[i]);
+        return to_float(static_cast<Float16*>(heads.data)[i]);
+    }
+    bool same(const Tensor& other) const { return memcmp(memory_, other.memory_, bytes_) == 0; }
+
+    Heads heads;
+
+  private:
+    int64_t index(int64_t b, int64_t t, int64_t h, int64_t d) const {
+        return b * heads.batch_stride + t * heads.token_stride + h * heads.head_stride + d;
+    }
+    void set(int64_t i, float x) {
+        if (heads.dtype == DType::kFloat32) static_cast<float*>(heads.data)[i] = x;
+        if (heads.dtype == DType::kBFloat16) static_cast<BFloat16*>(heads.data)[i] = from_float<BFloat16>(x);
+        if (heads.dtype == DType::kFloat16) static_cast<Float16*>(heads.data)[i] = from_float<Float16>(x);
+    }
+
+    void* memory_;
+    size_t bytes_;
+};
+
+// Memory of its own, too.
+template <class T>
+struct Array {
+    explicit Array(int64_t count)
+        : count(static_cast<size_t>(count)),
+          data(static_cast<T*>(malloc(std::max<size_t>(1, this->count * sizeof(T))))) {
+        memset(static_cast<void*>(data), 0xff, this->count * sizeof(T));
+    }
+    ~Array() { free(data); }
+    Array(const Array&) = delete;
+
+    const size_t count;
+    T* const data;
+};
+
+struct Run {
+    int32_t lo, hi;
+};
+
+struct Case {
+    const char* name;
+    int64_t batch, queries, keys, heads, group, dim, out_dim;  // `heads` of keys
+    int64_t runs;
+    std::function<Run(int64_t row, int64_t run, int64_t query)> span;
+    double scale = 0.3, softcap = 0;
+    bool shared_spans = false;
+};
+
+static int failures = 0;
+
+static void complain(const Case& c, DType dtype, Layout layout, const char* what, double found, double expected) {
+    if (failures++ > 20) return;
+    printf("FAILED %s, dtype %d, layout %d: %s is %g instead of %g\n", c.name, static_cast<int>(dtype), layout, what,
+           found, expected);
+}
+
+static float draw() { return static_cast<float>(rand() % 255 - 127) / 128; }
+static float not_a_number() { return std::numeric_limits<float>::quiet_NaN(); }
+
+// What the spans mean.
+static bool sees(const Case& c, int64_t b, int64_t i, int64_t j) {
+    for (int64_t r = 0; r < c.runs; r++) {
+        const Run run = c.span(c.shared_spans ? 0 : b, r, i);
+        if (run.lo <= j && j < run.hi) return true;
+    }
+    return false;
+}
+
+static void check_row(const Case& c, DType dtype, Layout layout, const SpanAttention& call, const Tensor* tensors[4],
+                      int64_t b, int64_t i, int64_t h) {
+    const Tensor &q = *tensors[0], &k = *tensors[1], &v = *tensors[2], &out = *tensors[3];
+    std::vector<double> expected(c.out_dim);
+    double sum = 0;
+    for (int64_t j = 0; j < c.keys; j++) {
+        if (!sees(c, b, i, j)) continue;
+        double score = 0;
+        for (int64_t d = 0; d < c.dim; d++) score += q.get(b, i, h, d) * k.get(b, j, h / c.group, d);
+        score *= c.scale;
+        if (c.softcap != 0) score = c.softcap * std::tanh(score / c.softcap);
+        sum += std::exp(score);
+        for (int64_t d = 0; d < c.out_dim; d++) expected[d] += std::exp(score) * v.get(b, j, h / c.group, d);
+    }
+    const double tolerance = dtype == DType::kFloat32 ? 2e-5 : 2e-2;
+    const double lse = call.lse[(b * c.heads * c.group + h) * c.queries + i], truth = std::log(sum);
+    if (sum == 0 ? lse != truth : !(std::abs(lse - truth) < tolerance)) complain(c, dtype, layout, "lse", lse, truth);
+    for (int64_t d = 0; d < c.out_dim; d++) {
+        const double found = out.get(b, i, h, d), of = sum == 0 ? 0 : expected[d] / sum;
+        if (!(std::abs(found - of) < tolerance)) complain(c, dtype, layout, "out", found, of);
+    }
+}
+
+static void run(const Case& c, DType dtype, Layout layout) {
+    const int64_t heads = c.heads * c.group, rows = c.shared_spans ? 1 : c.batch;
+    Tensor q(dtype, c.batch, c.queries, heads, c.dim, layout), k(dtype, c.batch, c.keys, c.heads, c.dim, layout);
+    Tensor v(dtype, c.batch, c.keys, c.heads, c.out_dim, layout);
+    Array<int32_t> lo(rows * c.runs * c.queries), hi(rows * c.runs * c.queries);
+    for (int64_t b = 0; b < rows; b++) {
+        for (int64_t at = 0; at < c.runs * c.queries; at++) {
+            const Run span = c.span(b, at / c.queries, at % c.queries);
+            lo.data[b * c.runs * c.queries + at] = span.lo, hi.data[b * c.runs * c.queries + at] = span.hi;
+        }
+    }
+    for (int64_t b = 0; b < c.batch; b++) {
+        for (int64_t i = 0; i < c.queries; i++) q.fill_token(b, i, draw);
+        for (int64_t j = 0; j < c.keys; j++) {  // what nobody sees stays NaN
+            bool seen = false;
+            for (int64_t i = 0; i < c.queries && !seen; i++) seen = sees(c, b, i, j);
+            if (seen) k.fill_token(b, j, draw), v.fill_token(b, j, draw);
+        }
+    }
+    const int64_t stride = c.shared_spans ? 0 : c.runs * c.queries;
+    const auto attend = [&](int count, const Tensor& out, float* lse) {
+        threads = count;
+        const SpanAttention call{q.heads,   k.heads,  v.heads,
+                                 out.heads, lse,      {lo.data, hi.data, c.runs, c.queries, stride},
+                                 c.scale,   c.softcap};
+        span_attention(call);
+        return call;
+    };
+    Tensor out(dtype, c.batch, c.queries, heads, c.out_dim, kTokens);
+    Tensor again(dtype, c.batch, c.queries, heads, c.out_dim, kTokens);
+    Array<float> lse(c.batch * heads * c.queries), lse_again(c.batch * heads * c.queries);
+    const SpanAttention call = attend(1, out, lse.data);
+    attend(3, again, lse_again.data);
+    const bool steady = out.same(again) && memcmp(lse.data, lse_again.data, lse.count * sizeof(float)) == 0;
+    if (!steady) complain(c, dtype, layout, "steadiness", 0, 1);
+    const Tensor* tensors[] = {&q, &k, &v, &out};
+    const int64_t step = std::max<int64_t>(1, c.queries / 61);
+    for (int64_t b = 0; b < c.batch; b++) {
+        for (int64_t h = 0; h < heads; h++) {
+            for (int64_t i = 0; i < c.queries; i += step) check_row(c, dtype, layout, call, tensors, b, i, h);
+        }
+    }
+}
+
+// ---- spans
+
+static Run nothing(int64_t i) { return {static_cast<int32_t>(i), static_cast<int32_t>(i)}; }
+
+// Documents of these lengths, as queries and as keys; past the last of them a query sees nothing.
+static std::function<Run(int64_t, int64_t, int64_t)> documents(std::vector<int32_t> lengths, bool causal) {
+    return [=](int64_t, int64_t, int64_t i) {
+        int32_t first = 0;
+        for (const int32_t length : lengths) {
+            if (i < first + length) return Run{first, causal ? static_cast<int32_t>(i) + 1 : first + length};
+            first += length;
+        }
+        return nothing(i);
+    };
+}
+
+static Run all(int64_t, int64_t, int64_t) { return {0, INT32_MAX}; }
+
+// Anything at all: far below the keys, far beyond them, the wrong way round.
+static Run wild(int64_t b, int64_t r, int64_t i) {
+    constexpr int32_t kEnds[] = {INT32_MIN, -1, 0, 1, 7, 8, 9, 40, 63, 64, 65, 1 << 20, INT32_MAX - 1, INT32_MAX};
+    const int64_t at = b * 131 + r * 17 + i;
+    return {kEnds[at * 5 % 14], kEnds[at / 3 % 14]};
+}
+
+// Three runs a query, apart, ascending, with gaps that nobody sees; the middle one empty for some.
+static Run striped(int64_t b, int64_t r, int64_t i) {
+    const auto first = static_cast<int32_t>(r * 60 + b), from = static_cast<int32_t>(i % 5);
+    return r == 1 && i % 3 == 0 ? Run{first, first} : Run{first + from, first + 20 + static_cast<int32_t>(i % 11)};
+}
+
+// Every twenty queries see keys elsewhere, back and forth.
+static Run far_apart(int64_t, int64_t, int64_t i) {
+    const auto first = static_cast<int32_t>(i / 20 * 37 % 150);
+    return {first, first + 13};
+}
+
+static Run window(int64_t, int64_t, int64_t i) {
+    const auto at = static_cast<int32_t>(i);
+    return {at - 30, at + 1};
+}
+
+static std::vector<Case> cases() {
+    const auto mixed = documents({5, 0, 33, 130, 1, 64, 7, 16, 49}, true);
+    std::vector<Case> found{
+        {"one pair", 1, 1, 1, 1, 1, 1, 1, 1, all},
+        {"no keys", 2, 3, 0, 1, 2, 8, 5, 1, all},
+        {"one query", 1, 1, 301, 2, 3, 33, 40, 1, all},
+        {"causal documents", 1, 320, 311, 2, 1, 40, 24, 1, mixed},
+        {"causal documents of groups", 1, 311, 305, 1, 3, 17, 17, 1, mixed},
+        {"windows", 1, 150, 150, 2, 1, 80, 80, 1, documents({49, 49, 49}, false)},
+        {"wild spans", 2, 147, 66, 1, 2, 16, 9, 1, wild},
+        {"wild runs", 1, 90, 66, 1, 1, 15, 33, 3,
+         [](int64_t, int64_t r, int64_t i) {
+             return r == 0 ? Run{INT32_MIN, 3} : r == 1 ? Run{3, static_cast<int32_t>(i % 5 * 8)} : Run{50, INT32_MAX};
+         }},
+        {"runs with gaps", 2, 97, 190, 1, 2, 31, 64, 3, striped, 0.3, 0, true},
+        {"runs of each row", 2, 50, 190, 1, 1, 8, 8, 3, striped},
+        {"far apart", 1, 200, 170, 1, 1, 72, 72, 1, far_apart},
+        {"sliding window", 1, 400, 400, 1, 1, 12, 12, 1, window},
+        {"nobody sees anything", 2, 50, 60, 1, 1, 8, 8, 1, [](int64_t, int64_t, int64_t i) { return nothing(i); }},
+        {"softcap", 1, 60, 75, 1, 1, 9, 9, 1, all, 4, 2.5},
+        {"negative scale", 1, 49, 57, 1, 1, 9, 9, 1, all, -0.7},
+        {"several panels of keys", 1, 100, 4500, 1, 1, 5, 3, 1,
+         [](int64_t, int64_t, int64_t i) { return Run{static_cast<int32_t>(i * 20), static_cast<int32_t>(4000 + i)}; }},
+        {"several parts", 1, 1700, 100, 1, 1, 4, 4, 1, all},
+    };
+    for (const int64_t size : {15, 16, 17, 47, 48, 49, 97})
+        found.push_back({"tails", 1, size, size, 1, 1, size, size, 1, all});
+    return found;
+}
+
+// NaN and infinity in one document of keys change no bit for the queries of the others.
+static void isolate(DType dtype) {
+    const int64_t tokens = 160;
+    const auto spans = documents({37, 3, 60, 60}, true);
+    const Case c{"isolation", 1, tokens, tokens, 1, 1, 24, 24, 1, spans};
+    Array<int32_t> lo(tokens), hi(tokens);
+    for (int64_t i = 0; i < tokens; i++) lo.data[i] = spans(0, 0, i).lo, hi.data[i] = spans(0, 0, i).hi;
+    Tensor q(dtype, 1, tokens, 1, 24, kTokens), k(dtype, 1, tokens, 1, 24, kTokens),
+        v(dtype, 1, tokens, 1, 24, kTokens);
+    for (int64_t i = 0; i < tokens; i++) q.fill_token(0, i, draw), k.fill_token(0, i, draw), v.fill_token(0, i, draw);
+    Tensor clean(dtype, 1, tokens, 1, 24, kTokens), out(dtype, 1, tokens, 1, 24, kTokens);
+    Array<float> clean_lse(tokens), lse(tokens);
+    SpanAttention call{q.heads, k.heads, v.heads, clean.heads, clean_lse.data, {lo.data, hi.data, 1, tokens, tokens},
+                       0.3,     0};
+    span_attention(call);
+    for (int64_t i = 40; i < 100; i++) {  // the third document
+        k.fill_token(0, i, not_a_number), v.fill_token(0, i, i % 2 ? not_a_number : [] { return INFINITY; });
+    }
+    call.out = out.heads, call.lse = lse.data;
+    span_attention(call);
+    for (int64_t i = 0; i < tokens; i++) {
+        if (i >= 40 && i < 100) continue;
+        bool same = lse.data[i] == clean_lse.data[i];
+        for (int64_t d = 0; d < 24; d++) same &= out.get(0, i, 0, d) == clean.get(0, i, 0, d);
+        if (!same) complain(c, dtype, kTokens, "isolation of query", static_cast<double>(i), 1);
+    }
+}
+
+int main() {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+        for (const Case& c : cases()) {
+            for (int layout = 0; layout < kLayouts; layout++) run(c, dtype, static_cast<Layout>(layout));
+        }
+        isolate(dtype);
+    }
+    if (failures == 0) printf("right\n");
+    return failures != 0;
+}

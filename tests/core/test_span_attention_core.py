@@ -1,0 +1,104 @@
+"""The compiled span attention at every instruction-set level: right, steady, in bounds, in little memory.
+
+tests/test_check.py covers the level this processor would choose; here each of them is run, and what only the C++ can
+get wrong is tried: tails of every block, work cut differently among threads, memory that ends where tensors end.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmkernels import RowSpans, span_attention
+from mmkernels.check import run_case, select
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(*job, id=f"{job[0].name}-{job[1]}") for job in select("span_attention", quick=True)],
+)
+def test_every_level_equals_the_reference(level, case, dtype, seed):
+    outcome = run_case(case, dtype, "cpu", "cpu", seed)
+    assert outcome.passed, "\n".join([outcome.reproduce(), *outcome.failures])
+
+
+def documents(lengths: list[int], **options) -> RowSpans:
+    return RowSpans.packed(torch.tensor([0, *lengths]).cumsum(0), **options)
+
+
+LAYOUTS = {
+    "documents": documents([64, 300, 77, 1, 577, 32], causal=True),
+    "windows": documents([49] * 20),
+    "one query": RowSpans.full(1, 3000),
+    "several panels of keys": RowSpans.full(300, 4500),
+    "windows that overlap": documents([900], causal=True, window=100),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bitwise_the_same_for_any_number_of_threads(level, layout, dtype):
+    spans = LAYOUTS[layout]
+    q = torch.randn(spans.num_queries, 6, 40).to(dtype)
+    k, v = torch.randn(2, spans.num_keys, 2, 40).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 5, 2):
+            torch.set_num_threads(threads)
+            results.append(span_attention(q, k, v, spans, return_lse=True, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_far_beyond_the_range_of_exp(level, dtype):
+    """Logits of thousands: each query sees little but its best key."""
+    q, k = torch.randn(2, 150, 2, 64).mul(30).to(dtype)
+    v = torch.randn(150, 2, 64).to(dtype)
+    out, lse = span_attention(q, k, v, documents([100, 50]), return_lse=True, scale=1.0, backend="cpu")
+    assert out.isfinite().all() and lse.isfinite().all()
+    best = torch.einsum("ihd,jhd->hij", q.double()[:100], k.double()[:100]).amax(2)
+    assert (lse[:, :100] >= best * (1 - 1e-6) - 1e-3).all()
+
+
+MEMORY = """
+import torch
+from mmkernels import RowSpans, span_attention
+def memory(what):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+q, k, v = torch.randn(3, {tokens}, 1, 16)
+small = RowSpans.full(256, 256)
+spans = RowSpans.full({tokens}, {tokens})
+span_attention(q[:256], k[:256], v[:256], small, backend="cpu")
+before = memory("VmRSS")
+span_attention(q, k, v, spans, backend="cpu")
+print(memory("VmHWM") - before - q.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_of_16384_tokens(tmp_path):
+    """The scores alone would be 1 GB. What a call takes besides its result: tables of the queries, a share a thread."""
+    command = [sys.executable, "-c", MEMORY.format(tokens=16384)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 16e6
+
+
+def test_in_bounds_and_defined(level, passes_under):
+    """With sizes that are multiples of nothing, spans beyond the keys and tensors that end where their memory ends."""
+    passes_under("sanitize_span_attention.cpp", level, "address,undefined")
+
+
+def test_tasks_do_not_race(passes_under):
+    """The tasks are the same at every level."""
+    passes_under("sanitize_span_attention.cpp", "portable", "thread")
