@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from rich.console import Console
 
 from mmkernels import backends
-from mmkernels.bench import CASES, Request, run
+from mmkernels.bench import CASES, Request, gate, run
 from mmkernels.bench import peers as bench_peers
 from mmkernels.bench import runner as bench_runner
+from mmkernels.bench.attention_cases import AttentionCase, blocks, documents, full, media
 from mmkernels.bench.cases import LossCase, PatchCase
 from mmkernels.bench.gate import judge, plain_values
 from mmkernels.bench.machine import environment, probe_peaks
@@ -20,6 +22,8 @@ from mmkernels.bench.measure import Stopwatch, Timing, with_peak_memory
 from mmkernels.bench.peers import peers
 from mmkernels.bench.report import print_report, write_json
 from mmkernels.bench.runner import contenders, prepare
+from mmkernels.check.ops import OPS, Call
+from mmkernels.check.suite import evaluate
 from mmkernels.ops.contrastive import reference
 
 FIELDS = (
@@ -130,6 +134,15 @@ def test_the_table_quotes_ratios_and_no_bare_times():
         (PatchCase("x", (32, 3, 224, 224), (768, 3, 16, 16)), {"fwd": 2 * 6272 * 768**2, "fwd_bwd": 4 * 6272 * 768**2}),
         (PatchCase("x", (16, 3, 336, 336), (1024, 3, 14, 14)), {"fwd": 2 * 9216 * 588 * 1024}),
         (PatchCase("x", (4096, 1176), (1280, 3, 2, 14, 14)), {"fwd": 2 * 4096 * 1176 * 1280}),
+        (AttentionCase("x", full(30, 50), (8, 2), 64), {"fwd": 4 * 8 * 1500 * 64, "fwd_bwd": 14 * 8 * 1500 * 64}),
+        (AttentionCase("x", full(1, 50), (8, 2), 64, batch=3), {"fwd": 4 * 3 * 8 * 50 * 64}),
+        (AttentionCase("x", documents((3, 5)), (2, 2), 16), {"fwd": 4 * 2 * (6 + 15) * 16}),
+        (AttentionCase("x", documents((3, 5), window=2), (2, 2), 16), {"fwd": 4 * 2 * (5 + 9) * 16}),
+        (
+            AttentionCase("x", documents((300, 5), images=True), (1, 1), 16),
+            {"fwd": 4 * (300 * 301 // 2 + 256 * 255 // 2 + 15) * 16},
+        ),
+        (AttentionCase("x", media(10, (0, 4), (3, 7), "immediate"), (1, 1), 16), {"fwd": 4 * (4 * 3 + 6 * 7) * 16}),
     ],
     ids=lambda value: value.op if hasattr(value, "op") else "",
 )
@@ -141,6 +154,9 @@ def test_bytes_are_what_must_be_read_and_written(seed):
     case = PatchCase("x", (2, 3, 32, 32), (8, 3, 16, 16), uint8=True)
     call, *_ = prepare(case, torch.bfloat16, "cpu", seed)
     assert case.bytes("fwd", call) == 2 * 3 * 32 * 32 + 2 * 8 * 768 + 2 * 8 * 8
+    case = AttentionCase("x", full(1, 50), (8, 2), 64, batch=3)
+    call, *_ = prepare(case, torch.bfloat16, "cpu", seed)
+    assert case.bytes("fwd", call) == 2 * 3 * 64 * (2 * 8 + 2 * 2 * 50)
 
 
 SHRUNK = [
@@ -150,6 +166,17 @@ SHRUNK = [
     PatchCase("uint8", (2, 3, 32, 48), (20, 3, 16, 16), uint8=True),
     PatchCase("channels_last", (2, 3, 32, 48), (20, 3, 16, 16), channels_last=True),
     PatchCase("rows", (30, 1176), (20, 3, 2, 14, 14), bias=False),
+    AttentionCase("packed", documents((20, 1, 33)), (2, 2)),
+    AttentionCase("images", documents((300, 5), images=True), (2, 1), 16),
+    AttentionCase("equal lengths", documents((30, 30)), (2, 1), 80),
+    AttentionCase("window", documents((70,), window=9), (2, 2)),
+    AttentionCase("windows of documents", documents((30, 41), window=9), (2, 2)),
+    AttentionCase("full", full(30, 50), (2, 2)),
+    AttentionCase("blocks", blocks((16,) * 3, (16,) * 3), (2, 2), 80),
+    AttentionCase("immediate", media(40, (0, 10, 20, 30), (7,) * 4, "immediate"), (2, 2)),
+    AttentionCase("previous", media(40, (0, 15), (7, 9), "previous"), (2, 2)),
+    AttentionCase("group", media(40, (0, 20, 21), (12, 7, 7), "group"), (2, 2)),
+    AttentionCase("decode", full(1, 50), (4, 2), batch=3),
 ]
 
 
@@ -167,8 +194,61 @@ def test_every_peer_computes_the_same_thing(case, dtype, seed):
         assert worst.error <= 0.05 * max(1.0, worst.size), (peer.name, worst)
 
 
+def peers_of(case, device="cpu", dtype=torch.float32):
+    call = case.make(bench_runner.Draw(0), dtype, device)
+    return {peer.name: peer for peer in peers(case, call)}
+
+
+def test_attention_is_measured_against_all_that_can_express_it():
+    dense, loop = "SDPA, dense mask", "SDPA per sequence"
+    expected = {
+        "packed": [dense, loop, "SDPA, padded"],
+        "images": [dense, loop, "SDPA, padded"],
+        "equal lengths": [dense, loop, "SDPA, one batch"],
+        "window": [dense],
+        "windows of documents": [dense, loop, "SDPA, padded"],
+        "full": ["SDPA"],
+        "blocks": [dense, loop, "SDPA, one batch"],
+        "immediate": [dense, loop, "SDPA, one batch"],
+        "previous": [dense, loop],
+        "group": [dense, loop],
+        "decode": ["SDPA", "SDPA, groups as queries"],
+    }
+    found = {case.name: list(peers_of(case)) for case in SHRUNK if case.op == "span_attention"}
+    assert found == expected
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("case", [case for case in SHRUNK if case.op == "span_attention"], ids=lambda case: case.name)
+def test_flex_attention_is_told_the_same_mask(case, seed, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    case = replace(case, compiled=("cpu",))
+    call, upstream, truth = prepare(case, torch.float32, "cpu", seed)
+    assert "compiled FlexAttention" not in [x.name for x in contenders(case, call, upstream, "fwd_bwd")]
+    (flex,) = [x for x in contenders(case, call, upstream, "fwd") if x.name == "compiled FlexAttention"]
+    worst = judge(flex.run(), None, truth, call, case.op, is_ours=False)
+    assert worst.complaint is None and worst.error <= 1e-5, worst
+
+
+@pytest.mark.parametrize("case", [case for case in SHRUNK if case.op == "span_attention"], ids=lambda case: case.name)
+def test_the_truth_of_attention_does_not_depend_on_its_blocks(case, seed, monkeypatch):
+    monkeypatch.setattr(gate, "ROWS", 7)
+    call, upstream, truth = prepare(case, torch.float32, "cpu", seed)
+    spans = {"spans": call.options["layout"].spans()}
+    op = OPS["span_attention"]
+    whole = evaluate(op.call, Call(call.in_dtype(torch.float64).tensors, spans, call.differentiable), op, upstream,
+                     backend="reference")  # fmt: skip
+    for name, value in whole.items():
+        torch.testing.assert_close(truth.values[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_what_decoding_has_no_use_for_is_not_measured():
+    report = measure(ops=("span_attention",), cases=("decode-1",), passes=("fwd", "fwd_bwd"))
+    assert {result["pass"] for result in report.results} == {"fwd"}
+
+
 def test_cases_of_a_loss_and_of_a_device_have_names_of_their_own():
-    for op in ("clip_loss", "siglip_loss", "patch_embed"):
+    for op in ("clip_loss", "siglip_loss", "patch_embed", "span_attention"):
         names = [case.name for case in CASES if case.op == op]
         assert len(set(names)) == len(names)
     assert {case.name for case in Request(ops=("clip_loss",)).selected()} == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..check.draw import Draw
-from ..check.ops import Call
+from ..check.ops import OPS, Call
+from .attention_cases import ATTENTION, AttentionCase, attend
 
 PASSES = ("fwd", "fwd_bwd")
 DTYPES = (torch.float32, torch.bfloat16)  # measured unless others are asked for
@@ -25,6 +27,7 @@ class LossCase:
     devices: tuple[str, ...] = ("cpu", "cuda")  # measured there unless others are asked for
     compiled: tuple[str, ...] = ()  # devices where torch.compile of a peer is one too; each takes half a minute
     quick: bool = False
+    passes: tuple[str, ...] = PASSES
 
     @property
     def name(self) -> str:
@@ -39,8 +42,8 @@ class LossCase:
             tensors["logit_bias"] = torch.tensor(-10.0, device=device)
         return Call(tensors, {}, tuple(tensors))
 
-    def upstream(self, draw: Draw, result: Tensor) -> Tensor:
-        return torch.ones((), device=result.device)
+    def upstream(self, draw: Draw, call: Call) -> Tensor:
+        return torch.ones((), device=call.tensors["logit_scale"].device)
 
     def flops(self, direction: str) -> int:
         """The least: the logits once, and with gradients both features' products with them. Who cannot keep N x N
@@ -72,6 +75,7 @@ class PatchCase:
     devices: tuple[str, ...] = ("cpu", "cuda")
     compiled: tuple[str, ...] = ()
     quick: bool = False
+    passes: tuple[str, ...] = PASSES
 
     def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
         images = draw.bytes(*self.images) if self.uint8 else draw.normal(*self.images).to(dtype)
@@ -87,8 +91,10 @@ class PatchCase:
             tensors["std"] = torch.tensor([0.269, 0.261, 0.276], device=device)
         return Call(tensors, {}, differentiable)
 
-    def upstream(self, draw: Draw, result: Tensor) -> Tensor:
-        return draw.normal(*result.shape).to(result)
+    def upstream(self, draw: Draw, call: Call) -> Tensor:
+        batch = self.images[:1] if len(self.images) > 2 else ()
+        tokens = self._patches // (batch[0] if batch else 1)
+        return draw.normal(*batch, tokens, self.weight[0]).to(call.tensors["weight"])
 
     def flops(self, direction: str) -> int:
         products = 2 if direction == "fwd_bwd" else 1
@@ -114,7 +120,14 @@ class PatchCase:
         return batch * (height // self.weight[-2]) * (width // self.weight[-1])
 
 
-Case = LossCase | PatchCase
+Case = LossCase | PatchCase | AttentionCase
+
+
+def ours(case: Case) -> Callable[..., Tensor]:
+    """What is measured as ours, on the arguments of the case's call."""
+    return attend if isinstance(case, AttentionCase) else OPS[case.op].call
+
+
 _CPU, _GPU, _ASKED = ("cpu",), ("cuda",), ()
 
 
@@ -146,4 +159,5 @@ CASES: tuple[Case, ...] = (
     PatchCase("256x224-p16", _GPU_BATCH, _B16, devices=_GPU, compiled=_GPU),
     PatchCase("256x224-p16-uint8", _GPU_BATCH, _B16, uint8=True, devices=_GPU, compiled=_GPU),
     PatchCase("qwen2vl-rows-65536", (65536, 1176), _QWEN, bias=False, devices=_GPU),
+    *ATTENTION,
 )

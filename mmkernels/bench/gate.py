@@ -11,7 +11,10 @@ from ..check.budget import Quantity
 from ..check.contrastive_truth import contrastive_truth
 from ..check.ops import OPS, Call
 from ..check.suite import dtypes_of, evaluate
+from ..spans import RowSpans
 from .cases import Case
+
+ROWS = 256  # queries of attention whose truth is worked out at a time
 
 Values = dict[str, Tensor]  # a result and its gradients, by name
 
@@ -23,8 +26,10 @@ class Truth:
 
 
 def truth_of(case: Case, call: Call, upstream: Tensor) -> Truth:
-    """In float64: the reference, or for losses the same formulas by chunks, which fit into memory at any N."""
+    """In float64: the reference, for losses and attention by chunks, which fit into memory at any size."""
     op = OPS[case.op]
+    if case.op == "span_attention":
+        return Truth(_attention_truth(call, upstream), {})
     if case.op == "patch_embed":
         return Truth(evaluate(op.call, call.in_dtype(torch.float64), op, upstream, backend="reference"), {})
     tensors = call.tensors
@@ -36,6 +41,26 @@ def truth_of(case: Case, call: Call, upstream: Tensor) -> Truth:
         {op.result: exact.loss} | {label: gradients[name] for label, name in names.items()},
         {op.result: response.loss.item()} | {label: responses[name].max().item() for label, name in names.items()},
     )
+
+
+def _attention_truth(call: Call, upstream: Tensor) -> Values:
+    """A block of queries at a time, with the keys from the first to the last that one of them sees."""
+    op, wide = OPS["span_attention"], call.in_dtype(torch.float64)
+    spans = call.options["layout"].spans()
+    truth = {"out": torch.zeros_like(wide.tensors["q"])}
+    truth |= {f"d_{name}": torch.zeros_like(x) for name, x in wide.tensors.items()}
+    for start in range(0, spans.num_queries, ROWS):
+        rows = slice(start, start + ROWS)
+        lo, hi = spans.lo[rows], spans.hi[rows]
+        keys = slice(int(lo.min()), int(hi.max()))
+        part = {"spans": RowSpans(lo - keys.start, hi - keys.start, keys.stop - keys.start)}
+        places = {"q": rows, "k": keys, "v": keys}
+        tensors = {name: x[..., places[name], :, :] for name, x in wide.tensors.items()}
+        block = Call(tensors, part, call.differentiable)
+        values = evaluate(op.call, block, op, upstream[..., rows, :, :], backend="reference")
+        for name, value in values.items():
+            truth[name][..., places.get(name.removeprefix("d_"), rows), :, :] += value
+    return truth
 
 
 def judge(values: Values, plain: Values | None, truth: Truth, call: Call, op_name: str, is_ours: bool) -> Quantity:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ..check import plain
 from ..check.ops import Call
-from .cases import Case
+from .attention_cases import AttentionCase
+from .attention_peers import flex_peer, sdpa_peers, varlen_peers
+from .cases import PASSES, Case
 
 Function = Callable[..., Tensor]
 
@@ -28,14 +30,26 @@ class Peer:
     name: str
     function: Function
     compiled: bool = False
+    passes: tuple[str, ...] = PASSES
 
 
 def peers(case: Case, call: Call) -> list[Peer]:
     """The peers of a case on these arguments, eager first."""
+    if isinstance(case, AttentionCase):
+        return _attention_peers(case, call)
     found = _loss_peers(case.op) if case.op != "patch_embed" else _patch_peers(call)
     if next(iter(call.tensors.values())).device.type in case.compiled:
         best = found[-1]
         found.append(Peer(f"compiled {best.name}", torch.compile(best.function, dynamic=False), compiled=True))
+    return found
+
+
+def _attention_peers(case: AttentionCase, call: Call) -> list[Peer]:
+    found = [Peer(name, function) for name, function in (sdpa_peers(call) | varlen_peers(call)).items()]
+    device = call.tensors["q"].device.type
+    if device in case.compiled:
+        passes = ("fwd",) if device == "cpu" else PASSES  # on a CPU FlexAttention has no backward
+        found.append(Peer("compiled FlexAttention", flex_peer(), compiled=True, passes=passes))
     return found
 
 

@@ -39,7 +39,10 @@ def _table(op: str, groups: list[list[dict]]) -> Table:
     table.add_column("which is", no_wrap=True)
     for heading in ("of peak", "memory", "eager's", "error / budget"):
         table.add_column(heading, justify="right")
-    table.caption = f"eager is {eager}" if op != "patch_embed" else "eager is the convolution, as models run it"
+    table.caption = {
+        "patch_embed": "eager is the convolution, as models run it",
+        "span_attention": "eager is SDPA, with a dense mask where one is needed",
+    }.get(op, f"eager is {eager}")
     for group in groups:
         ours = next((result for result in group if result["is_ours"]), None)
         if ours:

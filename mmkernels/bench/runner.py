@@ -15,7 +15,7 @@ from ..check.draw import Draw
 from ..check.ops import OPS, Call
 from ..check.plain import exact_float32
 from ..check.suite import name_of
-from .cases import CASES, DTYPES, PASSES, Case
+from .cases import CASES, DTYPES, PASSES, Case, ours
 from .gate import Truth, Values, judge, plain_values, truth_of
 from .machine import Peaks, free_bytes, probe_peaks, synchronize
 from .measure import Stopwatch, Timing, with_peak_memory
@@ -106,23 +106,19 @@ def prepare(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[Cal
     """The arguments of a case, the gradient its result is fed with, and the truth."""
     draw = Draw(seed, case.op, case.name)
     call = case.make(draw, dtype, device)
-    op = OPS[case.op]
-    shape_like = torch.empty((), device=device)
-    if op.result not in op.wide:
-        with torch.no_grad():
-            shape_like = op.call(**call.tensors, **call.options, backend="reference")
-    upstream = case.upstream(draw, shape_like)
+    upstream = case.upstream(draw, call)
     return call, upstream, truth_of(case, call, upstream)
 
 
 def contenders(case: Case, call: Call, upstream: torch.Tensor, direction: str) -> Iterator[Contender]:
     """Ours, served by the fastest backend here, then the peers with eager PyTorch first."""
-    op = OPS[case.op]
-    chosen = next(x.backend for x in backends.explain(op.call, **call.tensors, **call.options) if x.chosen)
-    yield Contender(f"mmkernels:{chosen}", True, _bind(op.call, call, upstream, direction, op.result), op.call)
+    function, result = ours(case), OPS[case.op].result
+    chosen = next(x.backend for x in backends.explain(function, **call.tensors, **call.options) if x.chosen)
+    yield Contender(f"mmkernels:{chosen}", True, _bind(function, call, upstream, direction, result), function)
     for peer in peers(case, call):
-        bound = _bind(peer.function, call, upstream, direction, op.result)
-        yield Contender(peer.name, False, bound, peer.function, peer.compiled)
+        if direction in peer.passes:
+            bound = _bind(peer.function, call, upstream, direction, result)
+            yield Contender(peer.name, False, bound, peer.function, peer.compiled)
 
 
 def _bind(function, call: Call, upstream: torch.Tensor, direction: str, result_name: str) -> Callable[[], Values]:
@@ -148,7 +144,7 @@ def _bind(function, call: Call, upstream: torch.Tensor, direction: str, result_n
 def _measure(case: Case, dtype: torch.dtype, request: Request, stopwatch: Stopwatch, report: Report) -> None:
     gc.collect()  # what an earlier case left in cycles is not this one's memory
     call, upstream, truth = prepare(case, dtype, request.device, request.seed)
-    for direction in request.passes:
+    for direction in filter(case.passes.__contains__, request.passes):
         key = {"op": case.op, "case": case.name, "dtype": name_of(dtype), "device": request.device, "pass": direction}
         if case.compiled:
             torch.compiler.reset()

@@ -1,0 +1,186 @@
+"""What a user would attend with instead. Whatever a mask cannot be said in is not offered for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.utils.rnn import pad_sequence
+
+from ..check.ops import Call
+from .attention_cases import Layout, Segment
+
+Attend = Callable[..., Tensor]
+
+
+def sdpa_peers(call: Call) -> dict[str, Attend]:
+    """By name, what a model's eager code does first."""
+    layout: Layout = call.options["layout"]
+    if call.tensors["q"].dim() == 4:
+        return {"SDPA": _one_query, "SDPA, groups as queries": _groups_as_queries}
+    found: dict[str, Attend] = {"SDPA" if layout.dense is None else "SDPA, dense mask": _dense}
+    if len(layout.segments) == 1:
+        return found
+    found["SDPA per sequence"] = _per_sequence
+    if layout.disjoint:
+        equal = len({(x.queries.stop - x.queries.start, x.keys.stop - x.keys.start) for x in layout.segments}) == 1
+        if equal and not layout.masked:
+            found["SDPA, one batch"] = _batched
+        else:
+            found["SDPA, padded"] = _padded
+    return found
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """(T, H, D) -> (1, H, T, D), a view."""
+    return x.transpose(0, 1)[None]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    return _sdpa(*map(_heads_first, (q, k, v)), attn_mask=layout.dense)[0].transpose(0, 1)
+
+
+def _per_sequence(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    def one(segment: Segment) -> Tensor:
+        parts = q[segment.queries], k[segment.keys], v[segment.keys]
+        out = _sdpa(*map(_heads_first, parts), attn_mask=segment.mask, is_causal=segment.causal)
+        return out[0].transpose(0, 1)
+
+    return torch.cat([one(segment) for segment in layout.segments])
+
+
+def _batched(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Sequences of one length are a batch as they lie."""
+    queries, keys, values = (x.unflatten(0, (len(layout.segments), -1)).transpose(1, 2) for x in (q, k, v))
+    return _sdpa(queries, keys, values, is_causal=layout.causal).transpose(1, 2).flatten(0, 1)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """A batch of the longest length. What pads causal text comes after all that is read, and needs no mask."""
+    segments = layout.segments
+
+    def batch(x: Tensor, tokens: list[slice]) -> Tensor:
+        return pad_sequence([x[own] for own in tokens], batch_first=True).transpose(1, 2)
+
+    queries = batch(q, [segment.queries for segment in segments])
+    keys, values = (batch(x, [segment.keys for segment in segments]) for x in (k, v))
+    plain_causal = layout.causal and not layout.masked
+    mask = None if plain_causal else _padding_mask(layout)
+    out = _sdpa(queries, keys, values, attn_mask=mask, is_causal=plain_causal).transpose(1, 2)
+    lengths = [segment.queries.stop - segment.queries.start for segment in segments]
+    return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])
+
+
+@functools.lru_cache(maxsize=1)
+def _padding_mask(layout: Layout) -> Tensor:
+    """(segments, 1, queries, keys) of a padded batch; what pads the queries sees key 0, since SDPA makes NaN of a row
+    that sees nothing."""
+    sizes = [(x.queries.stop - x.queries.start, x.keys.stop - x.keys.start) for x in layout.segments]
+    device = layout.spans().device
+    mask = torch.zeros(len(sizes), 1, *map(max, zip(*sizes, strict=True)), dtype=torch.bool, device=device)
+    mask[..., 0] = True
+    for row, segment, (queries, keys) in zip(mask[:, 0], layout.segments, sizes, strict=True):
+        row[:queries, :keys] = True if segment.mask is None else segment.mask
+    return mask
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    return _sdpa(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def _groups_as_queries(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """The query heads that share a key head as so many queries of it, which read its keys once: (B, Hkv, group, D)."""
+    queries = q[:, 0].unflatten(1, (k.shape[2], -1))
+    out = F.scaled_dot_product_attention(queries, k.transpose(1, 2), v.transpose(1, 2))
+    return out.flatten(1, 2)[:, None]
+
+
+def flex_peer() -> Attend:
+    """Compiled, for this shape only; the block mask of every call is made by compiled code too.
+
+    What a query sees is read from two numbers, which costs less than any function of documents and images.
+    """
+    attention = torch.compile(flex_attention, dynamic=False)
+    make_mask = torch.compile(create_block_mask, dynamic=False)
+
+    def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        batched = q.dim() == 4
+        queries, keys, values = (x.transpose(1, 2) if batched else _heads_first(x) for x in (q, k, v))
+        block_mask = None
+        if layout.dense is not None:
+            rule = _rule(layout)
+            block_mask = make_mask(rule, None, None, queries.shape[2], keys.shape[2], device=q.device)
+        out = attention(queries, keys, values, block_mask=block_mask, enable_gqa=queries.shape[1] != keys.shape[1])
+        return out.transpose(1, 2) if batched else out[0].transpose(0, 1)
+
+    return flex
+
+
+@functools.lru_cache(maxsize=1)
+def _rule(layout: Layout) -> Callable[..., Tensor]:
+    window = layout.window
+    if window and len(layout.segments) == 1:
+        return lambda batch, head, query, key: (key <= query) & (query - key < window)
+    spans = layout.spans()
+    lo, hi = spans.lo, spans.hi
+    return lambda batch, head, query, key: (lo[query] <= key) & (key < hi[query])
+
+
+def varlen_peers(call: Call) -> dict[str, Attend]:
+    """FlashAttention's calls for packed sequences, torch's and flash-attn's own, where they are and take the mask."""
+    q, layout = call.tensors["q"], call.options["layout"]
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return {}
+    if not layout.disjoint or (layout.masked and layout.window is None):
+        return {}
+    found = {}
+    for name, load in (("torch varlen", _torch_varlen), ("flash-attn varlen", _flash_attn)):
+        try:
+            kernel = load()
+        except (ImportError, AttributeError):
+            continue
+        found[name] = _varlen(kernel, layout, q.shape[0] if q.dim() == 4 else None)
+    return found
+
+
+def _varlen(kernel: Attend, layout: Layout, batch: int | None) -> Attend:
+    """`kernel` on (q, k, v, cu_q, cu_k, longest_q, longest_k, causal, window)."""
+    segments = layout.segments * (batch or 1)
+    lengths = [[x.stop - x.start for x in (getattr(s, kind) for s in segments)] for kind in ("queries", "keys")]
+    device = layout.spans().device
+    cu_q, cu_k = (F.pad(torch.tensor(x).cumsum(0), (1, 0)).to(device, torch.int32) for x in lengths)
+    window = (-1 if layout.window is None else layout.window - 1, 0) if layout.causal else (-1, -1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        packed = (x.flatten(0, 1) if batch else x for x in (q, k, v))
+        return kernel(*packed, cu_q, cu_k, *map(max, lengths), window).view(q.shape)
+
+    return attend
+
+
+def _torch_varlen() -> Attend:
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(q, k, v, cu_q, cu_k, longest_q, longest_k, window):
+        gqa = q.shape[1] != k.shape[1]
+        return varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=window, enable_gqa=gqa)
+
+    return attend
+
+
+def _flash_attn() -> Attend:
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(q, k, v, cu_q, cu_k, longest_q, longest_k, window):
+        causal = window[1] == 0
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, causal=causal, window_size=window)
+
+    return attend
