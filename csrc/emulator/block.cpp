@@ -1,0 +1,232 @@
+// The scheduler: runs the threads of one block after another in turns, until all have ended or none can go on.
+#include "block.h"
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+
+#include "barriers.h"
+#include "shadow.h"
+#include "shared_memory.h"
+
+namespace mmk::emulator {
+
+Thread* current;
+std::vector<Thread> threads;
+uint32_t block_number;
+
+namespace {
+
+constexpr size_t kMaxThreads = 1024, kMaxSharedBytes = 227 << 10;  // of an H100
+constexpr unsigned kMaxGridYZ = 65535;
+
+std::vector<Warp> warps;
+Fiber host;  // the caller of run()
+const std::function<void()>* kernel;
+uint3 block_position;
+dim3 block_extent, grid_extent;
+std::string error;
+size_t ended;
+int turn;  // the warp that ran last goes on while it can
+uint64_t random_state;
+
+int choose_lane(uint32_t ready) {
+    if (options().order == Order::kLowestFirst) return __builtin_ctz(ready);
+    if (options().order == Order::kHighestFirst) return 31 - __builtin_clz(ready);
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    for (auto skip = (random_state >> 33) % static_cast<unsigned>(__builtin_popcount(ready)); skip > 0; skip--) {
+        ready &= ready - 1;
+    }
+    return __builtin_ctz(ready);
+}
+
+// The next thread that can go on, null if there is none. Those that poll come last: asynchronous work lands late.
+Thread* choose() {
+    const int count = static_cast<int>(warps.size());
+    for (int i = 0; i < count; i++) {
+        Warp& warp = warps[(turn + i) % count];
+        if (warp.ready == 0) continue;
+        turn = warp.id;
+        const int lane = choose_lane(warp.ready);
+        warp.ready &= ~(1u << lane);
+        return &threads[warp.id * kWarp + lane];
+    }
+    for (Thread& thread : threads) {
+        if (thread.ready == nullptr || !thread.ready(thread.ready_argument)) continue;
+        thread.ready = nullptr;
+        turn = thread.warp->id;
+        return &thread;
+    }
+    return nullptr;
+}
+
+void run_thread(Fiber& from, Thread* to) {  // null: back to the host
+    current = to;
+    switch_fiber(from, to != nullptr ? static_cast<Fiber&>(*to) : host);
+}
+
+void thread_main() {
+    begin_fiber();
+    Thread& self = *current;
+    (*kernel)();
+    end_copies(self);
+    end_bulk_stores(self);
+    end_wgmma(self);
+    self.ended = true;
+    ended++;
+    run_thread(self, choose());
+    abort();
+}
+
+std::string deadlock() {
+    std::string text = "deadlock: ";
+    const Thread* shown = nullptr;
+    int count = 0;
+    for (const Thread& thread : threads) {
+        if (thread.ended || count == 4) continue;
+        if (shown != nullptr && shown->waits_in == thread.waits_in && shown->site.line == thread.site.line) continue;
+        text += "thread " + std::to_string(thread.id) + " waits in " + thread.waits_in + " at " + thread.site.file +
+                ":" + std::to_string(thread.site.line) + "; ";
+        shown = &thread;
+        count++;
+    }
+    return text + std::to_string(ended) + " of " + std::to_string(threads.size()) + " threads have ended";
+}
+
+void begin_block(unsigned x, unsigned y, unsigned z) {
+    const size_t count = threads.size();
+    block_position = {x, y, z};
+    block_number++;
+    counters().blocks++;
+    ended = 0;
+    turn = options().order == Order::kHighestFirst ? static_cast<int>(warps.size()) - 1 : 0;
+    poison_shared();
+    begin_barriers();
+    begin_copies(count);
+    begin_mbarriers(count);
+    begin_bulk_stores(count);
+    begin_wgmma(count);
+    for (size_t i = 0; i < count; i++) {
+        Thread& thread = threads[i];
+        thread = Thread{};
+        prepare(thread, i, count, thread_main);
+        thread.id = static_cast<int>(i);
+        thread.lane = thread.id % kWarp;
+        thread.warp = &warps[i / kWarp];
+        const unsigned id = static_cast<unsigned>(i), row = block_extent.x, plane = row * block_extent.y;
+        thread.index = {id % row, id / row % block_extent.y, id / plane};
+        if (detects_races()) {
+            thread.clock.assign(count, 0);
+            thread.clock[i] = 1;
+        }
+    }
+    for (size_t i = 0; i < warps.size(); i++) {
+        const size_t lanes = count - i * kWarp;
+        warps[i].id = static_cast<int>(i);
+        warps[i].ready = lanes >= kWarp ? ~0u : (1u << lanes) - 1;
+        warps[i].meetings.clear();
+    }
+}
+
+void run_block() {
+    run_thread(host, choose());
+    if (!error.empty()) throw Error(error);
+    if (ended != threads.size()) throw Error(deadlock());
+    end_barriers();
+    end_mbarriers();
+}
+
+void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
+    const size_t count = size_t{block.x} * block.y * block.z;
+    if (count < 1 || count > kMaxThreads) throw Error("launch of " + std::to_string(count) + " threads a block");
+    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x >= 1u << 31 || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
+        throw Error("launch of a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+                    std::to_string(grid.z) + " blocks");
+    }
+    if (shared_bytes > kMaxSharedBytes) {
+        throw Error("launch with " + std::to_string(shared_bytes) + " bytes of shared memory");
+    }
+}
+
+}  // namespace
+
+Options& options() {
+    static Options value;
+    return value;
+}
+Counters& counters() {
+    static Counters value;
+    return value;
+}
+
+const uint3& thread_index() { return current->index; }
+const uint3& block_index() { return block_position; }
+const dim3& block_size() { return block_extent; }
+const dim3& grid_size() { return grid_extent; }
+int lane() { return current->lane; }
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+    static std::mutex one_launch;  // the state above is one machine's
+    const std::lock_guard lock(one_launch);
+    check_launch(grid, block, shared_bytes);
+    const size_t count = size_t{block.x} * block.y * block.z;
+    grid_extent = grid;
+    block_extent = block;
+    kernel = &body;
+    random_state = options().seed;
+    error.clear();
+    block_number = 0;
+    threads.assign(count, Thread{});
+    warps.assign((count + kWarp - 1) / kWarp, Warp{});
+    const SharedMemory memory(shared_bytes, warps.size());
+    begin_launch();
+    for (unsigned z = 0; z < grid.z; z++) {
+        for (unsigned y = 0; y < grid.y; y++) {
+            for (unsigned x = 0; x < grid.x; x++) {
+                begin_block(x, y, z);
+                run_block();
+            }
+        }
+    }
+}
+
+void fail(Site site, const char* format, ...) {
+    char text[600], who[120] = "";
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    Thread* const thread = current;
+    if (thread != nullptr) {
+        snprintf(who, sizeof who, "block (%u, %u, %u) thread %d (warp %d, lane %d): ", block_position.x,
+                 block_position.y, block_position.z, thread->id, thread->warp->id, thread->lane);
+    }
+    const std::string where = site.file != nullptr ? site.file + (":" + std::to_string(site.line)) : accessed_at();
+    error = where + ": " + who + text;
+    if (thread == nullptr) throw Error(error);
+    run_thread(*thread, nullptr);  // for good: the thread is abandoned, kernels have no destructors to run
+    abort();
+}
+
+void suspend(const char* what, Site site) {
+    Thread& self = *current;
+    self.waits_in = what;
+    self.site = site;
+    Thread* const next = choose();
+    if (next != &self) run_thread(self, next);
+}
+
+const void* host_stack_pointer() { return host.stack_pointer; }
+
+void poll(bool (*ready)(void*), void* argument, const char* what, Site site) {
+    current->ready = ready;
+    current->ready_argument = argument;
+    suspend(what, site);
+}
+
+void wake(Thread& thread) {
+    if (&thread != current) thread.warp->ready |= 1u << thread.lane;
+}
+
+}  // namespace mmk::emulator

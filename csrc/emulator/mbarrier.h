@@ -1,0 +1,16 @@
+// Bulk copies as an mbarrier sees them.
+#pragma once
+#include "block.h"
+
+namespace mmk::emulator {
+
+struct Piece {
+    char* shared;
+    char* global;  // null: outside the tensor; reads as zeros, is not written
+    size_t bytes;
+};
+
+// A copy into shared memory that lands when somebody waits for `barrier`, and brings it `bytes`.
+void bulk_copy_in(std::vector<Piece> pieces, int bytes, uint64_t* barrier, Site site);
+
+}  // namespace mmk::emulator

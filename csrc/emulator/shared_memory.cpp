@@ -1,0 +1,106 @@
+#include "shared_memory.h"
+
+#include <cstdlib>
+#include <map>
+#include <new>
+
+#include "block.h"
+#include "shadow.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define MMK_POISON(p, bytes) __asan_poison_memory_region(p, bytes)
+#define MMK_UNPOISON(p, bytes) __asan_unpoison_memory_region(p, bytes)
+#else
+#define MMK_POISON(p, bytes) (void)0
+#define MMK_UNPOISON(p, bytes) (void)0
+#endif
+
+namespace mmk::emulator {
+namespace {
+
+constexpr size_t kMargin = 64 << 10, kStaticBytes = 48 << 10, kGap = 256;
+constexpr size_t kAlignment = 1024;         // of the dynamic part; the repeat of the widest swizzle
+constexpr uint32_t kDynamicAddress = 1024;  // in the window: the first kilobyte is the system's, 0 stays invalid
+
+char* block;  // all of it
+size_t block_bytes;
+char *dynamic, *statics;
+size_t dynamic_bytes;
+size_t statics_used;
+size_t warp_count;
+std::map<const void*, char*> variables;  // where each static variable lies
+
+constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+SharedMemory::SharedMemory(size_t bytes, size_t warps) {
+    block_bytes = kMargin + round_up(bytes, kAlignment) + kMargin + kStaticBytes + kMargin;
+    block = static_cast<char*>(std::aligned_alloc(kAlignment, block_bytes));
+    if (block == nullptr) throw std::bad_alloc();
+    dynamic = block + kMargin;
+    dynamic_bytes = bytes;
+    statics = dynamic + round_up(bytes, kAlignment) + kMargin;
+    statics_used = 0;
+    warp_count = warps;
+    MMK_POISON(block, block_bytes);
+    MMK_UNPOISON(dynamic, dynamic_bytes);
+    watch_shared(dynamic, dynamic_bytes, warps);
+}
+
+SharedMemory::~SharedMemory() {
+    MMK_UNPOISON(block, block_bytes);
+    std::free(block);
+    block = dynamic = statics = nullptr;
+    variables.clear();
+    forget_shared();
+    current = nullptr;
+}
+
+void poison_shared() {
+    for (const Memory& memory : shared_memories()) memset(memory.begin, 0xFF, memory.bytes);
+}
+
+void* dynamic_shared() { return dynamic; }
+
+void* static_shared(const void* variable, size_t bytes) {
+    char*& place = variables[variable];
+    if (place == nullptr) {  // the first thread of the launch that comes by
+        if (statics_used + bytes > kStaticBytes) throw Error("more than 48 KiB of static shared memory");
+        place = statics + statics_used;
+        statics_used += round_up(bytes + kGap, kGap);
+        MMK_UNPOISON(place, bytes);
+        memset(place, 0xFF, bytes);
+        watch_shared(place, bytes, warp_count);
+    }
+    return place;
+}
+
+uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(static_cast<const char*>(p) - dynamic) + kDynamicAddress;
+}
+void* shared_pointer(uint32_t address) { return dynamic + (static_cast<int64_t>(address) - kDynamicAddress); }
+
+bool in_shared_margin(const void* p, size_t bytes) {
+    const char* begin = static_cast<const char*>(p);
+    return begin + bytes > block && begin < block + block_bytes;
+}
+long shared_offset(const void* p) { return static_cast<const char*>(p) - dynamic; }
+
+void check_shared(const void* p, size_t bytes, const char* what, Site site) {
+    const char* begin = static_cast<const char*>(p);
+    for (const Memory& memory : shared_memories()) {
+        if (begin >= memory.begin && begin + bytes <= memory.begin + memory.bytes) return;
+    }
+    fail(site, "%s: %zu bytes at offset %ld of %zu bytes of dynamic shared memory", what, bytes, shared_offset(p),
+         dynamic_bytes);
+}
+
+void check_aligned(const void* p, size_t alignment, const char* what, Site site) {
+    if (reinterpret_cast<uintptr_t>(p) % alignment != 0) {
+        fail(site, "%s: address misaligned, must be a multiple of %zu", what, alignment);
+    }
+}
+
+}  // namespace mmk::emulator
