@@ -1,0 +1,67 @@
+// Launching a kernel: <<<>>> under nvcc, the emulator under g++. Nothing is synchronised, nothing allocated.
+#pragma once
+#include <cstddef>
+#include <string>
+#include <type_traits>
+
+#include "device.h"
+
+namespace mmk::cuda {
+
+// What went wrong, in words for the user; nothing if it is empty. `if (Error error = launch(...)) return error;`
+class [[nodiscard]] Error {
+  public:
+    Error() = default;
+    explicit Error(std::string message) : message_(std::move(message)) {}
+    explicit operator bool() const { return !message_.empty(); }
+    const std::string& message() const { return message_; }
+
+  private:
+    std::string message_;
+};
+
+struct Launch {
+    const char* kernel;  // the name that errors give it
+    dim3 grid, block;
+    size_t shared_bytes;
+    cudaStream_t stream;
+};
+
+#ifdef __CUDACC__
+inline std::string describe(const Launch& at) {
+    const auto sizes = [](const dim3& d) {
+        return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
+    };
+    return std::string(at.kernel) + ": launch of " + sizes(at.grid) + " blocks of " + sizes(at.block) +
+           " threads with " + std::to_string(at.shared_bytes) + " bytes of dynamic shared memory";
+}
+
+inline Error error_of(cudaError_t status, const Launch& at) {
+    if (status == cudaSuccess) return {};
+    return Error(describe(at) + " failed: " + cudaGetErrorName(status) + " (" + cudaGetErrorString(status) + ")");
+}
+#endif
+
+// The arguments are converted to the kernel's parameters before anything is launched.
+template <class... Parameters>
+Error launch(const Launch& at, void (*kernel)(Parameters...), const std::common_type_t<Parameters>&... arguments) {
+#ifdef __CUDACC__
+    constexpr size_t kWithoutAsking = 48 << 10;  // more shared memory has to be asked for
+    if (at.shared_bytes > kWithoutAsking) {
+        const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                        static_cast<int>(at.shared_bytes));
+        if (Error error = error_of(status, at)) return error;
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = at.grid;
+    config.blockDim = at.block;
+    config.dynamicSmemBytes = at.shared_bytes;
+    config.stream = at.stream;
+    return error_of(cudaLaunchKernelEx(&config, kernel, arguments...), at);
+#else
+    emulator::launch(kernel, at.grid, at.block, at.shared_bytes, arguments...);
+    return {};
+#endif
+}
+
+}  // namespace mmk::cuda

@@ -1,0 +1,38 @@
+"""What the tests of the emulator share: its three builds, and programs in C++ that run kernels in them."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from emulator_build import BUILDS, HERE, compile_all, emulator_sources, link
+
+
+@pytest.fixture(scope="session", params=BUILDS)
+def build(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def emulator(build, tmp_path_factory) -> list[Path]:
+    """The objects of the emulator in this build."""
+    return compile_all(build, emulator_sources(), tmp_path_factory.mktemp(build))
+
+
+@pytest.fixture(scope="session")
+def run(build, emulator, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
+    """run([sources], *arguments): the program made of these files of tests/emulator, compiled once a build, and run."""
+    programs = {}
+
+    def call(sources: list[str], *arguments: str) -> subprocess.CompletedProcess:
+        if sources[0] not in programs:
+            folder = tmp_path_factory.mktemp(f"{build}-{Path(sources[0]).stem}")
+            objects = compile_all(build, [HERE / source for source in sources], folder)
+            programs[sources[0]] = link(build, emulator + objects, folder / "program")
+        return subprocess.run([programs[sources[0]], *arguments], capture_output=True, text=True, timeout=300)
+
+    return call

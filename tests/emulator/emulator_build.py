@@ -1,0 +1,50 @@
+"""Compiles CUDA sources for the host emulator, with g++ and nothing else, in one of its three builds."""
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+BUILDS = ("plain", "asan", "race")
+
+COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+COMMON += ["-Wno-psabi", "-Wno-unknown-pragmas"]  # of parameters as aligned as a CUtensorMap; #pragma unroll
+COMMON += ["-fno-omit-frame-pointer"]
+COMMON += ["-fno-threadsafe-statics"]  # the race build has no runtime that knows their guards
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+EMULATOR = {
+    "plain": ["-O2"],
+    "asan": ["-O1", "-fsanitize=address"],
+    "race": ["-O2", "-DMMK_EMULATOR_RACE"],
+}
+# Local variables that a kernel forgot to initialise hold a pattern, the same in every run.
+KERNEL = {
+    "plain": ["-O2", "-ftrivial-auto-var-init=pattern"],
+    "asan": ["-O1", "-ftrivial-auto-var-init=pattern", *SANITIZERS],
+    "race": ["-O1", "-ftrivial-auto-var-init=pattern", "-fsanitize=thread"],  # linked without its library
+}
+LINK = {"plain": [], "asan": SANITIZERS, "race": []}
+
+
+def compile_all(build: str, sources: list[Path], into: Path) -> list[Path]:
+    """The objects of `sources`: those of csrc/emulator get the emulator's flags, all others a kernel's."""
+    into.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        flags = EMULATOR[build] if source.parent == CSRC / "emulator" else KERNEL[build]
+        made = into / f"{source.name}.o"
+        subprocess.run(["g++", "-x", "c++", *COMMON, *flags, "-c", source, "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def emulator_sources() -> list[Path]:
+    return sorted((CSRC / "emulator").glob("*.cpp"))
+
+
+def link(build: str, objects: list[Path], program: Path, *flags: str) -> Path:
+    subprocess.run(["g++", *LINK[build], *flags, *objects, "-ldl", "-o", program], check=True)
+    return program
