@@ -10,7 +10,7 @@
 #include "matmul.h"
 #include "segments.h"
 
-namespace mmk::MMK_ISA {
+namespace mmk::MMK_ISA::attention_backward {
 
 // A query of one of the heads that share a key head. Padding up to a whole tile has query -1.
 struct Row {
@@ -121,4 +121,4 @@ class Plan {
     std::vector<uint8_t> seen_;
 };
 
-}  // namespace mmk::MMK_ISA
+}  // namespace mmk::MMK_ISA::attention_backward

@@ -364,7 +364,7 @@ class Forward {
     void weigh(const float* scores, int count, const Vec* reference, float* sum_at, uint32_t* weights) const {
         const Vec base = splat(logits_.base());
         Vec sum[kVectors];
-        for (int v = 0; v < kVectors; v++) sum[v] = load(sum_at + v * kLanes);
+        std::fill_n(sum, kVectors, Vec{});  // a chain over all keys would lose more digits
         for (int i = 0; i < count; i += kPack) {
             MMK_UNROLL for (int v = 0; v < kVectors; v++) {
                 Vec weight[kPack];
@@ -381,7 +381,7 @@ class Forward {
                 }
             }
         }
-        for (int v = 0; v < kVectors; v++) store(sum_at + v * kLanes, sum[v]);
+        for (int v = 0; v < kVectors; v++) store(sum_at + v * kLanes, load(sum_at + v * kLanes) + sum[v]);
     }
 
     // ---- the result
@@ -393,7 +393,7 @@ class Forward {
             const int64_t first = block.first_lane + v * kLanes;
             const int count = static_cast<int>(std::min<int64_t>(kLanes, block.lanes - v * kLanes));
             float lse[kLanes];
-            store(lse, (load(state.highest + v * kLanes) + log2(sum)) * splat(kLn2));
+            store(lse, load(state.highest + v * kLanes) * splat(kLn2) + log2(sum) * splat(kLn2));
             for (int i = 0; i < count; i++) *lse_at(first + i, b, head) = lse[i];
             for (int64_t d = 0; d < call_.v.dim; d += kLanes) {
                 UVec rows[kLanes];

@@ -4,7 +4,7 @@
 //     P_ij = exp(S_ij - lse_i)          delta_i = sum_d dO_id O_id          dS = P (dO V^T - delta) [(1 - tanh^2)]
 //     dV = P^T dO                       dQ = scale dS K                     dK = scale dS^T Q
 //
-// Five products, of 2 D operations a visible pair each. P and dS exist a tile at a time (attention_backward_tiles.h).
+// Five products, of 2 D operations a visible pair each. P and dS exist a tile at a time (attention_backward_keys.h).
 //
 // KEY BLOCKS OUTSIDE, QUERIES INSIDE. A task is a key head of a group of queries (attention_backward_plan.h). It packs
 // the group's rows of Q and dO once, in float32 or pairs of bfloat16, and takes block after block of 96 keys past them.
@@ -21,13 +21,19 @@
 // rows of the largest task a thread, and dQ once a chunk; all linear in the number of tokens.
 #include <deque>
 
-#include "attention_backward_tiles.h"
+#include "attention_backward_keys.h"
 
 namespace mmk::MMK_ISA {
+namespace attention_backward {
 namespace {
 
 constexpr int64_t kChunkKeys = 1024;  // smaller chunks pack rows too often: 512 cost 4 %
 constexpr int64_t kEnoughTasks = 64;
+
+// The longest chain of additions in a score. It is shorter where a product is rounded before it is added, and where
+// rows are few: then their errors do not average out (a decoded token's d_v is off by those of one row), and time goes
+// into packing keys. Plain PyTorch takes such products in shorter chains, too.
+constexpr int64_t kLongestChain = kLanes == 4 ? 24 : 128, kShortChain = 16, kFewRows = 32;
 
 // One head of one row of the batch.
 template <class T>
@@ -161,6 +167,7 @@ class Backward {
         const int64_t count = task.last_row - task.first_row;
         QueryRows<Operand> mine = rows;
         if (task.part >= 0) mine.d_q = parts + task.part;
+        mine.longest_chain = count <= kFewRows ? kShortChain : kLongestChain;
         pack(task, mine);
         std::fill_n(mine.d_q, count * d_q_stride_, 0.0f);
         const Head<const T> k(call_.k, task.batch, task.head), v(call_.v, task.batch, task.head);
@@ -188,13 +195,15 @@ class Backward {
         for (int64_t r = 0; r < count; r++) {
             const Row row = task.plan->rows[task.first_row + r];
             const T *q = nullptr, *d_out = nullptr;
-            rows.lse[r] = rows.delta[r] = 0;
+            rows.lse[r] = TwoFloats(0);
+            rows.delta[r] = 0;
             if (task.plan->sees_anything(task.first_row + r)) {
                 const int64_t head = task.head * heads_ + row.head;
                 q = Head<const T>(call_.q, task.batch, head).token(row.query);
                 d_out = Head<const T>(call_.d_out, task.batch, head).token(row.query);
                 const T* out = Head<const T>(call_.out, task.batch, head).token(row.query);
-                rows.lse[r] = call_.lse[(task.batch * call_.q.heads + head) * call_.q.tokens + row.query] * kLog2e;
+                const float lse = call_.lse[(task.batch * call_.q.heads + head) * call_.q.tokens + row.query];
+                rows.lse[r] = TwoFloats(lse * kLog2e);
                 rows.delta[r] = dot(d_out, out, call_.v.dim);
             }
             rows.q.put(r, q);
@@ -260,8 +269,10 @@ class Backward {
 };
 
 }  // namespace
+}  // namespace attention_backward
 
 void span_attention_backward(const SpanAttentionBackward& call) {
+    using attention_backward::Backward;
     switch (call.q.dtype) {
         case DType::kFloat32:
             return Backward<float>(call).run();

@@ -175,7 +175,8 @@ ATTENTION: list[AttentionCase] = [
         replace(_SMALL, name=f"small, D {dim}", layout=causal((13, 4)), heads=(1, 1), dims=(dim, dim))
         for dim in (72, 88, 128)
     ),
-    *(AttentionCase(f"D {dim}", blocks([19, 6], [30, 41]), dims=(dim, dim)) for dim in (1, 5, 20, 77)),
+    *(AttentionCase(f"D {dim}", blocks([19, 6], [30, 41]), dims=(dim, dim), plain_draws=20) for dim in (1, 5)),
+    *(AttentionCase(f"D {dim}", blocks([19, 6], [30, 41]), dims=(dim, dim)) for dim in (20, 77)),
     AttentionCase("no queries", full(0, 20)),
     replace(_SMALL, name="small, no keys", layout=full(7, 0)),
     AttentionCase("no spans", scattered(40, 30, empty=1.0), heads=(4, 2)),

@@ -10,219 +10,19 @@
 // is.
 #pragma once
 #include "attention_backward_plan.h"
+#include "attention_backward_weights.h"
 
-namespace mmk::MMK_ISA {
+namespace mmk::MMK_ISA::attention_backward {
 
-constexpr int kBlockRows = 96, kBlockKeys = 96;
 constexpr int kBlockPanels = kBlockKeys / kTileColumns;
-static_assert(kBlockRows % kTileRows == 0 && kBlockKeys % kTileColumns == 0);
-
-// A chain of float32 additions loses digits as it grows; a score of more units is the sum of several. Shorter where a
-// product is rounded before it is added.
-constexpr int64_t kLongestChain = kLanes == 4 ? 24 : 128;
-
-constexpr float kLog2e = 1.44269504f;
-
-// ---- memory
-
-// Deals out parts of one piece of memory, each on a cache line. From nothing it only counts.
-class Carver {
-  public:
-    explicit Carver(uint32_t* memory) : memory_(memory) {}
-    template <class T = float>
-    T* take(int64_t count) {
-        uint32_t* part = memory_ == nullptr ? nullptr : memory_ + used_;
-        used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64) / 4;
-        return reinterpret_cast<T*>(part);
-    }
-    int64_t used() const { return used_; }
-
-  private:
-    uint32_t* memory_;
-    int64_t used_ = 0;
-};
-
-template <class T>
-static MMK_INLINE void store_up_to(T* p, Vec v, int64_t count) {
-    if (count >= kLanes) {
-        store(p, v);
-    } else {
-        store_first(p, v, static_cast<int>(count));
-    }
-}
-
-// Pairs of elements of two rows, the lower half from the first.
-static MMK_INLINE UVec pair(HalfLanes low, HalfLanes high) {
-    return __builtin_convertvector(low, UVec) | __builtin_convertvector(high, UVec) << 16;
-}
-
-// Rows of a tensor as units along the columns, and as units along the rows: in float32 the same memory, while pairs
-// have a second one. Zero past the last column.
-template <class Operand>
-class PackedRows {
-  public:
-    using Element = ElementOf<Operand>;
-
-    PackedRows(int64_t rows, int64_t columns, Carver& memory)
-        : stride(row_units(ceil_div(round_up(columns, kLanes), Operand::kPack))),
-          across_stride(Operand::kPack == 1 ? stride : row_units(columns)),
-          columns_(columns),
-          along_(memory.take<uint32_t>(rows * stride)),
-          across_(Operand::kPack == 1 ? along_ : memory.take<uint32_t>(rows / Operand::kPack * across_stride)) {}
-
-    // Row r; nullptr: zeros.
-    template <class T>
-    MMK_INLINE void put(int64_t r, const T* from) {
-        Element* to = element(r, 0);
-        int64_t d = 0;
-        for (; from != nullptr && d + kLanes <= columns_; d += kLanes) copy(from + d, to + d);
-        if (d >= columns_) return;
-        T last[kLanes] = {};
-        if (from != nullptr) memcpy(last, from + d, (columns_ - d) * sizeof(T));
-        copy(last, to + d);
-        for (d += kLanes; d < columns_; d += kLanes) memset(to + d, 0, kLanes * sizeof(Element));
-    }
-    // Rows [first, last) are put; first and last are even.
-    void finish(int64_t first, int64_t last) {
-        if constexpr (Operand::kPack == 2) {
-            for (int64_t r = first; r < last; r += 2) {
-                for (int64_t d = 0; d < columns_; d += kLanes) {
-                    HalfLanes low, high;
-                    memcpy(&low, element(r, d), sizeof low);
-                    memcpy(&high, element(r + 1, d), sizeof high);
-                    store_bits(across_ + r / 2 * across_stride + d, pair(low, high));
-                }
-            }
-        }
-    }
-
-    const uint32_t* along(int64_t r) const { return along_ + r * stride; }
-    const uint32_t* across(int64_t r, int64_t column) const {
-        return across_ + r / Operand::kPack * across_stride + column;
-    }
-    int64_t units() const { return ceil_div(columns_, Operand::kPack); }  // of a row
-
-    const int64_t stride, across_stride;
-
-  private:
-    Element* element(int64_t r, int64_t d) const { return reinterpret_cast<Element*>(along_ + r * stride) + d; }
-    template <class T>
-    static MMK_INLINE void copy(const T* from, Element* to) {
-        if constexpr (std::is_same_v<T, Element>) {
-            memcpy(to, from, kLanes * sizeof(T));
-        } else {
-            store(to, load(from));
-        }
-    }
-
-    int64_t columns_;
-    uint32_t *along_, *across_;
-};
-
-// ---- the query rows of a task
-
-template <class Operand>
-struct QueryRows {
-    QueryRows(int64_t rows, int64_t dim, int64_t value_dim, Carver& memory)
-        : q(rows, dim, memory),
-          d_out(rows, value_dim, memory),
-          lse(memory.take(rows)),
-          delta(memory.take(rows)),
-          d_q_stride(round_up(dim, kLanes)),
-          d_q(memory.take(rows * d_q_stride)) {}
-
-    PackedRows<Operand> q, d_out;
-    float *lse, *delta;  // lse in base 2
-    int64_t d_q_stride;
-    float* d_q;  // float32, not scaled yet
-};
-
-// ---- P and dS of a row block
-
-#if defined(__AVX512BF16__)
-// Two rows rounded to bfloat16, one after the other, and their pairs.
-struct Narrowed {
-    explicit Narrowed(Vec first, Vec second) : rows((__m512i)_mm512_cvtne2ps_pbh(second, first)) {}
-    UVec pairs() const {
-        typedef uint16_t Halves __attribute__((vector_size(64)));
-        const Halves zip = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        return (UVec)_mm512_permutexvar_epi16((__m512i)zip, rows);
-    }
-    __m512i rows;
-};
-#endif
-
-struct Lanes {  // a vector operand: unit u at at + u * stride
-    const uint32_t* at;
-    int64_t stride;
-};
-
-// P of one panel of keys, and dS of the whole key block, each the vector operand of a product that sums over query
-// rows; dS is the broadcast operand of dQ besides, which sums over keys. In float32 one memory serves everything; pairs
-// lie along the rows in the first place, along the keys in the second.
-template <class Operand>
-class Weights {
-  public:
-    explicit Weights(Carver& memory)
-        : p_(memory.take((kPairs ? kTileRows : kBlockRows) * kTileColumns)),
-          d_scores_(memory.take<uint32_t>(kBlockRows * kScoreRow)),
-          p_pairs_(memory.take<uint32_t>(kPairs ? kBlockRows / 2 * kTileColumns : 0)),
-          d_scores_pairs_(memory.take<uint32_t>(kPairs ? kBlockRows / 2 * kTileColumns : 0)) {}
-
-    // P as floats, of the tile at work.
-    float* p_row(int64_t row) const { return p_ + (kPairs ? row % kTileRows : row) * kTileColumns; }
-
-    // kPack rows from `row` on; `lane` counts in the panel, `key` in the block.
-    MMK_INLINE void put_p(int64_t row, int64_t lane, const Vec (&p)[Operand::kPack]) const {
-#if defined(__AVX512BF16__)
-        if constexpr (kPairs) store_bits(p_pairs_ + row / 2 * kTileColumns + lane, Narrowed(p[0], p[1]).pairs());
-#endif
-        if constexpr (!kPairs) store(p_row(row) + lane, p[0]);
-    }
-    MMK_INLINE void put_d_scores(int64_t row, [[maybe_unused]] int64_t lane, int64_t key,
-                                 const Vec (&d)[Operand::kPack]) const {
-#if defined(__AVX512BF16__)
-        if constexpr (kPairs) {
-            const Narrowed two(d[0], d[1]);
-            store_bits(d_scores_pairs_ + row / 2 * kTileColumns + lane, two.pairs());
-            uint32_t* by_key = d_scores_ + row * kScoreRow + key / 2;
-            memcpy(by_key, &two.rows, 32);
-            memcpy(by_key + kScoreRow, reinterpret_cast<const char*>(&two.rows) + 32, 32);
-        }
-#endif
-        if constexpr (!kPairs) store_bits(d_scores_ + row * kScoreRow + key, as_bits(d[0]));
-    }
-
-    Lanes p(int64_t row, int64_t lane) const {
-        if constexpr (kPairs) return {p_pairs_ + row / 2 * kTileColumns + lane, kTileColumns};
-        return {reinterpret_cast<const uint32_t*>(p_row(row) + lane), kTileColumns};
-    }
-    Lanes d_scores(int64_t row, int64_t lane, int64_t key) const {
-        if constexpr (kPairs) return {d_scores_pairs_ + row / 2 * kTileColumns + lane, kTileColumns};
-        return {d_scores_ + row * kScoreRow + key, kScoreRow};
-    }
-    Broadcast d_scores_by_key(int64_t row, int64_t unit) const {
-        return {d_scores_ + row * kScoreRow + unit, kScoreRow, 1};
-    }
-
-  private:
-    static constexpr bool kPairs = Operand::kPack == 2;
-    static constexpr int64_t kScoreRow = kPairs ? kBlockKeys / 2 : kBlockKeys + 16;  // an odd number of cache lines
-
-    float* p_;
-    uint32_t *d_scores_, *p_pairs_, *d_scores_pairs_;
-};
-
-// ---- the key block
 
 // Scores become probabilities: exp2(score * scale - lse), with a cap exp2(tanh(score * scale) * cap - lse).
 struct Softmax {
-    float scale, cap;  // cap 0: none
+    TwoFloats scale;
+    float cap;  // 0: none
 
     Softmax(double scale_, double softcap)
-        : scale(static_cast<float>(softcap == 0 ? scale_ * static_cast<double>(kLog2e) : scale_ / softcap)),
-          cap(static_cast<float>(softcap) * kLog2e) {}
+        : scale(softcap == 0 ? scale_ * kLog2e : scale_ / softcap), cap(static_cast<float>(softcap * kLog2e)) {}
 };
 
 struct VectorRange {  // of a panel
@@ -347,25 +147,26 @@ class KeyBlock {
         float d_cap[kTileRows][kTileColumns];  // derivative of the cap
         Vec last[kVectors][kPack];
         const auto to_p = [&](int i, int v, Vec score) MMK_INLINE_LAMBDA {
-            const Vec lse = splat(rows.lse[row + i]);
+            const TwoFloats lse = rows.lse[row + i];
             Vec x;
             if constexpr (kPlain) {
-                x = exponential(score * splat(softmax_.scale) - lse);
+                x = exponential(score, softmax_.scale, lse);
             } else {
-                x = score * splat(softmax_.scale);
+                Vec logit = score;
+                TwoFloats scale = softmax_.scale;
                 if (softmax_.cap != 0) {
-                    x = tanh(x);
-                    store(d_cap[i] + v * kLanes, splat(1.0f) - x * x);
-                    x *= splat(softmax_.cap);
+                    logit = tanh(score * splat(scale.first));
+                    store(d_cap[i] + v * kLanes, splat(1.0f) - logit * logit);
+                    scale = TwoFloats(softmax_.cap);
                 }
                 const IVec keys = lane_index() + static_cast<int32_t>(first_ + key + v * kLanes);
-                x = select(sees(spans + i * runs, runs, keys), exponential(x - lse), Vec{});
+                x = select(sees(spans + i * runs, runs, keys), exponential(logit, scale, lse), Vec{});
             }
             store(weights_.p_row(r + i) + lane + v * kLanes, x);
             last[v][i % kPack] = x;
             if (i % kPack == kPack - 1) weights_.put_p(r + i - kPack + 1, lane + v * kLanes, last[v]);
         };
-        multiply_rows<kVectors>(rows.q, row, {k_lanes(p) + lane, width}, to_p);
+        multiply_rows<kVectors>(rows.q, row, {k_lanes(p) + lane, width}, rows.longest_chain, to_p);
         const auto to_d_scores = [&](int i, int v, Vec d_p) MMK_INLINE_LAMBDA {
             const Vec weight = load(weights_.p_row(r + i) + lane + v * kLanes);
             Vec x = weight * (d_p - splat(rows.delta[row + i]));
@@ -378,14 +179,16 @@ class KeyBlock {
                 weights_.put_d_scores(r + i - kPack + 1, lane + v * kLanes, key + v * kLanes, last[v]);
             }
         };
-        multiply_rows<kVectors>(rows.d_out, row, {v_lanes(p) + lane, width}, to_d_scores);
+        multiply_rows<kVectors>(rows.d_out, row, {v_lanes(p) + lane, width}, rows.longest_chain, to_d_scores);
     }
 
-    // finish(row, vector, product of a row of the tile with the lanes of keys).
+    // finish(row, vector, product of a row of the tile with the lanes of keys). A chain of float32 additions loses
+    // digits as it grows; one longer than longest_chain is cut.
     template <int kVectors, class Finish>
-    static MMK_INLINE void multiply_rows(const PackedRows<Operand>& rows, int64_t row, Lanes keys, Finish&& finish) {
+    static MMK_INLINE void multiply_rows(const PackedRows<Operand>& rows, int64_t row, Lanes keys,
+                                         int64_t longest_chain, Finish&& finish) {
         const uint32_t* a = rows.along(row);
-        const int64_t units = rows.units(), chains = ceil_div(units, kLongestChain);
+        const int64_t units = rows.units(), chains = ceil_div(units, longest_chain);
         const auto zero = [](int, int) { return Vec{}; };
         float before[kTileRows][kTileColumns];
         int64_t first = 0;
@@ -406,7 +209,13 @@ class KeyBlock {
                                                    keys.stride, units - first, zero, total);
     }
 
-    static MMK_INLINE Vec exponential(Vec x) { return Operand::kPack == 2 ? exp2_coarse(x) : exp2(x); }
+    // 2^(logit * scale - lse). The largest weights of a row have large logits and a power near zero: what a float
+    // leaves of scale and lse counts there. Not for weights that are rounded to bfloat16.
+    static MMK_INLINE Vec exponential(Vec logit, TwoFloats scale, TwoFloats lse) {
+        const Vec power = logit * splat(scale.first) - splat(lse.first);
+        if constexpr (Operand::kPack == 2) return exp2_coarse(power);
+        return exp2(power + (logit * splat(scale.rest) - splat(lse.rest)));
+    }
 
     static MMK_INLINE IVec sees(const Span* spans, int64_t runs, IVec keys) {
         IVec seen{};
@@ -534,4 +343,4 @@ class KeyBlock {
     Panels panels_{0};
 };
 
-}  // namespace mmk::MMK_ISA
+}  // namespace mmk::MMK_ISA::attention_backward

@@ -1,0 +1,129 @@
+// Rows of tensors as the backward of span attention packs them, and where they lie.
+#pragma once
+#include <type_traits>
+
+#include "matmul.h"
+
+namespace mmk::MMK_ISA::attention_backward {
+
+// Deals out parts of one piece of memory, each on a cache line. From nothing it only counts.
+class Carver {
+  public:
+    explicit Carver(uint32_t* memory) : memory_(memory) {}
+    template <class T = float>
+    T* take(int64_t count) {
+        uint32_t* part = memory_ == nullptr ? nullptr : memory_ + used_;
+        used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64) / 4;
+        return reinterpret_cast<T*>(part);
+    }
+    int64_t used() const { return used_; }
+
+  private:
+    uint32_t* memory_;
+    int64_t used_ = 0;
+};
+
+template <class T>
+static MMK_INLINE void store_up_to(T* p, Vec v, int64_t count) {
+    if (count >= kLanes) {
+        store(p, v);
+    } else {
+        store_first(p, v, static_cast<int>(count));
+    }
+}
+
+// Pairs of elements of two rows, the lower half from the first.
+static MMK_INLINE UVec pair(HalfLanes low, HalfLanes high) {
+    return __builtin_convertvector(low, UVec) | __builtin_convertvector(high, UVec) << 16;
+}
+
+// Rows of a tensor as units along the columns, and as units along the rows: in float32 the same memory, while pairs
+// have a second one. Zero past the last column.
+template <class Operand>
+class PackedRows {
+  public:
+    using Element = ElementOf<Operand>;
+
+    PackedRows(int64_t rows, int64_t columns, Carver& memory)
+        : stride(row_units(ceil_div(round_up(columns, kLanes), Operand::kPack))),
+          across_stride(Operand::kPack == 1 ? stride : row_units(columns)),
+          columns_(columns),
+          along_(memory.take<uint32_t>(rows * stride)),
+          across_(Operand::kPack == 1 ? along_ : memory.take<uint32_t>(rows / Operand::kPack * across_stride)) {}
+
+    // Row r; nullptr: zeros.
+    template <class T>
+    MMK_INLINE void put(int64_t r, const T* from) {
+        Element* to = element(r, 0);
+        int64_t d = 0;
+        for (; from != nullptr && d + kLanes <= columns_; d += kLanes) copy(from + d, to + d);
+        if (d >= columns_) return;
+        T last[kLanes] = {};
+        if (from != nullptr) memcpy(last, from + d, (columns_ - d) * sizeof(T));
+        copy(last, to + d);
+        for (d += kLanes; d < columns_; d += kLanes) memset(to + d, 0, kLanes * sizeof(Element));
+    }
+    // Rows [first, last) are put; first and last are even.
+    void finish(int64_t first, int64_t last) {
+        if constexpr (Operand::kPack == 2) {
+            for (int64_t r = first; r < last; r += 2) {
+                for (int64_t d = 0; d < columns_; d += kLanes) {
+                    HalfLanes low, high;
+                    memcpy(&low, element(r, d), sizeof low);
+                    memcpy(&high, element(r + 1, d), sizeof high);
+                    store_bits(across_ + r / 2 * across_stride + d, pair(low, high));
+                }
+            }
+        }
+    }
+
+    const uint32_t* along(int64_t r) const { return along_ + r * stride; }
+    const uint32_t* across(int64_t r, int64_t column) const {
+        return across_ + r / Operand::kPack * across_stride + column;
+    }
+    int64_t units() const { return ceil_div(columns_, Operand::kPack); }  // of a row
+
+    const int64_t stride, across_stride;
+
+  private:
+    Element* element(int64_t r, int64_t d) const { return reinterpret_cast<Element*>(along_ + r * stride) + d; }
+    template <class T>
+    static MMK_INLINE void copy(const T* from, Element* to) {
+        if constexpr (std::is_same_v<T, Element>) {
+            memcpy(to, from, kLanes * sizeof(T));
+        } else {
+            store(to, load(from));
+        }
+    }
+
+    int64_t columns_;
+    uint32_t *along_, *across_;
+};
+
+constexpr double kLog2e = 1.4426950408889634;
+
+// A number as a float and what that leaves of it.
+struct TwoFloats {
+    explicit TwoFloats(double x) : first(static_cast<float>(x)), rest(static_cast<float>(x - first)) {}
+    float first, rest;
+};
+
+template <class Operand>
+struct QueryRows {
+    QueryRows(int64_t rows, int64_t dim, int64_t value_dim, Carver& memory)
+        : q(rows, dim, memory),
+          d_out(rows, value_dim, memory),
+          lse(memory.take<TwoFloats>(rows)),
+          delta(memory.take(rows)),
+          d_q_stride(round_up(dim, kLanes)),
+          d_q(memory.take(rows * d_q_stride)) {}
+
+    PackedRows<Operand> q, d_out;
+    TwoFloats* lse;  // in base 2
+    float* delta;
+    int64_t d_q_stride;
+    float* d_q;             // float32, not scaled yet
+    int64_t longest_chain;  // of additions that make a score
+};
+
+}  // namespace mmk::MMK_ISA::attention_backward
