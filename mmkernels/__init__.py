@@ -5,6 +5,7 @@ import torch  # noqa: F401  (first: the compiled core shares torch's OpenMP runt
 from . import nn
 from ._version import __version__
 from .backends import BackendUnavailable, explain, use_backend
+from .integrations import accelerate, restore
 from .ops.contrastive import clip_loss, siglip_loss
 from .ops.patch_embed import patch_embed
 from .ops.span_attention import span_attention
@@ -14,10 +15,12 @@ __all__ = [
     "BackendUnavailable",
     "RowSpans",
     "__version__",
+    "accelerate",
     "clip_loss",
     "explain",
     "nn",
     "patch_embed",
+    "restore",
     "siglip_loss",
     "span_attention",
     "use_backend",

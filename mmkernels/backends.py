@@ -35,6 +35,8 @@ AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 OLDEST_TRITON = (3, 4)  # before it, a kernel cannot index a tuple of tiles
 INSTALL = "pip install --force-reinstall --no-deps mmkernels"
 
+MODULE_ATTRIBUTE = "_mmkernels_backend"
+
 _override: str | None = None
 
 
@@ -91,6 +93,11 @@ def use_backend(backend: str) -> Iterator[None]:
         _override = previous
 
 
+def of_module(module: torch.nn.Module) -> str | None:
+    """The backend that `accelerate(model, backend=...)` gave this module of the model; None: the fastest."""
+    return getattr(module, MODULE_ATTRIBUTE, None)
+
+
 def explain(op, *args, **kwargs) -> Explanation:
     """Say what each backend makes of the call `op(*args, **kwargs)`, without running it.
 
@@ -128,6 +135,15 @@ def select(op: str, requested: str, *tensors: torch.Tensor) -> ModuleType:
         if _reason(op, name, *tensors) is None:
             return _load(op, name)
     raise AssertionError("the reference serves every call")
+
+
+def has_kernel(op: str, *tensors: torch.Tensor) -> bool:
+    """Whether a call on these tensors is served by more than the plain PyTorch reference, or by what the user asked
+    for; else code that has one of its own had better run that."""
+    if requested(None) != "auto" or os.environ.get("MMKERNELS_BACKEND"):
+        return True
+    order = AUTO_ORDER.get(tensors[0].device.type, ())
+    return any(name != "reference" and _reason(op, name, *tensors) is None for name in order)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..ops.patch_embed import patch_embed
 
 
@@ -134,7 +135,7 @@ class _PatchConv:
         sizes = self.kernel_size
         batched = images if images.dim() == 2 + len(sizes) else images.unsqueeze(0)
         grid = [length // size for length, size in zip(batched.shape[2:], sizes, strict=True)]
-        tokens = patch_embed(batched, self.weight, self.bias)  # (B, N, E)
+        tokens = patch_embed(batched, self.weight, self.bias, backend=backends.of_module(self))  # (B, N, E)
         maps = tokens.transpose(1, 2).unflatten(2, grid)
         return maps if batched is images else maps.squeeze(0)
 

@@ -1,0 +1,231 @@
+"""The masks of transformers as row spans, without the mask.
+
+A model says which keys its queries see by a function of indices, put together from a few of `masking_utils` (causal,
+bidirectional, sliding, chunked, blockwise, packed; and, or), and a 2-D mask of padding. Each of them gives a query runs
+of keys, so that their unions and intersections are runs as well (runs.py): O(B Q) numbers, in place of B Q K. The
+functions are closures, known by their module and name, their data read from their cells.
+
+A function of other origin gives the dense mask that sdpa would be given; `attention.py` finds the runs in that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from ... import _layouts
+from .codes import encode
+from .runs import FAR, Runs, compact
+
+COMPILED_RUNS = 2  # of padding, under torch.compile: left, right, both, or prompts padded before what they generate
+
+
+class NotRecognised(Exception):
+    """A mask function that is not made of those of masking_utils."""
+
+
+def span_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> Tensor | None:
+    """For AttentionMaskInterface, with the arguments of its functions: a code of spans (codes.py); None where every
+    query sees every key; bool (B, 1, Q, K), stride 0 along Q, where all queries see the same keys, not padding."""
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
+    if mask_function is masking_utils.bidirectional_mask_function:
+        if padding is not None:
+            return padding[:, None, None].expand(batch_size, 1, q_length, kv_length)
+        if allow_is_bidirectional_skip:
+            return None
+    q = torch.arange(q_length, device=device)[None] + q_offset
+    try:
+        runs = evaluate(mask_function, q)
+    except NotRecognised:
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **kwargs | {"allow_is_causal_skip": False},
+        )
+    tracing = torch.compiler.is_compiling()
+    if padding is not None:
+        runs = runs & _key_runs(padding, COMPILED_RUNS if tracing else None).shift(kv_offset)
+    lo, hi = runs.lo - kv_offset, runs.hi - kv_offset
+    if len(lo) > 1:
+        lo, hi = compact(lo.clamp(0, kv_length), hi.clamp(0, kv_length), len(lo))
+        if not tracing:
+            used = max(1, int((lo < hi).flatten(1).any(1).sum()))
+            lo, hi = lo[:used], hi[:used]
+    return encode(lo, hi, batch_size, q_length, kv_length)
+
+
+def evaluate(function: Callable, q: Tensor) -> Runs:
+    """The keys that `function` allows to queries at the absolute positions q, (B or 1, Q)."""
+    # By identity first: torch.compile cannot read the cells of a closure, and follows this.
+    if function is masking_utils.causal_mask_function:
+        return Runs(torch.zeros_like(q[None]), q[None] + 1, True)
+    if function is masking_utils.bidirectional_mask_function:
+        return Runs(torch.zeros_like(q[None]), torch.full_like(q[None], FAR), True)
+    if torch.compiler.is_compiling() or getattr(function, "__module__", None) != masking_utils.__name__:
+        raise NotRecognised(function)
+    rule = _RULES.get(_name(function))
+    if rule is None:
+        raise NotRecognised(function)
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    return rule(q, **dict(zip(function.__code__.co_freevars, cells, strict=True)))
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__qualname__", "").split(".")[0]
+
+
+def _and(q: Tensor, mask_functions: tuple[Callable, ...]) -> Runs:
+    names = [_name(function) for function in mask_functions]
+    found = None
+    for name, function in zip(names, mask_functions, strict=True):
+        if name == "remap_positions_for_packed_sequence":
+            # Positions rise by one inside a packed sequence, so there k = p(k) + (q - p(q)); other sequences are
+            # excluded by the function beside it, without which this does not hold.
+            if "packed_sequence_mask_function" not in names:
+                raise NotRecognised(function)
+            runs = _remapped(q, function)
+        else:
+            runs = evaluate(function, q)
+        found = runs if found is None else found & runs
+    return found
+
+
+def _remapped(q: Tensor, function: Callable) -> Runs:
+    cells = dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
+    positions = cells["position_ids"].to(q.device)
+    positions = positions.gather(1, q.expand(len(positions), -1))
+    runs = evaluate(cells["mask_function"], positions)
+    return runs.shift((q - positions)[None], own=runs.own)
+
+
+def _or(q: Tensor, mask_functions: tuple[Callable, ...]) -> Runs:
+    found = evaluate(mask_functions[0], q)
+    for function in mask_functions[1:]:
+        found = found | evaluate(function, q)
+    return found
+
+
+def _sliding(q: Tensor, sliding_window: int) -> Runs:
+    return Runs((q[None] - sliding_window + 1).clamp(min=0), torch.full_like(q[None], FAR), True)
+
+
+def _sliding_both_ways(q: Tensor, sliding_window: int) -> Runs:
+    return Runs((q[None] - sliding_window).clamp(min=0), q[None] + sliding_window + 1, True)
+
+
+def _chunked(q: Tensor, chunk_size: int, left_padding: Tensor) -> Runs:
+    padding = left_padding.to(q.device)[:, None]
+    lo = torch.div(q - padding, chunk_size, rounding_mode="floor") * chunk_size + padding
+    return Runs(lo.clamp(min=0)[None], (lo + chunk_size)[None], True)
+
+
+def _offset(q: Tensor, mask_function: Callable, q_offset: int | Tensor, kv_offset: int) -> Runs:
+    return evaluate(mask_function, q + q_offset).shift(-kv_offset)
+
+
+def _key_runs(mask: Tensor, runs: int | None) -> Runs:
+    """(B, K) bool, True where a key is seen: the same for every query. `runs`: room for so many, which is asserted on
+    the device; None: as many as there are."""
+    mask = mask[:, None]
+    counts = _layouts.run_starts(mask).sum(-1)
+    if runs is None:
+        runs = max(1, int(counts.max())) if counts.numel() else 1
+    else:
+        message = f"the padding mask has a row with more than {runs} runs of tokens, the most under torch.compile"
+        torch._assert_async((counts <= runs).all(), message)
+    return Runs(*(x.transpose(0, 1).long() for x in _layouts.runs_of(mask, runs)))
+
+
+def _blocks(q: Tensor, block_sequence_ids: Tensor) -> Runs:
+    return _same_id(block_sequence_ids.to(q.device), q, least=0)
+
+
+def _packed(q: Tensor, packed_sequence_mask: Tensor) -> Runs:
+    return _same_id(packed_sequence_mask.to(q.device), q, least=None)
+
+
+_RULES = {
+    "and_masks": _and,
+    "or_masks": _or,
+    "sliding_window_overlay": _sliding,
+    "sliding_window_bidirectional_overlay": _sliding_both_ways,
+    "chunked_overlay": _chunked,
+    "blockwise_overlay": _blocks,
+    "packed_sequence_mask_function": _packed,
+    "padding_mask_function": lambda q, padding_mask: _key_runs(padding_mask.bool(), None),
+    "add_offsets_to_mask_function": _offset,
+}
+
+
+# ---- keys of the query's own id
+
+
+def _same_id(ids: Tensor, q: Tensor, least: int | None) -> Runs:
+    """ids: (B, K). Keys with the id of the query, if that is at least `least`. Waits for the device, once a mask."""
+    batch, length = ids.shape
+    opens = torch.ones_like(ids, dtype=torch.bool)
+    opens[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    counted = opens if least is None else opens & (ids >= least)
+    inside = (q >= 0) & (q < length)
+    at = q.clamp(0, length - 1).expand(batch, -1)
+    own_id = ids.gather(1, at)
+    seeing = inside.expand_as(own_id) if least is None else inside & (own_id >= least)
+    start, end = _extent(opens)
+    table = _Table(counted, ids)
+    if table.unique():
+        lo, hi = (torch.where(seeing, x.gather(1, at), 0)[None] for x in (start, end))
+        return Runs(lo, hi, True)
+    # One id in several places (molmo2 gives all its images the same): list them all, then drop the rows not needed.
+    hit = seeing[:, None] & (table.ids[:, :, None] == own_id[:, None])  # (B, runs, Q)
+    lo, hi = (torch.where(hit, table.of(x)[:, :, None], 0).transpose(0, 1) for x in (start, end))
+    return Runs(*compact(lo, hi, max(1, int(hit.sum(1).max()))))
+
+
+def _extent(opens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the run of each key begins and ends; opens: True at the first key of a run."""
+    length = opens.shape[-1]
+    position = torch.arange(length, device=opens.device).expand_as(opens)
+    start = position.masked_fill(~opens, 0).cummax(-1).values
+    closes = torch.nn.functional.pad(opens, (0, 1), value=True)[:, 1:]
+    end = (position + 1).masked_fill(~closes, length).flip(-1).cummin(-1).values.flip(-1)
+    return start, end
+
+
+class _Table:
+    """The runs of a row that count, in a row of their own: (B, most runs of a row)."""
+
+    def __init__(self, counted: Tensor, ids: Tensor):
+        rank = counted.cumsum(-1)
+        self.slots = int(rank[:, -1].max()) if rank.numel() else 0
+        self.place = torch.where(counted, rank - 1, self.slots)
+        self.ids = self.of(ids.long(), empty=-FAR)
+
+    def of(self, x: Tensor, empty: int = 0) -> Tensor:
+        row = torch.full((len(x), self.slots + 1), empty, dtype=torch.int64, device=x.device)
+        return row.scatter_(1, self.place, x)[:, : self.slots]
+
+    def unique(self) -> bool:
+        ids = self.ids.sort(-1).values
+        return not bool(((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > -FAR)).any())
