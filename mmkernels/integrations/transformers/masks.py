@@ -10,11 +10,14 @@ A function of other origin gives the dense mask that sdpa would be given; `atten
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
+from transformers import PreTrainedConfig, masking_utils
 
 from ... import _layouts
 from .codes import encode
@@ -37,10 +40,15 @@ def span_mask(
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
     **kwargs,
 ) -> Tensor | None:
     """For AttentionMaskInterface, with the arguments of its functions: a code of spans (codes.py); None where every
-    query sees every key; bool (B, 1, Q, K), stride 0 along Q, where all queries see the same keys, not padding."""
+    query sees every key; bool (B, 1, Q, K), stride 0 along Q, where all queries see the same keys, not padding.
+
+    Raises ValueError for a model that would take the mask and attend in code of its own."""
+    if config is not None and not torch.compiler.is_compiling():
+        _check_reaches(type(config))
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
@@ -62,6 +70,7 @@ def span_mask(
             mask_function=mask_function,
             attention_mask=attention_mask,
             device=device,
+            config=config,
             **kwargs | {"allow_is_causal_skip": False},
         )
     tracing = torch.compiler.is_compiling()
@@ -74,6 +83,21 @@ def span_mask(
             used = max(1, int((lo < hi).flatten(1).any(1).sum()))
             lo, hi = lo[:used], hi[:used]
     return encode(lo, hi, batch_size, q_length, kv_length)
+
+
+@cache
+def _check_reaches(config: type) -> None:
+    """Models that write their attention out accept the name of an implementation, never call it, and add the mask that
+    comes with the name to their scores: wrong results, silently (Perceiver, and some forty others)."""
+    modeling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
+    if modeling is None or "get_interface" in inspect.getsource(modeling):
+        return
+    classes = (value for value in vars(modeling).values() if isinstance(value, type))
+    if any("Attention" in cls.__name__ and cls.__module__ == modeling.__name__ for cls in classes):
+        raise ValueError(
+            f'{config.model_type} models compute attention themselves: attn_implementation="mmkernels" does not reach '
+            "it. Load the model without, and call mmkernels.accelerate(model)"
+        )
 
 
 def evaluate(function: Callable, q: Tensor) -> Runs:
