@@ -36,9 +36,12 @@ class Plan {
     Plan(int64_t group, int64_t part_lanes)
         : group_(group), part_blocks_(std::max<int64_t>(1, part_lanes / kTileColumns)) {}
 
-    void add(int64_t batch_row, const SpanTable& spans) {
+    // Segments that `skip` tells are left out.
+    template <class Skip>
+    void add(int64_t batch_row, const SpanTable& spans, Skip&& skip) {
         runs_ = spans.runs;
         for (const Segment& segment : segments(spans)) {
+            if (skip(segment)) continue;
             covered_.push_back({covered(spans, segment)});
             const Panels panels((segment.last - segment.first) * group_);
             const int64_t parts = ceil_div(panels.count, part_blocks_);

@@ -191,7 +191,8 @@ class Forward {
           value_panels_(ceil_div(call.v.dim, kTileRows)),
           plan_(group_, part_lanes()) {
         const int64_t rows = call.spans.batch_stride == 0 ? 1 : call.q.batch;
-        for (int64_t b = 0; b < rows; b++) plan_.add(b, SpanTable(call.spans, b, call.k.tokens));
+        const auto skip = [&](const Segment& segment) { return decodes(call, segment); };
+        for (int64_t b = 0; b < rows; b++) plan_.add(b, SpanTable(call.spans, b, call.k.tokens), skip);
         copies_ = call.q.batch / rows;
     }
 

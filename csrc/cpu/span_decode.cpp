@@ -16,20 +16,14 @@
 #include "span_decode.h"
 
 #include "matmul.h"
-#include "segments.h"
 
 namespace mmk::MMK_ISA {
 
 namespace {
 
-// Rows that meet one key head, up to which this path is the fastest: a row costs the sums over the lanes, which the
-// general path spares by transposing.
-constexpr int64_t kMaxRows = 8;
-
 constexpr int64_t kStep = 64;                 // keys of a visit
 constexpr int64_t kChunkBytes = 1 << 20;      // of keys and values in a task,
 constexpr int64_t kLeast = 128, kMost = 512;  // and how many keys that may be
-constexpr double kLn2 = 0.69314718055994531;
 
 // ---- lanes
 
@@ -291,19 +285,23 @@ class Decode {
           record_(round_up(call.v.dim, kWide) + kLanes),
           chunk_keys_(std::clamp(kChunkBytes / key_bytes(), kLeast, kMost) / kStep * kStep) {}
 
-    // Finds the segments, unless one has too many rows.
-    bool applies() {
-        if (call_.spans.runs != 1) return false;
+    // Whether that is all of the segments.
+    bool find_segments() {
+        bool all = true;
         for (int64_t b = 0; b < call_.q.batch; b++) {
             for (const Segment& segment : segments(SpanTable(call_.spans, b, call_.k.tokens))) {
-                if ((segment.last - segment.first) * shared_ > kMaxRows) return false;
-                add(segment, b);
+                if (decodes(call_, segment)) {
+                    add(segment, b);
+                } else {
+                    all = false;
+                }
             }
         }
-        return true;
+        return all;
     }
 
     void run() const {
+        if (groups_.empty()) return;
         // A key costs the time of four times as many operations as it has bytes.
         const int threads = useful_threads(4.0 * static_cast<double>(keys_) * static_cast<double>(key_bytes()));
         const int64_t q_size = most_rows_ * q_row_, s_size = most_rows_ * chunk_keys_;
@@ -469,7 +467,8 @@ class Decode {
             sums[i * next] = exp2(splat(sums[i * next] - zero))[0];
             total += sums[i * next] * sums[i * next + 1];
         }
-        *lse = static_cast<float>(__builtin_log(total) + kLn2 * zero);
+        *lse =
+            static_cast<float>(__builtin_log(total) + 0.69314718055994531 * zero);  // log 2: powers of two until here
         for (int64_t d = 0; d < call_.v.dim; d += kLanes) {
             Vec o{};
             for (int64_t i = 0; i < count; i++) {
@@ -493,9 +492,9 @@ class Decode {
 template <class T>
 bool decode(const SpanAttention& call) {
     Decode<T> decode(call);
-    if (!decode.applies()) return false;
+    const bool all = decode.find_segments();
     decode.run();
-    return true;
+    return all;
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include "openmp_on_threads.h"
 #include "span_attention.cpp"
+#include "span_decode.cpp"
 
 using namespace mmk;
 using namespace mmk::MMK_ISA;
@@ -230,6 +231,35 @@ static Run window(int64_t, int64_t, int64_t i) {
     return {at - 30, at + 1};
 }
 
+// The newest `queries` tokens of caches filled differently; every fifth row is idle.
+static std::function<Run(int64_t, int64_t, int64_t)> newest(int64_t queries, std::vector<int32_t> filled) {
+    return [=](int64_t b, int64_t, int64_t i) {
+        if (i % 5 == 3) return nothing(i);
+        return Run{i == 1 ? 5 : INT32_MIN, filled[b % filled.size()] - static_cast<int32_t>(queries - 1 - i)};
+    };
+}
+
+// Few rows of a segment, which keys are shared out for, and many in between.
+static std::vector<Case> decoding() {
+    const auto prefill = [](int64_t, int64_t, int64_t i) {
+        return i < 40 ? Run{0, static_cast<int32_t>(i) + 1} : Run{static_cast<int32_t>(i * 20), INT32_MAX};
+    };
+    std::vector<Case> found{
+        {"a row of each cache", 5, 1, 1100, 2, 1, 33, 40, 1, newest(1, {1100, 0, 1, 513, 1024})},
+        {"rows that share keys", 2, 3, 601, 2, 5, 40, 24, 1, newest(3, {600, 129})},
+        {"sixteen rows", 1, 16, 515, 1, 1, 17, 17, 1, newest(16, {515})},
+        {"one key head of many", 1, 1, 2111, 1, 51, 9, 24, 1, all},
+        {"wild spans of few", 2, 9, 66, 2, 1, 16, 9, 1, wild},
+        {"one span for all", 3, 2, 140, 3, 2, 8, 8, 1, all, 0.3, 0, true},
+        {"beside a prefill", 1, 47, 1001, 2, 1, 12, 12, 1, prefill},
+        {"softcap of few", 1, 2, 75, 1, 1, 9, 9, 1, all, 4, 2.5},
+        {"negative scale of few", 1, 2, 57, 1, 1, 9, 9, 1, all, -0.7},
+    };
+    for (const int64_t size : {1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 65, 129, 256})
+        found.push_back({"tails of few", 1, 1, size, 2, size % 4 + 1, size, size, 1, all, 0.1});
+    return found;
+}
+
 static std::vector<Case> cases() {
     const auto mixed = documents({5, 0, 33, 130, 1, 64, 7, 16, 49}, true);
     std::vector<Case> found{
@@ -257,6 +287,7 @@ static std::vector<Case> cases() {
     };
     for (const int64_t size : {15, 16, 17, 47, 48, 49, 97})
         found.push_back({"tails", 1, size, size, 1, 1, size, size, 1, all});
+    for (const Case& c : decoding()) found.push_back(c);
     return found;
 }
 
