@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmkernels.bench import PASSES, Request
+from mmkernels.bench import Request
 from mmkernels.check.suite import name_of
 
 
@@ -22,7 +22,7 @@ def pytest_generate_tests(metafunc):
         pytest.param(case, dtype, direction, which, id=f"{case.op}-{case.name}-{name_of(dtype)}-{direction}-{which}")
         for case in request.selected()
         for dtype in request.dtypes
-        for direction in PASSES
+        for direction in case.passes
         for which in _implementations(case, request.device)
     ]
     metafunc.parametrize(("case", "dtype", "direction", "which"), runs)
@@ -30,4 +30,5 @@ def pytest_generate_tests(metafunc):
 
 def _implementations(case, device) -> tuple[str, ...]:
     """Ours, the first of the peers and, where there are several, the last: usually the fastest."""
-    return ("ours", "eager", "last peer") if case.op == "patch_embed" or device in case.compiled else ("ours", "eager")
+    several = case.op in ("patch_embed", "span_attention") or device in case.compiled
+    return ("ours", "eager", "last peer") if several else ("ours", "eager")

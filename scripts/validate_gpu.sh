@@ -6,9 +6,11 @@
 #
 #   install           build and install into build/validate (the machine's own packages stay as they are)
 #   info              versions, GPU, which backends are there
-#   check             check-clip_loss, check-siglip_loss and check-patch_embed, each a phase of its own
+#   check             check-clip_loss, check-siglip_loss, check-patch_embed and check-span_attention, each a phase of
+#                     its own
 #   test              the tests that run on the device
-#   bench             bench-bfloat16 and bench-float32, each a phase of its own
+#   bench             bench-bfloat16 and bench-float32, for span attention bench-span_attention-bfloat16 and
+#                     bench-span_attention-float32, each a phase of its own
 #   summary           what passed and the tables, from the files the other phases left
 #   all               all of them (default)
 #
@@ -23,24 +25,32 @@ python=${PYTHON:-python3}
 device=cuda
 limit=480 # seconds a phase
 phases=()
+checks=(check-clip_loss check-siglip_loss check-patch_embed check-span_attention)
+benches=(bench-bfloat16 bench-float32 bench-span_attention-bfloat16 bench-span_attention-float32)
+everything=(install info "${checks[@]}" test "${benches[@]}" summary)
+
+usage() {
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
+    exit 2
+}
 
 while (($#)); do
     case $1 in
         --device) device=${2:?--device needs cuda or cpu}; shift ;;
         --device=*) device=${1#*=} ;;
-        check) phases+=(check-clip_loss check-siglip_loss check-patch_embed) ;;
-        bench) phases+=(bench-bfloat16 bench-float32) ;;
-        install | info | test | summary | check-clip_loss | check-siglip_loss | check-patch_embed) phases+=("$1") ;;
-        bench-bfloat16 | bench-float32) phases+=("$1") ;;
+        check) phases+=("${checks[@]}") ;;
+        bench) phases+=("${benches[@]}") ;;
         all) phases=() ;;
-        *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+        install | info | test | summary) phases+=("$1") ;;
+        check-* | bench-*)
+            [[ " ${checks[*]} ${benches[*]} " == *" $1 "* ]] || usage
+            phases+=("$1") ;;
+        *) usage ;;
     esac
     shift
 done
 [[ $device == cuda || $device == cpu ]] || { echo "--device is '$device'; accepted are cuda and cpu" >&2; exit 2; }
-if ((${#phases[@]} == 0)); then
-    phases=(install info check-clip_loss check-siglip_loss check-patch_embed test bench-bfloat16 bench-float32 summary)
-fi
+((${#phases[@]})) || phases=("${everything[@]}")
 
 out=${OUT:-gpu-results}
 mkdir -p "$out"
@@ -82,39 +92,78 @@ assert backends.missing("triton") is None, backends.missing("triton")
 PY
 }
 
-# The dtypes side by side: most of the time goes into compiling kernels, on one core each.
+# The dtypes side by side, and each in several processes: most of the time goes into compiling kernels, on one core each.
 check() { # OP
-    local dtype process failed=0 running=()
+    local dtype part parts seed process failed=0 running=()
+    parts=$(($(nproc) / 3))
+    ((parts > 0)) || parts=1
+    ((parts <= 4)) || parts=4
+    seed=$((RANDOM * 32768 + RANDOM))
     for dtype in float32 bfloat16 float16; do
-        bounded "$python" -m mmkernels check --op "$1" --device "$device" --dtype "$dtype" "${quick[@]}" \
-            --json "$elsewhere/$1-$dtype.json" >"$elsewhere/$1-$dtype.txt" 2>&1 &
-        running+=($!)
+        for ((part = 0; part < parts; part++)); do
+            check_part "$1" "$dtype" "$seed" "$part" "$parts" >"$elsewhere/$1-$dtype-$part.txt" 2>&1 &
+            running+=($!)
+        done
     done
     for process in "${running[@]}"; do wait "$process" || failed=1; done
     cat "$elsewhere/$1"-*.txt
-    "$python" - "$out/check-$1.json" "$elsewhere/$1"-*.json <<'PY'
+    "$python" - "$1" "$out/check.json" "$elsewhere/$1"-*.json <<'PY'
 import json
 import sys
 from pathlib import Path
 
-first, *others = (json.loads(Path(path).read_text()) for path in sys.argv[2:])
-first["outcomes"] += [outcome for content in others for outcome in content["outcomes"]]
-Path(sys.argv[1]).write_text(json.dumps(first, indent=1) + "\n")
+op, file, parts = sys.argv[1], Path(sys.argv[2]), [json.loads(Path(path).read_text()) for path in sys.argv[3:]]
+earlier = json.loads(file.read_text())["outcomes"] if file.exists() else []
+outcomes = [outcome for outcome in earlier if outcome["phase"] != op]
+outcomes += [outcome | {"phase": op} for part in parts for outcome in part["outcomes"]]
+file.write_text(json.dumps(parts[0] | {"outcomes": outcomes}, indent=1) + "\n")
 PY
     return "$failed"
 }
 
-# On a GPU that is the equivalence suite once more, from another seed, and whatever else takes a device; interpreted,
-# the former takes minutes and was the phase before. Tests of compilation need no GPU.
+# `mmkernels check --op OP --dtype DTYPE`, of whose cases this takes every PARTS-th
+check_part() { # OP DTYPE SEED PART PARTS
+    bounded "$python" - "$device" "$((${#quick[@]}))" "$@" "$elsewhere/$1-$2-$4.json" <<'PY'
+import signal
+import sys
+from rich.console import Console
+from mmkernels.bench.machine import environment
+from mmkernels.check.report import print_report, write_json
+from mmkernels.check.session import Request, places, run
+
+device, quick, op, dtype, seed, part, parts, file = sys.argv[1:]
+
+
+class Part(Request):
+    def cases(self, place):
+        return super().cases(place)[int(part) :: int(parts)]
+
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is known by then is told
+request = Part(op=op, dtype=dtype, device=device, seed=int(seed), quick=quick != "0")
+found = places(request)
+records = run(request, found, lambda *_: None)
+print_report(Console(width=160), records, found, int(seed))
+write_json(file, records, found, environment())
+sys.exit(any(record["failures"] for record in records))
+PY
+}
+
+# On a GPU that is the equivalence suite once more, from another seed, and whatever else takes a device; but for span
+# attention, whose cases are many. Interpreted, it takes minutes and was the phase before. Tests of compilation need no
+# GPU.
 run_tests() {
-    local chosen="cuda or gpu"
+    local chosen="(cuda or gpu) and not span_attention"
     [[ $device == cuda ]] || chosen="triton and not equals_reference"
     bounded "$python" -m pytest "$repo/tests" -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider \
         --ignore "$repo/tests/compile" --ignore "$repo/tests/core" -k "$chosen" --junitxml "$out/tests.xml"
 }
 
-bench() { # DTYPE
-    bounded "$python" -m mmkernels bench --device "$device" "${quick[@]}" --dtype "$1" --json "$out/bench-$1.json"
+bench() { # [OP-]DTYPE
+    local dtype=${1##*-} ops=(--op clip_loss --op siglip_loss --op patch_embed)
+    [[ $1 == "$dtype" ]] || ops=(--op "${1%-*}")
+    bounded "$python" -m mmkernels bench --device "$device" "${quick[@]}" "${ops[@]}" --dtype "$dtype" \
+        --json "$out/bench-$1.json"
 }
 
 summarize() {
@@ -129,11 +178,13 @@ from mmkernels.bench.runner import Report
 from rich.console import Console
 
 console = Console(width=160)
-for path in sorted(Path(sys.argv[1]).glob("check-*.json")):
-    outcomes = json.loads(path.read_text())["outcomes"]
+checks = Path(sys.argv[1]) / "check.json"
+every = json.loads(checks.read_text())["outcomes"] if checks.exists() else []
+for phase in dict.fromkeys(outcome["phase"] for outcome in every):
+    outcomes = [outcome for outcome in every if outcome["phase"] == phase]
     failed = [outcome for outcome in outcomes if outcome["failures"]]
     served = [outcome for outcome in outcomes if not outcome["unsupported"]]
-    console.print(f"{path.stem}: {len(served) - len(failed)} of {len(served)} passed, {len(outcomes) - len(served)} not served")
+    console.print(f"{phase}: {len(served) - len(failed)} of {len(served)} passed, {len(outcomes) - len(served)} not served")
     for outcome in failed:
         console.print(f"  {outcome['reproduce']}: {outcome['failures'][0]}", markup=False, soft_wrap=True)
 for path in sorted(Path(sys.argv[1]).glob("bench-*.json")):
