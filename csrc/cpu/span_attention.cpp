@@ -23,6 +23,7 @@
 // them that comes from L2. What no query of the segment sees is packed as zeros (segments.h).
 #include "span_attention.h"
 
+#include "attention_ahead.h"
 #include "attention_pack.h"
 #include "attention_plan.h"
 #include "span_decode.h"
@@ -126,24 +127,31 @@ class Stretches {
 
 // scores[key][lane] of one group; the highest of each lane is raised.
 template <class Operand, int kVectors>
-void score_group(const uint32_t* keys, int64_t units, const uint32_t* queries, float* scores, Vec* highest) {
+void score_group(const uint32_t* keys, int64_t units, const uint32_t* queries, float* scores, Vec* highest,
+                 Ahead& ahead) {
+    Vec top[kVectors];
+    for (int v = 0; v < kVectors; v++) top[v] = highest[v];
     micro_kernel<Operand, kTileRows, kVectors>(
         keys, units, 1, queries, kTileColumns, units, [](int, int) { return Vec{}; },
         [&](int r, int v, Vec sum) {
             store(scores + r * kTileColumns + v * kLanes, sum);
-            highest[v] = max(sum, highest[v]);
-        });
+            top[v] = max(sum, top[v]);
+        },
+        [&]() MMK_INLINE_LAMBDA { ahead.step(); });
+    for (int v = 0; v < kVectors; v++) highest[v] = top[v];
 }
 
 // out[d][lane] = out * decay + sum over units of values[d] weights[lane], for one panel of kTileRows d.
 template <class Operand, int kVectors>
-void add_values(const uint32_t* values, const uint32_t* weights, int64_t units, const Vec* decay, float* out) {
+void add_values(const uint32_t* values, const uint32_t* weights, int64_t units, const Vec* decay, float* out,
+                Ahead& ahead) {
     micro_kernel<Operand, kTileRows, kVectors>(
         values, 1, kTileRows, weights, kTileColumns, units, [](int, int) { return Vec{}; },
         [&](int r, int v, Vec sum) {
             float* at = out + r * kTileColumns + v * kLanes;
             store(at, load(at) * decay[v] + sum);
-        });
+        },
+        [&]() MMK_INLINE_LAMBDA { ahead.step(); });
 }
 
 // Scores become logits: scaled and capped here, unless scaling is left to the exponential.
@@ -202,9 +210,14 @@ class Forward {
         const int threads = useful_threads(4.0 * call_.q.batch * call_.q.tokens * call_.q.heads * call_.q.dim * 64);
         const Sizes sizes = workspace();
         Scratch<uint32_t> memory(threads * sizes.total());
-        for_each(copies_ * parts * heads, threads, [&](int64_t i, int64_t worker) {
+        const int64_t count = copies_ * parts * heads;
+        const auto task = [&](int64_t i) {
             const Part& part = plan_.parts()[i / heads % parts];
-            attend(part, part.batch_row + i / heads / parts, i % heads, sizes, memory.get() + worker * sizes.total());
+            return Task{&part, part.batch_row + i / heads / parts, i % heads};
+        };
+        for_each(count, threads, [&](int64_t i, int64_t worker) {
+            const Task next = task(std::min(i + 1, count - 1));  // most likely, too
+            attend(task(i), next, Workspace(memory.get() + worker * sizes.total(), sizes));
         });
     }
 
@@ -212,6 +225,24 @@ class Forward {
     struct Sizes {  // of a worker's memory, in units
         int64_t keys, values, scores, states, blocks;
         int64_t total() const { return keys + values + scores + states; }
+    };
+
+    struct Task {
+        const Part* part;
+        int64_t batch_row, head;  // of the keys
+    };
+
+    struct Workspace {
+        uint32_t *keys, *values;
+        float* scores;
+        uint32_t* states;
+        mutable Ahead ahead;
+
+        Workspace(uint32_t* memory, const Sizes& sizes)
+            : keys(memory),
+              values(keys + sizes.keys),
+              scores(reinterpret_cast<float*>(values + sizes.values)),
+              states(values + sizes.values + sizes.scores) {}
     };
 
     // Parts small enough that there are many, and large enough that packing keys and values for each costs little.
@@ -241,45 +272,91 @@ class Forward {
 
     // ---- a part of a segment, one key head
 
-    void attend(const Part& part, int64_t b, int64_t head, const Sizes& sizes, uint32_t* memory) const {
-        uint32_t *values = memory + sizes.keys, *scores = values + sizes.values, *states = scores + sizes.scores;
+    void attend(const Task& task, const Task& next, const Workspace& work) const {
+        const Part& part = *task.part;
         const int64_t out_rows = value_panels_ * kTileRows;
         const int64_t panels = std::max<int64_t>(1, ceil_div(part.hull.hi - part.hull.lo, kKeyPanel));
         for (int64_t p = 0; p < panels; p++) {
-            const int64_t first = part.hull.lo + p * kKeyPanel;
-            const int64_t count = round_up(std::min<int64_t>(part.hull.hi - first, kKeyPanel), kTileRows);
-            const KeyPanel panel{first, count, memory, values, query_units_, value_stride(count), value_panels_};
-            pack_token_rows<Operand>(TokenRows<T>(call_.k, b, head), first, first + count, plan_.covered_by(part),
-                                     memory);
-            pack_token_panels<Operand>(TokenRows<T>(call_.v, b, head), first, first + count, plan_.covered_by(part),
-                                       values, panel.value_stride);
+            const KeyPanel panel = pack(task, part.hull.lo + p * kKeyPanel, work);
+            if (p == panels - 1) ask_for_keys(next, work.ahead);
             for (int64_t i = part.first_block; i < part.last_block; i++) {
                 const int64_t slot = panels == 1 ? 0 : i - part.first_block;
-                const BlockState state(states + slot * BlockState::size(query_units_, out_rows), query_units_,
+                const BlockState state(work.states + slot * BlockState::size(query_units_, out_rows), query_units_,
                                        out_rows);
-                if (p == 0) begin(plan_.block(i), b, head, state);
+                if (p == 0) begin(task, i, state);
+                if (p == 0) ask_for_block(task, next, i, work.ahead);
                 for (int64_t run = 0; run < plan_.runs(); run++) {
-                    meet(plan_.block(i).vectors(), plan_.spans(i, run), panel, state, reinterpret_cast<float*>(scores));
+                    meet(plan_.block(i).vectors(), plan_.spans(i, run), panel, state, work);
                 }
-                if (p == panels - 1) finish(plan_.block(i), b, head, state);
+                if (p == panels - 1) finish(task, i, state);
             }
         }
     }
 
-    void begin(const QueryBlock& block, int64_t b, int64_t head, const BlockState& state) const {
-        const auto row_of = [&](int64_t lane) { return query_row(block.first_lane + lane, b, head); };
-        pack_lanes_of<Operand>(row_of, 1, block.lanes, call_.q.dim, query_units_, block.vectors() * kLanes,
-                               kTileColumns, state.queries);
-        state.clear(value_panels_ * kTileRows);
+    KeyPanel pack(const Task& task, int64_t first, const Workspace& work) const {
+        const Part& part = *task.part;
+        const int64_t count = round_up(std::min<int64_t>(part.hull.hi - first, kKeyPanel), kTileRows);
+        const KeyPanel panel{first, count, work.keys, work.values, query_units_, value_stride(count), value_panels_};
+        pack_token_rows<Operand>(TokenRows<T>(call_.k, task.batch_row, task.head), first, first + count,
+                                 plan_.covered_by(part), work.keys);
+        pack_token_panels<Operand>(TokenRows<T>(call_.v, task.batch_row, task.head), first, first + count,
+                                   plan_.covered_by(part), work.values, panel.value_stride);
+        return panel;
     }
 
-    const T* query_row(int64_t lane, int64_t b, int64_t head) const {
-        return TokenRows<T>(call_.q, b, head * group_ + lane % group_).row(lane / group_);
+    // ---- what will be wanted from memory soon
+
+    void ask_for_keys(const Task& next, Ahead& ahead) const {
+        const Span hull = next.part->hull;
+        for (const Heads* x : {&call_.k, &call_.v}) {
+            const TokenRows<T> rows(*x, next.batch_row, next.head);
+            ahead.add(rows.row(hull.lo), rows.stride, hull.hi - hull.lo, rows.dim);
+        }
+    }
+
+    // Where a block's result goes, and the queries of the block after it.
+    void ask_for_block(const Task& task, const Task& next, int64_t block, Ahead& ahead) const {
+        const bool last = block + 1 == task.part->last_block;
+        ask_for_lanes(call_.out, task, plan_.block(block), ahead);
+        ask_for_lanes(call_.q, last ? next : task, plan_.block(last ? next.part->first_block : block + 1), ahead);
+    }
+
+    void ask_for_lanes(const Heads& x, const Task& task, const QueryBlock& block, Ahead& ahead) const {
+        const int64_t first = block.first_lane / group_, last = ceil_div(block.first_lane + block.lanes, group_);
+        const int64_t together = x.head_stride == x.dim ? group_ : 1;  // heads of the group that lie together
+        const TokenRows<T> rows(x, task.batch_row, task.head * group_);
+        ahead.add(rows.row(first), rows.stride, last - first, together * rows.dim);
+    }
+
+    // ---- a block of queries
+
+    // The rows of x that belong to the lanes of a block.
+    struct LaneRows {
+        const T* row[kTileColumns];
+    };
+    LaneRows lane_rows(const Heads& x, const Task& task, const QueryBlock& block) const {
+        LaneRows rows;
+        const auto* first =
+            static_cast<const T*>(x.data) + task.batch_row * x.batch_stride + task.head * group_ * x.head_stride;
+        int64_t token = block.first_lane / group_, of_group = block.first_lane % group_;
+        for (int64_t lane = 0; lane < block.lanes; lane++) {
+            rows.row[lane] = first + token * x.token_stride + of_group * x.head_stride;
+            if (++of_group == group_) of_group = 0, token++;
+        }
+        return rows;
+    }
+
+    void begin(const Task& task, int64_t i, const BlockState& state) const {
+        const QueryBlock& block = plan_.block(i);
+        const LaneRows rows = lane_rows(call_.q, task, block);
+        pack_lanes_of<Operand>([&](int64_t lane) { return rows.row[lane]; }, 1, block.lanes, call_.q.dim, query_units_,
+                               block.vectors() * kLanes, kTileColumns, state.queries);
+        state.clear(value_panels_ * kTileRows);
     }
 
     // The keys of a panel that lanes of the block see, in blocks as even as can be.
     void meet(int vectors, const LaneSpans& spans, const KeyPanel& panel, const BlockState& state,
-              float* scores) const {
+              const Workspace& work) const {
         int64_t lo = panel.count, hi = 0;
         for (int v = 0; v < vectors; v++) {
             if (spans.outer[v].empty()) continue;
@@ -290,16 +367,16 @@ class Forward {
         lo = lo / kTileRows * kTileRows, hi = round_up(hi, kTileRows);
         const int64_t size = round_up(ceil_div(hi - lo, ceil_div(hi - lo, kKeyBlock)), kTileRows);
         for (int64_t at = lo; at < hi; at += size) {
-            meet_block(vectors, spans, panel, at, static_cast<int>(std::min(size, hi - at)), state, scores);
+            meet_block(vectors, spans, panel, at, static_cast<int>(std::min(size, hi - at)), state, work);
         }
     }
 
     void meet_block(int vectors, const LaneSpans& spans, const KeyPanel& panel, int64_t at, int count,
-                    const BlockState& state, float* scores) const {
+                    const BlockState& state, const Workspace& work) const {
         Vec highest[kTileVectors];
         std::fill_n(highest, kTileVectors, splat(-kInfinity));
         const Stretches stretches(spans, vectors, panel.first + at, count);
-        for (const Stretch& stretch : stretches) score(stretch, spans, panel, at, state, scores, highest);
+        for (const Stretch& stretch : stretches) score(stretch, spans, panel, at, state, work, highest);
 
         Vec decay[kTileVectors], reference[kTileVectors];
         const Vec base = splat(logits_.base());
@@ -314,13 +391,13 @@ class Forward {
         for (const Stretch& stretch : stretches) {
             with_width(stretch.vectors, [&](auto width) {
                 add_stretch<decltype(width)::value>(stretch, panel, at, reference + stretch.vector,
-                                                    decay + stretch.vector, state, scores);
+                                                    decay + stretch.vector, state, work);
             });
         }
     }
 
     void score(const Stretch& stretch, const LaneSpans& spans, const KeyPanel& panel, int64_t at,
-               const BlockState& state, float* scores, Vec* highest) const {
+               const BlockState& state, const Workspace& work, Vec* highest) const {
         Span inner{0, INT32_MAX};
         for (int v = stretch.vector; v < stretch.vector + stretch.vectors; v++) {
             inner = {std::max(inner.lo, spans.inner[v].lo), std::min(inner.hi, spans.inner[v].hi)};
@@ -332,10 +409,10 @@ class Forward {
                 const auto key = static_cast<int32_t>(panel.first + at + i);
                 const bool plain = logits_.deferred && inner.lo <= key && key + kTileRows <= inner.hi;
                 const uint32_t* keys = panel.keys + (at + i) * panel.key_units;
-                float* to = scores + i * kTileColumns + stretch.vector * kLanes;
+                float* to = work.scores + i * kTileColumns + stretch.vector * kLanes;
                 Vec unused[kVectors] = {};
                 score_group<Operand, kVectors>(keys, panel.key_units, queries, to,
-                                               plain ? highest + stretch.vector : unused);
+                                               plain ? highest + stretch.vector : unused, work.ahead);
                 for (int v = 0; v < kVectors && !plain; v++) {
                     const int lane = (stretch.vector + v) * kLanes;
                     refine(to + v * kLanes, key, spans.lo + lane, spans.hi + lane, logits_,
@@ -348,15 +425,16 @@ class Forward {
     // Scores become weights in their place, two keys to a unit for bfloat16, and the values weighted by them are added.
     template <int kVectors>
     void add_stretch(const Stretch& stretch, const KeyPanel& panel, int64_t at, const Vec* reference, Vec* decay,
-                     const BlockState& state, float* scores) const {
-        float* from = scores + stretch.vector * kLanes;
+                     const BlockState& state, const Workspace& work) const {
+        float* from = work.scores + stretch.vector * kLanes;
         auto* weights = reinterpret_cast<uint32_t*>(from) + stretch.first / kPack * kTileColumns;
         weigh<kVectors>(from + stretch.first * kTileColumns, stretch.count, reference,
                         state.sum + stretch.vector * kLanes, weights);
         const uint32_t* values = panel.values + (at + stretch.first) / kPack * kTileRows;
         for (int64_t p = 0; p < panel.value_panels; p++) {
             add_values<Operand, kVectors>(values + p * panel.value_stride, weights, stretch.count / kPack, decay,
-                                          state.out + p * kTileRows * kTileColumns + stretch.vector * kLanes);
+                                          state.out + p * kTileRows * kTileColumns + stretch.vector * kLanes,
+                                          work.ahead);
         }
         std::fill_n(decay, kVectors, splat(1.0f));  // once
     }
@@ -387,15 +465,15 @@ class Forward {
 
     // ---- the result
 
-    void finish(const QueryBlock& block, int64_t b, int64_t head, const BlockState& state) const {
+    void finish(const Task& task, int64_t i, const BlockState& state) const {
+        const QueryBlock& block = plan_.block(i);
+        const LaneRows out = lane_rows(call_.out, task, block);
         for (int v = 0; v < block.vectors(); v++) {
             const Vec sum = load(state.sum + v * kLanes);
             const Vec factor = select(sum == Vec{}, Vec{}, 1.0f / sum);  // 0: the lane saw nothing
-            const int64_t first = block.first_lane + v * kLanes;
             const int count = static_cast<int>(std::min<int64_t>(kLanes, block.lanes - v * kLanes));
-            float lse[kLanes];
-            store(lse, load(state.highest + v * kLanes) * splat(kLn2) + log2(sum) * splat(kLn2));
-            for (int i = 0; i < count; i++) *lse_at(first + i, b, head) = lse[i];
+            store_lse(task, block.first_lane + v * kLanes, count,
+                      load(state.highest + v * kLanes) * splat(kLn2) + log2(sum) * splat(kLn2));
             for (int64_t d = 0; d < call_.v.dim; d += kLanes) {
                 UVec rows[kLanes];
                 for (int i = 0; i < kLanes; i++) {
@@ -404,8 +482,22 @@ class Forward {
                         present ? as_bits(load(state.out + (d + i) * kTileColumns + v * kLanes) * factor) : UVec{};
                 }
                 transpose(rows);
-                for (int i = 0; i < count; i++) store_out(out_row(first + i, b, head), d, as_float(rows[i]));
+                for (int i = 0; i < count; i++) {
+                    store_out(const_cast<T*>(out.row[v * kLanes + i]), d, as_float(rows[i]));
+                }
             }
+        }
+    }
+
+    void store_lse(const Task& task, int64_t first_lane, int count, Vec lse) const {
+        float* row = call_.lse + (task.batch_row * call_.q.heads + task.head * group_) * call_.q.tokens;
+        if (group_ == 1) return store_first(row + first_lane, lse, count);
+        float lanes[kLanes];
+        store(lanes, lse);
+        int64_t token = first_lane / group_, of_group = first_lane % group_;
+        for (int i = 0; i < count; i++) {
+            row[of_group * call_.q.tokens + token] = lanes[i];
+            if (++of_group == group_) of_group = 0, token++;
         }
     }
 
@@ -415,13 +507,6 @@ class Forward {
         } else {
             store_first(row + d, x, static_cast<int>(call_.v.dim - d));
         }
-    }
-    T* out_row(int64_t lane, int64_t b, int64_t head) const {
-        const TokenRows<T> rows(call_.out, b, head * group_ + lane % group_);
-        return const_cast<T*>(rows.row(lane / group_));
-    }
-    float* lse_at(int64_t lane, int64_t b, int64_t head) const {
-        return call_.lse + (b * call_.q.heads + head * group_ + lane % group_) * call_.q.tokens + lane / group_;
     }
 
     const SpanAttention& call_;
