@@ -120,8 +120,12 @@ class PerceiverResampler(nn.Module):
     def _check(self, spans: RowSpans, context: Tensor) -> int:
         """The number of images that these spans give latents to, in a row of the batch."""
         num_latents, tokens = self.latents.shape[0], context.shape[-2]
-        images, left_over = divmod(spans.num_queries, num_latents)
-        if left_over or (context.dim() == 3 and images != 1) or spans.num_keys != tokens:
+        images = spans.num_queries // num_latents
+        if (
+            images * num_latents != spans.num_queries
+            or (context.dim() == 3 and images != 1)
+            or spans.num_keys != tokens
+        ):
             wanted = f"{num_latents}" if context.dim() == 3 else f"a multiple of {num_latents}"
             raise ValueError(
                 f"PerceiverResampler: spans are for {spans.num_queries} queries and {spans.num_keys} keys; for context "

@@ -262,7 +262,7 @@ def test_float64(redrawn):
     assert torch.autograd.gradcheck(run, (hidden, context), fast_mode=True)
 
 
-def test_compiles_whole_and_once_whatever_the_lengths(redrawn, compiles_once, served):
+def test_compiles_whole_and_once_whatever_the_lengths(redrawn, compiles_once):
     def draw(queries, keys):
         spans = RowSpans(torch.zeros(queries).int(), torch.randint(0, keys, (queries,)).int(), keys)
         return torch.randn(queries, 32), torch.randn(keys, 24), spans, spans.hi > 0
