@@ -27,13 +27,13 @@ namespace mmk::MMK_ISA {
 namespace attention_backward {
 namespace {
 
-constexpr int64_t kChunkKeys = 1024;  // smaller chunks pack rows too often: 512 cost 4 %
-constexpr int64_t kEnoughTasks = 64;
+constexpr int64_t kChunkKeys = 1024;                   // smaller chunks pack rows too often: 512 cost 4 %
+constexpr int64_t kEnoughTasks = 32, kMostChunks = 8;  // each chunk is a dQ more
 
 // The longest chain of additions in a score. It is shorter where a product is rounded before it is added, and where
 // rows are few: then their errors do not average out (a decoded token's d_v is off by those of one row), and time goes
 // into packing keys. Plain PyTorch takes such products in shorter chains, too.
-constexpr int64_t kLongestChain = kLanes == 4 ? 24 : 128, kShortChain = 16, kFewRows = 32;
+constexpr int64_t kLongestChain = kLanes == 4 ? 16 : 128, kShortChain = 16, kFewRows = 32;
 
 // One head of one row of the batch.
 template <class T>
@@ -124,7 +124,7 @@ class Backward {
         int64_t units = 0;
         for (int64_t b = 0; b < call_.q.batch; b++)
             units += static_cast<int64_t>(plan(b).groups.size()) * call_.k.heads;
-        const int64_t most = std::max<int64_t>(1, kEnoughTasks / std::max<int64_t>(1, units));
+        const int64_t most = std::clamp<int64_t>(kEnoughTasks / std::max<int64_t>(1, units), 1, kMostChunks);
         for (int64_t b = 0; b < call_.q.batch; b++) {
             for (const Group& group : plan(b).groups) {
                 for (int64_t head = 0; head < call_.k.heads; head++) add_tasks(plan(b), group, b, head, most);

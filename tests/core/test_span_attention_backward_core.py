@@ -1,0 +1,99 @@
+"""The compiled backward of span attention at every instruction-set level: right, steady, in bounds, in little memory.
+
+test_span_attention_core.py runs the quick cases, gradients included; here come those that only the backward cuts up:
+keys in chunks that several tasks share, query heads that share keys, segments that come back to keys.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmkernels import RowSpans, span_attention
+from mmkernels.check import run_case, select
+
+CASES = ("full 70x2100", "heads 5/1", "last image", "softcap, two runs")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(*job, id=f"{name}-{job[1]}") for name in CASES for job in select("span_attention", name)],
+)
+def test_every_level_equals_the_reference(level, case, dtype, seed):
+    outcome = run_case(case, dtype, "cpu", "cpu", seed)
+    assert outcome.passed, "\n".join([outcome.reproduce(), *outcome.failures])
+
+
+def documents(lengths: list[int], **options) -> RowSpans:
+    return RowSpans.packed(torch.tensor([0, *lengths]).cumsum(0), **options)
+
+
+LAYOUTS = {
+    "documents": documents([64, 300, 77, 1, 577, 32], causal=True),
+    "chunks of keys": RowSpans.full(120, 4500),
+    "chunks of causal keys": documents([2300, 50], causal=True),
+    "windows that overlap": documents([900], causal=True, window=100),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bitwise_the_same_for_any_number_of_threads(layout, dtype):
+    spans = LAYOUTS[layout]
+    q = torch.randn(spans.num_queries, 4, 40).to(dtype).requires_grad_()
+    k, v = (torch.randn(spans.num_keys, 2, 40).to(dtype).requires_grad_() for _ in range(2))
+    out = span_attention(q, k, v, spans, backend="cpu")
+    upstream = torch.randn_like(out)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 5, 2):
+            torch.set_num_threads(threads)
+            results.append(torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+MEMORY = """
+import torch
+from mmkernels import RowSpans, span_attention
+def memory(what):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+torch.set_num_threads(2)
+def step(tokens):
+    q, k, v = (torch.randn(tokens, 1, 16, requires_grad=True) for _ in range(3))
+    spans = RowSpans.packed(torch.tensor([0, tokens]), causal=True, window=2048)
+    out = span_attention(q, k, v, spans, backend="cpu")
+    before = memory("VmRSS")
+    out.backward(torch.ones_like(out))
+    return memory("VmHWM") - before, q.nbytes
+step(256)
+more, size = step({tokens})
+print(more / size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_of_32768_tokens(tmp_path):
+    """P would be 2000 times q. A call takes three gradients, packed rows a thread, and dQ a chunk of keys."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(tokens=32768)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 24
+
+
+def test_in_bounds_and_defined(level, passes_under):
+    """With sizes that are multiples of nothing, spans beyond the keys and tensors that end where their memory ends."""
+    passes_under("sanitize_span_attention_backward.cpp", level, "address,undefined")
+
+
+def test_tasks_do_not_race(passes_under):
+    """The tasks are the same at every level."""
+    passes_under("sanitize_span_attention_backward.cpp", "portable", "thread")
