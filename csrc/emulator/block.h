@@ -16,15 +16,14 @@ using WarpWork = void (*)(uint32_t mask, void* const* argument);
 struct Meeting {
     uint32_t mask, arrived;
     WarpWork work;
-    const char* what;
-    Site site;
+    int line;
     void* argument[32];
 };
 
 struct Warp {
     int id = 0;
     uint32_t ready = 0;             // lanes that can run
-    std::vector<Meeting> meetings;  // several at a time where masks are disjoint
+    std::vector<Meeting> meetings;  // several at a time where lanes have parted
 };
 
 struct Thread : Fiber {

@@ -7,18 +7,18 @@ void meet(uint32_t mask, WarpWork work, void* argument, const char* what, Site s
     Warp& warp = *current->warp;
     const uint32_t self = 1u << current->lane;
     if ((mask & self) == 0) fail(site, "%s: mask %08x leaves out the calling lane", what, mask);
+    // Lanes of a mask that are elsewhere may still come, as after a branch: if they never do, it is a deadlock.
     Meeting *meeting = nullptr, *unused = nullptr;
     for (Meeting& other : warp.meetings) {
-        if (other.arrived == 0) unused = &other;
-        if (other.arrived != 0 && (other.mask & mask) != 0) meeting = &other;
+        if (other.arrived == 0) {
+            unused = &other;
+        } else if (other.mask == mask && other.work == work && other.line == site.line) {
+            meeting = &other;
+        }
     }
     if (meeting == nullptr) {
-        if (unused == nullptr) unused = &warp.meetings.emplace_back();
-        meeting = unused;
-        *meeting = {mask, 0, work, what, site, {}};
-    } else if (meeting->mask != mask || meeting->work != work || meeting->site.line != site.line) {
-        fail(site, "warp diverged: here %s of lanes %08x, but lanes %08x are at %s:%d in %s of %08x", what, mask,
-             meeting->arrived, meeting->site.file, meeting->site.line, meeting->what, meeting->mask);
+        meeting = unused != nullptr ? unused : &warp.meetings.emplace_back();
+        *meeting = {mask, 0, work, site.line, {}};
     }
     meeting->argument[current->lane] = argument;
     meeting->arrived |= self;

@@ -6,7 +6,7 @@ import re
 import pytest
 
 EVERY = ("plain", "asan", "race")
-# What each bug is reported as, and by which builds. The poison shows as NaN in numbers where no build has a rule for it.
+# What each bug is reported as, and by which builds. Where there is no rule for it, the poison shows as NaN.
 PLANTED = {
     "missing_syncthreads": {"race": "uninitialised shared|RACE", "plain": "NaN", "asan": "NaN"},
     "missing_syncwarp": {"race": "uninitialised shared|RACE", "plain": "NaN", "asan": "NaN"},
@@ -16,14 +16,12 @@ PLANTED = {
     "uninitialised_register": dict.fromkeys(EVERY, "NaN"),
     "divergent_barrier": dict.fromkeys(EVERY, "deadlock: thread 0 waits in __syncthreads"),
     "two_barriers": dict.fromkeys(EVERY, "divergent __syncthreads"),
-    "named_barrier_counts": dict.fromkeys(
-        EVERY, "deadlock: thread 64 waits in a named barrier|128 threads here, 64 at"
-    ),
+    "named_barrier_counts": dict.fromkeys(EVERY, "deadlock: thread 64 waits in a named barrier"),
     "named_barrier_left_over": dict.fromkeys(EVERY, "barrier 1 has 64 arrivals left"),
     "named_barrier_part_of_a_warp": dict.fromkeys(EVERY, "100 threads: not a number of whole warps"),
     "shuffle_without_a_lane": dict.fromkeys(EVERY, "deadlock: thread 0 waits in a shuffle"),
     "shuffle_from_outside": dict.fromkeys(EVERY, "not in the mask 0000ffff"),
-    "shuffle_of_another_mask": dict.fromkeys(EVERY, "warp diverged|deadlock: thread 16 waits in a shuffle"),
+    "shuffle_of_another_mask": dict.fromkeys(EVERY, "deadlock: thread 16 waits in a shuffle"),
     "mma_in_a_branch": dict.fromkeys(EVERY, "deadlock: thread 0 waits in mma"),
     "elect_in_a_branch": dict.fromkeys(EVERY, "deadlock: thread 0 waits in a vote"),
     "copy_without_wait": {"race": "a wait is missing", "plain": "NaN", "asan": "NaN"},
