@@ -1,8 +1,4 @@
-"""RowSpans: every builder against plain loops over tokens, on random layouts; without synchronising; compiled once.
-
-The oracles below know of a layout what its docstring says and nothing of offsets, searches or running counts: a
-document is a list of tokens, an image is a list of neighbours, and who sees whom is asked pair by pair.
-"""
+"""RowSpans: every builder against plain loops over tokens, on random layouts; without synchronising; compiled once."""
 
 import random
 import re
@@ -10,6 +6,7 @@ import re
 import pytest
 import torch
 import torch._dynamo.testing
+from span_layouts import BUILDERS, image_ids, int32, located_images, offsets
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkernels import RowSpans
@@ -21,43 +18,6 @@ LAYOUTS = 300
 @pytest.fixture
 def rng(seed) -> random.Random:
     return random.Random(seed)
-
-
-def int32(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-# --- random layouts ---------------------------------------------------------------------------------------------------
-
-
-def lengths_of(rng, documents: int) -> list[int]:
-    """Lengths with zeros among them, and more documents than tokens now and then."""
-    longest = rng.choice([1, 3, 12])
-    return [rng.choice([0, 0, rng.randint(0, longest), longest]) for _ in range(documents)]
-
-
-def offsets(lengths: list[int]) -> torch.Tensor:
-    return int32([sum(lengths[:n]) for n in range(len(lengths) + 1)])
-
-
-def documents(lengths: list[int], total: int) -> list[int | None]:
-    """The document of each token; None for those after all documents."""
-    inside = [d for d, length in enumerate(lengths) for _ in range(length)]
-    return inside + [None] * (total - len(inside))
-
-
-def layout(rng) -> tuple[list[int], int]:
-    """Lengths of documents, and tokens in all: the rest is padding."""
-    lengths = lengths_of(rng, rng.randint(0, 6))
-    return lengths, sum(lengths) + rng.choice([0, 0, 1, 5])
-
-
-def dense(sees, num_queries: int, num_keys: int) -> torch.Tensor:
-    mask = torch.zeros(num_queries, num_keys, dtype=torch.bool)
-    for i in range(num_queries):
-        for j in range(num_keys):
-            mask[i, j] = bool(sees(i, j))
-    return mask
 
 
 def assert_mask(spans: RowSpans, want: torch.Tensor) -> None:
@@ -76,173 +36,11 @@ def test_full():
     assert RowSpans.full(3, 5, device="meta").device.type == "meta"
 
 
-@pytest.mark.parametrize(("causal", "windowed"), [(False, False), (True, False), (True, True)])
-def test_packed(rng, causal, windowed):
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_builders(rng, builder):
     for _ in range(LAYOUTS):
-        lengths, tokens = layout(rng)
-        window = rng.randint(1, 6) if windowed else None
-        of = documents(lengths, tokens)
-
-        def sees(i, j, of=of, window=window):
-            alike = of[i] is not None and of[i] == of[j]
-            return alike and (not causal or j <= i) and (window is None or i - j < window)
-
-        cu_seqlens = offsets(lengths).to(rng.choice([torch.int32, torch.int64]))
-        spans = RowSpans.packed(cu_seqlens, num_queries=tokens, causal=causal, window=window)
-        assert_mask(spans, dense(sees, tokens, tokens))
-
-
-@pytest.mark.parametrize(("causal", "windowed"), [(False, False), (True, False), (True, True)])
-def test_packed_with_keys_of_their_own(rng, causal, windowed):
-    for _ in range(LAYOUTS):
-        lengths, num_queries = layout(rng)
-        lengths_k = lengths_of(rng, len(lengths))
-        num_keys = sum(lengths_k) + rng.choice([0, 4])
-        window = rng.randint(1, 6) if windowed else None
-        of, of_k = documents(lengths, num_queries), documents(lengths_k, num_keys)
-
-        def sees(i, j, of=of, of_k=of_k, window=window):
-            if of[i] is None or of[i] != of_k[j]:
-                return False
-            queries_after = sum(d == of[i] for d in of[i + 1 :])
-            keys_after = sum(d == of[i] for d in of_k[j + 1 :])
-            back = keys_after - queries_after  # the last query and the last key stand at one place
-            return not causal or (back >= 0 and (window is None or back < window))
-
-        spans = RowSpans.packed(
-            offsets(lengths),
-            offsets(lengths_k),
-            num_queries=num_queries,
-            num_keys=num_keys,
-            causal=causal,
-            window=window,
-        )
-        assert_mask(spans, dense(sees, num_queries, num_keys))
-
-
-def image_ids(rng, tokens: int) -> list[int]:
-    """Runs of text and of images of random lengths, of the same number side by side and again, and across documents."""
-    ids: list[int] = []
-    while len(ids) < tokens:
-        ids += [rng.choice([-1, -1, 0, 1, len(ids)])] * rng.randint(1, 7)
-    return ids[:tokens]
-
-
-@pytest.mark.parametrize("window_rule", [None, "clamp", "union"])
-def test_image_text(rng, window_rule):
-    for _ in range(LAYOUTS):
-        lengths, tokens = layout(rng)
-        of, ids = documents(lengths, tokens), image_ids(rng, tokens)
-        window = rng.randint(1, 8) if window_rule else None
-
-        def sees(i, j, of=of, ids=ids, window=window):
-            if of[i] is None or of[i] != of[j]:
-                return False
-            between = range(min(i, j), max(i, j) + 1)
-            same_image = ids[i] >= 0 and all(ids[t] == ids[i] for t in between)
-            near = window is None or i - j < window
-            return (j <= i and near) or (same_image and (near or window_rule == "union"))
-
-        cu_seqlens, image_id = offsets(lengths), torch.tensor(ids, dtype=rng.choice([torch.int32, torch.int64]))
-        rule = {"window_rule": window_rule} if window_rule else {}
-        spans = RowSpans.image_text(cu_seqlens, image_id, window=window, **rule)
-        assert_mask(spans, dense(sees, tokens, tokens))
-
-
-def test_prefix_lm(rng):
-    for _ in range(LAYOUTS):
-        lengths, tokens = layout(rng)
-        of = documents(lengths, tokens)
-        prefixes = [rng.choice([0, rng.randint(0, length + 2)]) for length in lengths]
-
-        def sees(i, j, of=of, prefixes=prefixes):
-            return (
-                of[i] is not None
-                and of[i] == of[j]
-                and (j <= i or j - of.index(of[i]) < prefixes[of[i]] > i - of.index(of[i]))
-            )
-
-        spans = RowSpans.prefix_lm(offsets(lengths), int32(prefixes), num_queries=tokens)
-        assert_mask(spans, dense(sees, tokens, tokens))
-
-
-def images_seen(i: int, located: list[bool], of: list[int | None], attend: str) -> list[int]:
-    """The images that token i sees by their numbers in the whole row, found by walking back from it."""
-    if of[i] is None:
-        return []
-    seen, walked = [], list(range(i, -1, -1))
-    for t in walked:
-        if of[t] != of[i]:
-            break
-        if located[t]:
-            seen.append(sum(located[:t]))
-            opens_group = t == 0 or not located[t - 1] or of[t - 1] != of[t]
-            if attend == "immediate" or (attend == "group" and opens_group):
-                break
-    return seen
-
-
-def media_mask(located, of, lengths: list[int], num_keys: int, attend: str, empty_rows: str, packed: bool):
-    owner = documents(lengths, num_keys)  # the image of each key
-    image_document = [d for d, image in zip(of, located, strict=True) if image]
-
-    def row(i):
-        seen = images_seen(i, located, of, attend)
-        keys = [image is not None and image in seen for image in owner]
-        if empty_rows == "all" and not any(keys):
-            if not packed:
-                return [True] * num_keys
-            mine = [n for n, d in enumerate(image_document) if d is not None and d == of[i]]
-            return [image in mine for image in owner]
-        return keys
-
-    return torch.tensor([row(i) for i in range(len(located))], dtype=torch.bool).reshape(len(located), num_keys)
-
-
-def located_images(rng, tokens: int) -> list[bool]:
-    often = rng.choice([0.0, 0.2, 0.7, 1.0])
-    return [rng.random() < often for _ in range(tokens)]
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("empty_rows", ["none", "all"])
-@pytest.mark.parametrize("attend", ["immediate", "previous", "group"])
-def test_media(rng, attend, empty_rows, packed):
-    for _ in range(LAYOUTS):
-        lengths, tokens = layout(rng)
-        of = documents(lengths, tokens) if packed else [0] * tokens
-        located = located_images(rng, tokens)
-        images = max(0, sum(located) + rng.choice([0, 0, 2, -1]))  # more or fewer than the text has places for
-        ragged = rng.random() < 0.7
-        sizes = [rng.choice([0, 1, 3]) for _ in range(images)] if ragged else [rng.randint(0, 3)] * sum(located)
-        num_keys = sum(sizes) + rng.choice([0, 3])
-        spans = RowSpans.media(
-            torch.tensor(located, dtype=torch.bool),
-            int32(sizes) if ragged else (sizes or [2])[0],
-            num_keys=num_keys,
-            cu_seqlens=offsets(lengths) if packed else None,
-            attend=attend,
-            empty_rows=empty_rows,
-        )
-        assert_mask(spans, media_mask(located, of, sizes, num_keys, attend, empty_rows, packed))
-
-
-@pytest.mark.parametrize("attend", ["immediate", "previous", "group"])
-def test_media_of_a_batch(rng, attend):
-    for _ in range(LAYOUTS // 4):
-        batch, tokens, images = rng.randint(1, 3), rng.randint(0, 9), rng.randint(0, 4)
-        located = [located_images(rng, tokens) for _ in range(batch)]
-        sizes = [[rng.choice([0, 1, 3]) for _ in range(images)] for _ in range(batch)]
-        num_keys = max(map(sum, sizes)) + rng.choice([0, 3])
-        locations = torch.tensor(located, dtype=torch.bool).reshape(batch, tokens)
-        lengths = int32(sizes).reshape(batch, images)
-        spans = RowSpans.media(locations, lengths, num_keys=num_keys, attend=attend, empty_rows="all")
-        assert spans.batch == batch and spans.lo.shape == (batch, 1, tokens)
-        want = [
-            media_mask(row, [0] * tokens, size, num_keys, attend, "all", False)
-            for row, size in zip(located, sizes, strict=True)
-        ]
-        assert_mask(spans, torch.stack(want))
+        layout = BUILDERS[builder](rng)
+        assert_mask(layout.spans, layout.oracle())
 
 
 def test_sizes_of_tensors_on_the_cpu_are_read():
@@ -356,7 +154,7 @@ def inputs(rng, documents: int, device: str = "cpu") -> list[torch.Tensor]:
     lengths = [rng.randint(12, 40) for _ in range(documents)]
     tokens = sum(lengths) + documents
     values = (
-        offsets(lengths),
+        int32(offsets(lengths)),
         int32(image_ids(rng, tokens)),
         int32([rng.randint(0, 5) for _ in lengths]),
         torch.tensor(located_images(rng, tokens), dtype=torch.bool),

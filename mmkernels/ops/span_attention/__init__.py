@@ -66,7 +66,7 @@ def span_attention(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     out, lse = op.span_attention(q, k, v, lo, hi, hulls, scale, float(softcap or 0.0), asked)
     if not batched:
-        out, lse = out[0], lse[0]
+        out, lse = out.squeeze(0), lse.squeeze(0)  # by an index, the gradient would be copied
     return (out, lse) if return_lse else out
 
 
