@@ -15,6 +15,7 @@
 // cache lie too far apart for the processor to foresee them.
 #include "span_decode.h"
 
+#include "lane_sums.h"
 #include "matmul.h"
 
 namespace mmk::MMK_ISA {
@@ -25,53 +26,7 @@ constexpr int64_t kStep = 64;                 // keys of a visit
 constexpr int64_t kChunkBytes = 1 << 20;      // of keys and values in a task,
 constexpr int64_t kLeast = 128, kMost = 512;  // and how many keys that may be
 
-// ---- lanes
-
-// Of every four lanes the first two from a, the others from b: the even ones, or the odd ones.
-MMK_INLINE Vec evens(Vec a, Vec b) {
-#if defined(__AVX512F__)
-    return _mm512_shuffle_ps(a, b, 0x88);
-#elif defined(__AVX2__)
-    return _mm256_shuffle_ps(a, b, 0x88);
-#else
-    return Vec{a[0], a[2], b[0], b[2]};
-#endif
-}
-MMK_INLINE Vec odds(Vec a, Vec b) {
-#if defined(__AVX512F__)
-    return _mm512_shuffle_ps(a, b, 0xdd);
-#elif defined(__AVX2__)
-    return _mm256_shuffle_ps(a, b, 0xdd);
-#else
-    return Vec{a[1], a[3], b[1], b[3]};
-#endif
-}
-
-// The sum of the neighbouring quarters of a, then that of b: halves the number of quarters.
-MMK_INLINE Vec add_quarters(Vec a, Vec b) {
-#if defined(__AVX512F__)
-    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
-#elif defined(__AVX2__)
-    return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
-#else
-    return a + b;  // never called: one quarter is all there is
-#endif
-}
-
-// Lane i: the sum over the lanes of v[i].
-MMK_INLINE Vec lane_sums(const Vec (&v)[kLanes]) {
-    Vec part[kLanes];
-    MMK_UNROLL for (int i = 0; i < kLanes / 2; i++) {
-        part[i] = evens(v[2 * i], v[2 * i + 1]) + odds(v[2 * i], v[2 * i + 1]);
-    }
-    MMK_UNROLL for (int i = 0; i < kLanes / 4; i++) {
-        part[i] = evens(part[2 * i], part[2 * i + 1]) + odds(part[2 * i], part[2 * i + 1]);
-    }
-    MMK_UNROLL for (int count = kLanes / 4; count > 1; count /= 2) {
-        MMK_UNROLL for (int i = 0; i < count / 2; i++) part[i] = add_quarters(part[2 * i], part[2 * i + 1]);
-    }
-    return part[0];
-}
+// ---- products
 
 // kLanes units from the first n elements at p, which may be any number; zero past them.
 template <class Operand, class T>
@@ -80,14 +35,9 @@ MMK_INLINE UVec first_units(const T* p, int64_t n) {
     if constexpr (Operand::kPack == 1) {
         return as_bits(n >= kAll ? load(p) : load_first(p, static_cast<int>(n)));
     } else {
-        if (n >= kAll) return load_bits(reinterpret_cast<const uint32_t*>(p));
-#if defined(__AVX512BF16__)
-        return (UVec)_mm512_maskz_loadu_epi16((1u << n) - 1, p);
-#endif
+        return n >= kAll ? load_bits(reinterpret_cast<const uint32_t*>(p)) : load_first_pairs(p, static_cast<int>(n));
     }
 }
-
-// ---- products
 
 // Asks for the line that lies `ahead` bytes after p, wherever that is.
 MMK_INLINE void fetch(const void* p, intptr_t ahead) {
@@ -95,7 +45,7 @@ MMK_INLINE void fetch(const void* p, intptr_t ahead) {
 }
 
 // s[r * s_row + j] = <query r, key j> for kRows queries, whose units are q_row apart, and kLanes / kRows keys, of which
-// those past the last of `keys` are that one again. `ahead` elements after every key lies one that will be wanted next.
+// those past the last of `keys` are that one again. `ahead` bytes after every key lies one that will be wanted next.
 template <int kRows, class T>
 MMK_INLINE void score_tile(const uint32_t* q, int64_t q_row, const T* k, int64_t k_row, int64_t keys, int64_t dim,
                            int64_t ahead, float* s, int64_t s_row) {
