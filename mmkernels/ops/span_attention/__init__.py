@@ -26,7 +26,8 @@ def span_attention(
     """softmax(scale q k^T) v, in which query i sees the keys that `spans` gives it and no others.
 
     A query that sees no key gives zeros, an lse of -inf and no gradient. Keys and values outside every span, such as
-    padding, may hold anything, NaN too, without reaching the result or a gradient.
+    padding, may hold anything, NaN too, without reaching the result or a gradient; and what one document holds reaches
+    no other, if no query sees keys of both.
 
     Args:
         q: queries (Tq, Hq, D), or with a batch axis (B, Tq, Hq, D); float32, bfloat16 or float16 (the reference
