@@ -99,24 +99,24 @@ def span_attention_backward(
     meta = _meta(q, v, lo, softcap)
     rows = tuple(map(_rows, (q, k, v, d_out)))
     lo, hi, lse = lo.contiguous(), hi.contiguous(), lse.contiguous()
-    delta = torch.empty_like(lse)
-    _query_grad(rows, _rows(out), lo, hi, lse, delta, d_q, scale, softcap, meta)
-    _key_grads(rows, hulls, lo, hi, lse, delta, d_k, d_v, scale, softcap, meta)
+    row_terms = torch.empty_like(lse), torch.empty_like(lse)
+    _query_grad(rows, _rows(out), lo, hi, lse, row_terms, d_q, scale, softcap, meta)
+    _key_grads(rows, hulls, lo, hi, row_terms, d_k, d_v, scale, softcap, meta)
     return d_q if sign > 0 else d_q.mul_(sign), d_k, d_v
 
 
-def _query_grad(rows, out, lo, hi, lse, delta, d_q, scale, softcap, meta) -> None:
+def _query_grad(rows, out, lo, hi, lse, row_terms, d_q, scale, softcap, meta) -> None:
     q, k, v, _ = rows
     batch, queries, heads, width = d_q.shape
     tile = _tile("query_grad", q, v)
     launch(
-        query_grad, batch * heads * triton.cdiv(queries, tile.BLOCK_M), *rows, out, lo, hi, lse, delta, d_q,
+        query_grad, batch * heads * triton.cdiv(queries, tile.BLOCK_M), *rows, out, lo, hi, lse, *row_terms, d_q,
         *_strides(*rows, out), queries, k.shape[1], heads, heads // k.shape[2], lo.shape[1], _batch_stride(lo), scale,
         softcap, D_OUT=width, **meta, **tile.meta(),
     )  # fmt: skip
 
 
-def _key_grads(rows, hulls, lo, hi, lse, delta, d_k, d_v, scale, softcap, meta) -> None:
+def _key_grads(rows, hulls, lo, hi, row_terms, d_k, d_v, scale, softcap, meta) -> None:
     q, _, v, _ = rows
     batch, keys, key_heads, width = d_k.shape
     queries, group = q.shape[1], q.shape[2] // key_heads
@@ -130,7 +130,7 @@ def _key_grads(rows, hulls, lo, hi, lse, delta, d_k, d_v, scale, softcap, meta) 
         part_k, part_v = (x.new_empty(parts, *x.shape, dtype=torch.float32) for x in (d_k, d_v))
     for want_k, want_v in gradient_passes(_triton.family(q.device), Width(q.shape[3]), Width(v.shape[3])):
         launch(
-            key_grads, programs * parts, *rows, lo, hi, lse, delta, table, part_k, part_v, *_strides(*rows),
+            key_grads, programs * parts, *rows, lo, hi, *row_terms, table, part_k, part_v, *_strides(*rows),
             queries, keys, key_heads, group, lo.shape[1], _batch_stride(lo), _batch_stride(table), parts,
             d_k.numel(), d_v.numel(), scale, softcap, D_OUT=width, DV_OUT=d_v.shape[3], WANT_K=want_k, WANT_V=want_v,
             **meta, **tile.meta(),

@@ -1,4 +1,8 @@
-"""The backward kernels of span attention in Triton; the mathematics is at the head of triton.py."""
+"""The backward kernels of span attention in Triton; the mathematics is at the head of triton.py.
+
+A product with rows that hold NaN is NaN, so these reach dS, and their gradients, wherever they are seen; in the loops
+with masks, where others do not see them, they are multiplied as zeros.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ from ...spans import HULL_ROWS
 from .triton_device import (
     LOG2E,
     add_product,
-    cleaned,
     factors,
+    finite,
     gather_rows,
     hull,
     load_rows,
@@ -18,6 +22,7 @@ from .triton_device import (
     product,
     scatter_rows,
     scores,
+    spoilt,
     steps,
     weight,
     zeros,
@@ -27,23 +32,12 @@ HULL = tl.constexpr(HULL_ROWS)
 LARGEST = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
-def _reference(p_lse, inside, MATH: tl.constexpr):
-    """The log-sum-exp in the units of `factors`; 0 for rows that see nothing, whose weights a mask makes 0."""
-    EXACT: tl.constexpr = MATH[1]
-    lse = tl.load(p_lse, mask=inside, other=0.0)
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
-    if not EXACT:
-        lse *= LOG2E
-    return lse
-
-
-# ------------------------------------------------------------------ dQ, and delta, which dK and dV need too
+# ------------------------------------------------------------------ dQ, and what dK and dV need too
 
 
 @triton.jit
 def _query_loop(
-    dq0, dq1, q0, q1, g0, g1, b_lse, b_delta, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first, before, skip, count,
+    dq0, dq1, q0, q1, g0, g1, b_lse, b_delta, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first, before, jump, count,
     end, to_cap, factor,
     HEAD: tl.constexpr, VALUE: tl.constexpr, MATH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +46,7 @@ def _query_loop(
     for step in tl.range(0, count):
         j0 = first + step * BLOCK_N
         if MASKED:
-            j0 += tl.where(step >= before, skip, 0)
+            j0 += tl.where(step >= before, jump, 0)
         k0, k1 = load_rows(k + j0.to(tl.int64) * stride_kt8 * 8, stride_kt8, end - j0, BLOCK_N, HEAD, MASKED)
         v0, v1 = load_rows(v + j0.to(tl.int64) * stride_vt8 * 8, stride_vt8, end - j0, BLOCK_N, VALUE, MASKED)
         s = scores(q0, q1, k0, k1, to_cap, HEAD, MATH)  # [BM, BN]
@@ -63,8 +57,8 @@ def _query_loop(
         if MASKED:
             j = j0 + tl.arange(0, BLOCK_N)[None, :]
             sees = (j >= b_lo[:, None]) & (j < b_hi[:, None])
-            k0, k1, spoilt = cleaned(k0, k1, HEAD)
-            ds = tl.where(sees, ds + spoilt[None, :], 0.0)
+            ds = tl.where(sees, ds, 0.0)  # NaN where a key is that is seen
+            k0, k1 = finite(k0), finite(k1)
         dq0, dq1 = add_product(ds, k0, k1, dq0, dq1, HEAD, MATH)
     return dq0, dq1
 
@@ -76,15 +70,15 @@ def _query_run(
 ):  # fmt: skip
     b_lo, b_hi = load_spans(lo, hi, at, inside, keys)
     first, end, common_first, common_end = hull(b_lo, b_hi, inside, keys)
-    before, within, after = steps(first, end, common_first, common_end, BLOCK_N)
+    HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 16 else BLOCK_N
+    before, within, after = steps(first, end, common_first, common_end, BLOCK_N, HALF)
     dq0, dq1 = _query_loop(
-        dq0, dq1, q0, q1, g0, g1, b_lse, b_delta, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first + before * BLOCK_N,
+        dq0, dq1, q0, q1, g0, g1, b_lse, b_delta, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first + before * HALF,
         0, 0, within, end, to_cap, factor, HEAD, VALUE, MATH, BLOCK_N, False,
     )  # fmt: skip
     return _query_loop(
         dq0, dq1, q0, q1, g0, g1, b_lse, b_delta, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first, before,
-        within * BLOCK_N, before + after, end, to_cap, factor, HEAD, VALUE, MATH,
-        BLOCK_N, True,
+        within * BLOCK_N, before + after, end, to_cap, factor, HEAD, VALUE, MATH, HALF, True,
     )  # fmt: skip
 
 
@@ -99,7 +93,8 @@ def query_grad(
     q, k, v,  # [B, Tq, Hq, D], [B, Tk, Hkv, D], [B, Tk, Hkv, DV]
     grad, out,  # [B, Tq, Hq, DV]
     lo, hi,  # [B or 1, runs, Tq]
-    lse, delta,  # [B, Hq, Tq]
+    lse,  # [B, Hq, Tq]
+    reference, delta,  # [B, Hq, Tq], written: lse in the units of `factors`, NaN where dO is not finite, and delta
     d_q,  # [B, Tq, Hq, D_OUT]
     stride_qb8, stride_qt8, stride_qh8, stride_kb8, stride_kt8, stride_kh8, stride_vb8, stride_vt8, stride_vh8,
     stride_gb8, stride_gt8, stride_gh8, stride_ob8, stride_ot8, stride_oh8,
@@ -125,7 +120,12 @@ def query_grad(
         b_delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     row = (batch * heads + head) * queries + i
     tl.store(delta + row, b_delta, mask=inside)
-    b_lse = _reference(lse + row, inside, MATH)
+    b_lse = tl.load(lse + row, mask=inside, other=0.0)
+    b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)  # of rows that see nothing, whose weights masks make 0
+    EXACT: tl.constexpr = MATH[1]
+    if not EXACT:
+        b_lse *= LOG2E
+    tl.store(reference + row, b_lse + spoilt(g0, g1, VALUE), mask=inside)
     key_head = (head // group).to(tl.int64)
     k += (batch * stride_kb8 + key_head * stride_kh8) * 8
     v += (batch * stride_vb8 + key_head * stride_vh8) * 8
@@ -207,8 +207,8 @@ def key_table(
 
 @triton.jit
 def _key_loop(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, lse, delta, lo, hi, stride_qt8, stride_qh8, stride_gt8, stride_gh8,
-    j, queries, group, first, before, skip, blocks, part, parts, to_cap, factor,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, reference, delta, lo, hi, stride_qt8, stride_qh8, stride_gt8,
+    stride_gh8, j, queries, group, first, before, jump, blocks, part, parts, to_cap, factor,
     HEAD: tl.constexpr, VALUE: tl.constexpr, MATH: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -220,42 +220,40 @@ def _key_loop(
     count = blocks * group
     for step in tl.range((count * part) // parts, (count * (part + 1)) // parts):
         head, block = step // blocks, step % blocks
+        i0 = first + block * BLOCK_M
         if MASKED:
-            block += tl.where(block >= before, skip, 0)
-        i0 = (first + block) * BLOCK_M
+            i0 += tl.where(block >= before, jump, 0)
         i = i0 + tl.arange(0, BLOCK_M)
         q_row = i0.to(tl.int64) * stride_qt8 + head.to(tl.int64) * stride_qh8
         g_row = i0.to(tl.int64) * stride_gt8 + head.to(tl.int64) * stride_gh8
         q0, q1 = load_rows(q + q_row * 8, stride_qt8, queries - i0, BLOCK_M, HEAD, MASKED)
         g0, g1 = load_rows(grad + g_row * 8, stride_gt8, queries - i0, BLOCK_M, VALUE, MASKED)
         row = head.to(tl.int64) * queries + i
-        b_lse = _reference(lse + row, i < queries, MATH)
         s = scores(k0, k1, q0, q1, to_cap, HEAD, MATH)  # [BN, BM]
-        p = weight(s, factor, b_lse[None, :], MATH)
+        p = weight(s, factor, tl.load(reference + row, mask=i < queries, other=0.0)[None, :], MATH)
         if MASKED:
             b_lo = tl.load(lo + i, mask=i < queries, other=0)
             b_hi = tl.load(hi + i, mask=i < queries, other=0)
-            seen = (j[:, None] >= b_lo[None, :]) & (j[:, None] < b_hi[None, :])
+            p = tl.where((j[:, None] >= b_lo[None, :]) & (j[:, None] < b_hi[None, :]), p, 0.0)
         if WANT_K:
             b_delta = tl.load(delta + row, mask=i < queries, other=0.0)
             ds = p * (product(v0, v1, g0, g1, VALUE, MATH) - b_delta[None, :])
             if CAPPED:
                 ds *= 1.0 - s * s
             if MASKED:
-                q0, q1, spoilt = cleaned(q0, q1, HEAD)
-                ds = tl.where(seen, ds + spoilt[None, :], 0.0)
+                ds = tl.where((j[:, None] >= b_lo[None, :]) & (j[:, None] < b_hi[None, :]), ds, 0.0)
+                q0, q1 = finite(q0), finite(q1)
             dk0, dk1 = add_product(ds, q0, q1, dk0, dk1, HEAD, MATH)
         if WANT_V:
             if MASKED:
-                g0, g1, spoilt = cleaned(g0, g1, VALUE)
-                p = tl.where(seen, p + spoilt[None, :], 0.0)
+                g0, g1 = finite(g0), finite(g1)
             dv0, dv1 = add_product(p, g0, g1, dv0, dv1, VALUE, MATH)
     return dk0, dk1, dv0, dv1
 
 
 @triton.jit
 def _key_run(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, lse, delta, lo, hi, p_table, stride_qt8, stride_qh8, stride_gt8,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, reference, delta, lo, hi, p_table, stride_qt8, stride_qh8, stride_gt8,
     stride_gh8, j, queries, group, part, parts, to_cap, factor,
     HEAD: tl.constexpr, VALUE: tl.constexpr, MATH: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -264,14 +262,15 @@ def _key_run(
     full, full_end = tl.load(p_table + 2), tl.load(p_table + 3)
     within = full_end - full
     dk0, dk1, dv0, dv1 = _key_loop(
-        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, lse, delta, lo, hi, stride_qt8, stride_qh8, stride_gt8,
-        stride_gh8, j, queries, group, full, 0, 0, within, part, parts, to_cap, factor,
+        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, reference, delta, lo, hi, stride_qt8, stride_qh8, stride_gt8,
+        stride_gh8, j, queries, group, full * BLOCK_M, 0, 0, within, part, parts, to_cap, factor,
         HEAD, VALUE, MATH, WANT_K, WANT_V, BLOCK_M, False,
     )  # fmt: skip
+    HALF: tl.constexpr = BLOCK_M // 2
     return _key_loop(
-        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, lse, delta, lo, hi, stride_qt8, stride_qh8, stride_gt8,
-        stride_gh8, j, queries, group, first, full - first, within, end - first - within, part, parts, to_cap, factor,
-        HEAD, VALUE, MATH, WANT_K, WANT_V, BLOCK_M, True,
+        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, reference, delta, lo, hi, stride_qt8, stride_qh8, stride_gt8,
+        stride_gh8, j, queries, group, first * BLOCK_M, (full - first) * 2, within * BLOCK_M,
+        (end - first - within) * 2, part, parts, to_cap, factor, HEAD, VALUE, MATH, WANT_K, WANT_V, HALF, True,
     )  # fmt: skip
 
 
@@ -286,7 +285,7 @@ def key_grads(
     q, k, v,  # [B, Tq, Hq, D], [B, Tk, Hkv, D], [B, Tk, Hkv, DV]
     grad,  # [B, Tq, Hq, DV]
     lo, hi,  # [B or 1, runs, Tq]
-    lse, delta,  # [B, Hq, Tq]
+    reference, delta,  # [B, Hq, Tq], of query_grad
     table,  # [B or 1, runs, blocks of keys, 4]
     d_k, d_v,  # [parts, B, Tk, Hkv, D_OUT], [parts, B, Tk, Hkv, DV_OUT]
     stride_qb8, stride_qt8, stride_qh8, stride_kb8, stride_kt8, stride_kh8, stride_vb8, stride_vt8, stride_vh8,
@@ -309,7 +308,7 @@ def key_grads(
     v0, v1 = gather_rows(v, v_row, inside, VALUE)
     q += (batch * stride_qb8 + head * group * stride_qh8) * 8
     grad += (batch * stride_gb8 + head * group * stride_gh8) * 8
-    lse += (batch * key_heads + head) * group * queries
+    reference += (batch * key_heads + head) * group * queries
     delta += (batch * key_heads + head) * group * queries
     lo += batch * stride_sb
     hi += batch * stride_sb
@@ -320,14 +319,14 @@ def key_grads(
     dv0, dv1 = zeros(BLOCK_N, VALUE)
     if ONE_RUN:
         dk0, dk1, dv0, dv1 = _key_run(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, lse, delta, lo, hi, p_table, stride_qt8, stride_qh8,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, reference, delta, lo, hi, p_table, stride_qt8, stride_qh8,
             stride_gt8, stride_gh8, j, queries, group, part, parts, to_cap, factor,
             HEAD, VALUE, MATH, WANT_K, WANT_V, BLOCK_M,
         )  # fmt: skip
     else:
         for run in tl.range(0, runs):
             dk0, dk1, dv0, dv1 = _key_run(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, lse, delta, lo + run * queries, hi + run * queries,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, reference, delta, lo + run * queries, hi + run * queries,
                 p_table + run * blocks * 4, stride_qt8, stride_qh8, stride_gt8, stride_gh8, j, queries, group, part,
                 parts, to_cap, factor,
                 HEAD, VALUE, MATH, WANT_K, WANT_V, BLOCK_M,

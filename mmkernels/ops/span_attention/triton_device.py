@@ -79,19 +79,20 @@ def scatter_rows(x, offset, inside, x0, x1, scale, WIDTH: tl.constexpr, HEAD: tl
 
 
 @triton.jit
-def cleaned(x0, x1, HEAD: tl.constexpr):
-    """Rows with what is NaN or infinite made zero; and for each row 0, or NaN if there was any."""
+def finite(x):
+    """x with what is NaN or infinite made zero."""
+    wide = x.to(tl.float32)
+    return tl.where(tl.abs(wide) < float("inf"), wide, 0.0).to(x.dtype)
+
+
+@triton.jit
+def spoilt(x0, x1, HEAD: tl.constexpr):
+    """For each row 0, or NaN if anything in it is NaN or infinite."""
     W1: tl.constexpr = HEAD[2]
-    zero0 = x0.to(tl.float32) * 0.0
-    spoilt = tl.sum(zero0, 1)
-    x0 = tl.where(zero0 == 0.0, x0, 0.0)
+    found = tl.sum(x0.to(tl.float32) * 0.0, 1)
     if W1 > 0:
-        zero1 = x1.to(tl.float32) * 0.0
-        spoilt += tl.sum(zero1, 1)
-        x1 = tl.where(zero1 == 0.0, x1, 0.0)
-    else:
-        x1 = x0
-    return x0, x1, spoilt
+        found += tl.sum(x1.to(tl.float32) * 0.0, 1)
+    return found
 
 
 @triton.jit
@@ -159,12 +160,14 @@ def weight(s, factor, reference, MATH: tl.constexpr):
 
 
 @triton.jit
-def steps(first, end, common_first, common_end, STEP: tl.constexpr):
-    """Steps of STEP keys through [first, end): (before, within, after) those that every query sees."""
-    total = tl.cdiv(tl.maximum(end - first, 0), STEP)
-    before = tl.minimum(tl.cdiv(tl.maximum(common_first - first, 0), STEP), total)
-    within = tl.maximum(common_end - (first + before * STEP), 0) // STEP
-    return before, within, total - before - within
+def steps(first, end, common_first, common_end, STEP: tl.constexpr, MASKED_STEP: tl.constexpr):
+    """Steps through the keys [first, end): (before, within, after) those that every query sees. These are of STEP keys,
+    the others of MASKED_STEP: half, since masks take registers, and at the ends less is computed in vain."""
+    total = tl.cdiv(tl.maximum(end - first, 0), MASKED_STEP)
+    before = tl.minimum(tl.cdiv(tl.maximum(common_first - first, 0), MASKED_STEP), total)
+    start = first + before * MASKED_STEP
+    within = tl.maximum(common_end - start, 0) // STEP
+    return before, within, tl.cdiv(tl.maximum(end - start - within * STEP, 0), MASKED_STEP)
 
 
 @triton.jit

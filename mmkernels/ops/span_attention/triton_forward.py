@@ -10,14 +10,15 @@ from .triton_device import (
     LN2,
     LOG2E,
     add_product,
-    cleaned,
     factors,
+    finite,
     gather_rows,
     hull,
     load_rows,
     load_spans,
     scatter_rows,
     scores,
+    spoilt,
     steps,
     weight,
     zeros,
@@ -27,14 +28,14 @@ from .triton_device import (
 @triton.jit
 def _attend(
     acc0, acc1, m, total,  # [BM, V0], [BM, V1], [BM], [BM]: running weighted values, maximum and sum of weights
-    q0, q1, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first, before, skip, count, end, to_cap, factor,
+    q0, q1, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first, before, jump, count, end, to_cap, factor,
     HEAD: tl.constexpr, VALUE: tl.constexpr, MATH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Take in `count` blocks of keys. Those of both ends, which need masks, are one loop: it skips what is between."""
+    """Take in `count` blocks of keys. Those of both ends, which need masks, are one loop: it jumps over the rest."""
     for step in tl.range(0, count):
         j0 = first + step * BLOCK_N
         if MASKED:
-            j0 += tl.where(step >= before, skip, 0)
+            j0 += tl.where(step >= before, jump, 0)
         k0, k1 = load_rows(k + j0.to(tl.int64) * stride_kt8 * 8, stride_kt8, end - j0, BLOCK_N, HEAD, MASKED)
         s = scores(q0, q1, k0, k1, to_cap, HEAD, MATH)  # [BM, BN]
         if MASKED:
@@ -48,8 +49,8 @@ def _attend(
         total = total * fade + tl.sum(p, 1)
         v0, v1 = load_rows(v + j0.to(tl.int64) * stride_vt8 * 8, stride_vt8, end - j0, BLOCK_N, VALUE, MASKED)
         if MASKED:
-            v0, v1, spoilt = cleaned(v0, v1, VALUE)
-            p = tl.where(sees, p + spoilt[None, :], 0.0)
+            p = tl.where(sees, p + spoilt(v0, v1, VALUE)[None, :], 0.0)
+            v0, v1 = finite(v0), finite(v1)
         acc0, acc1 = add_product(p, v0, v1, acc0 * fade[:, None], acc1 * fade[:, None], VALUE, MATH)
         m = m_new
     return acc0, acc1, m, total
@@ -67,14 +68,15 @@ def _attend_run(
     first += part * length
     end = tl.minimum(end, first + length)
     common_first, common_end = tl.maximum(common_first, first), tl.minimum(common_end, end)
-    before, within, after = steps(first, end, common_first, common_end, BLOCK_N)
+    HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 16 else BLOCK_N
+    before, within, after = steps(first, end, common_first, common_end, BLOCK_N, HALF)
     acc0, acc1, m, total = _attend(
-        acc0, acc1, m, total, q0, q1, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first + before * BLOCK_N, 0, 0, within,
+        acc0, acc1, m, total, q0, q1, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first + before * HALF, 0, 0, within,
         end, to_cap, factor, HEAD, VALUE, MATH, BLOCK_N, False,
     )  # fmt: skip
     return _attend(
         acc0, acc1, m, total, q0, q1, k, v, stride_kt8, stride_vt8, b_lo, b_hi, first, before, within * BLOCK_N,
-        before + after, end, to_cap, factor, HEAD, VALUE, MATH, BLOCK_N, True,
+        before + after, end, to_cap, factor, HEAD, VALUE, MATH, HALF, True,
     )  # fmt: skip
 
 
