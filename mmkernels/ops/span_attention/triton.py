@@ -63,11 +63,11 @@ def span_attention(
     part_out, part_lse = out, lse
     if parts > 1:
         part_out, part_lse = (q.new_empty(parts, *x.shape, dtype=torch.float32) for x in (out, lse))
-    rows = _rows(q), _rows(k), _rows(v)
+    rows = _rows(q, packed > 1), _rows(k), _rows(v)
     launch(
         forward, programs * parts, *rows, lo.contiguous(), hi.contiguous(), part_out, part_lse, *_strides(*rows),
         queries, k.shape[1], heads, group, packed, lo.shape[1], _batch_stride(lo), parts, out.numel(), lse.numel(),
-        scale, softcap, DV_OUT=value_width, **_meta(q, v, lo, softcap), **tile.meta(),
+        scale, softcap, DV_OUT=value_width, PACKED=packed > 1, **_meta(q, v, lo, softcap), **tile.meta(),
     )  # fmt: skip
     if parts > 1:
         count = batch * queries * heads
@@ -172,10 +172,11 @@ def _parts(programs: int, length: int) -> int:
     return max(1, min(PROGRAMS // max(programs, 1), length // SPLIT_STEP))
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor, packed: bool = False) -> Tensor:
     """x as the kernels read it, (B, T, H, multiple of 8): rows at 16 bytes, tiles within 32 bits of their first row."""
     x = _triton.aligned_rows(x)
-    return x if x.stride(1) * LARGEST_BLOCK < 2**31 else x.contiguous()
+    step = max(x.stride()[1:3]) if packed else x.stride(1)
+    return x if step * LARGEST_BLOCK < 2**31 else x.contiguous()
 
 
 def _strides(*rows: Tensor) -> list[int]:

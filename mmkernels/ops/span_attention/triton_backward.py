@@ -105,27 +105,27 @@ def query_grad(
     blocks = tl.cdiv(queries, BLOCK_M)
     block, rest = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks
     head, batch = rest % heads, (rest // heads).to(tl.int64)
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, i0, head64 = tl.arange(0, BLOCK_M), (block * BLOCK_M).to(tl.int64), head.to(tl.int64)
+    i = block * BLOCK_M + rows
     inside = i < queries
-    token = i.to(tl.int64)
-    q_row = (batch * stride_qb8 + head.to(tl.int64) * stride_qh8 + token * stride_qt8) * 8
-    g_row = (batch * stride_gb8 + head.to(tl.int64) * stride_gh8 + token * stride_gt8) * 8
-    o_row = (batch * stride_ob8 + head.to(tl.int64) * stride_oh8 + token * stride_ot8) * 8
-    q0, q1 = gather_rows(q, q_row, inside, HEAD)
-    g0, g1 = gather_rows(grad, g_row, inside, VALUE)
-    o0, o1 = gather_rows(out, o_row, inside, VALUE)
+    q += (batch * stride_qb8 + head64 * stride_qh8 + i0 * stride_qt8) * 8
+    grad += (batch * stride_gb8 + head64 * stride_gh8 + i0 * stride_gt8) * 8
+    out += (batch * stride_ob8 + head64 * stride_oh8 + i0 * stride_ot8) * 8
+    q0, q1 = gather_rows(q, rows * stride_qt8 * 8, inside, HEAD)
+    g0, g1 = gather_rows(grad, rows * stride_gt8 * 8, inside, VALUE)
+    o0, o1 = gather_rows(out, rows * stride_ot8 * 8, inside, VALUE)
     b_delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
     V1: tl.constexpr = VALUE[2]
     if V1 > 0:
         b_delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
-    row = (batch * heads + head) * queries + i
-    tl.store(delta + row, b_delta, mask=inside)
-    b_lse = tl.load(lse + row, mask=inside, other=0.0)
+    line = (batch * heads + head) * queries
+    tl.store(delta + line + i, b_delta, mask=inside)
+    b_lse = tl.load(lse + line + i, mask=inside, other=0.0)
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)  # of rows that see nothing, whose weights masks make 0
     EXACT: tl.constexpr = MATH[1]
     if not EXACT:
         b_lse *= LOG2E
-    tl.store(reference + row, b_lse + spoilt(g0, g1, VALUE), mask=inside)
+    tl.store(reference + line + i, b_lse + spoilt(g0, g1, VALUE), mask=inside)
     key_head = (head // group).to(tl.int64)
     k += (batch * stride_kb8 + key_head * stride_kh8) * 8
     v += (batch * stride_vb8 + key_head * stride_vh8) * 8
@@ -145,8 +145,8 @@ def query_grad(
                 dq0, dq1, q0, q1, g0, g1, b_lse, b_delta, k, v, stride_kt8, stride_vt8, lo, hi, run * queries + i,
                 inside, keys, to_cap, factor, HEAD, VALUE, MATH, BLOCK_N,
             )  # fmt: skip
-    d_row = ((batch * queries + i) * heads + head) * D_OUT
-    scatter_rows(d_q, d_row, inside, dq0, dq1, scale, D_OUT, HEAD)
+    d_q += ((batch * queries + i0) * heads + head) * D_OUT
+    scatter_rows(d_q, rows * heads * D_OUT, inside, dq0, dq1, scale, D_OUT, HEAD)
 
 
 # ------------------------------------------------------------------ which queries see a block of keys
@@ -228,15 +228,15 @@ def _key_loop(
         g_row = i0.to(tl.int64) * stride_gt8 + head.to(tl.int64) * stride_gh8
         q0, q1 = load_rows(q + q_row * 8, stride_qt8, queries - i0, BLOCK_M, HEAD, MASKED)
         g0, g1 = load_rows(grad + g_row * 8, stride_gt8, queries - i0, BLOCK_M, VALUE, MASKED)
-        row = head.to(tl.int64) * queries + i
+        line = head.to(tl.int64) * queries
         s = scores(k0, k1, q0, q1, to_cap, HEAD, MATH)  # [BN, BM]
-        p = weight(s, factor, tl.load(reference + row, mask=i < queries, other=0.0)[None, :], MATH)
+        p = weight(s, factor, tl.load(reference + line + i, mask=i < queries, other=0.0)[None, :], MATH)
         if MASKED:
             b_lo = tl.load(lo + i, mask=i < queries, other=0)
             b_hi = tl.load(hi + i, mask=i < queries, other=0)
             p = tl.where((j[:, None] >= b_lo[None, :]) & (j[:, None] < b_hi[None, :]), p, 0.0)
         if WANT_K:
-            b_delta = tl.load(delta + row, mask=i < queries, other=0.0)
+            b_delta = tl.load(delta + line + i, mask=i < queries, other=0.0)
             ds = p * (product(v0, v1, g0, g1, VALUE, MATH) - b_delta[None, :])
             if CAPPED:
                 ds *= 1.0 - s * s
@@ -299,13 +299,13 @@ def key_grads(
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     key_head, rest = rest % key_heads, rest // key_heads
     part, batch = rest % parts, (rest // parts).to(tl.int64)
-    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, j0, head = tl.arange(0, BLOCK_N), (block * BLOCK_N).to(tl.int64), key_head.to(tl.int64)
+    j = block * BLOCK_N + rows
     inside = j < keys
-    token, head = j.to(tl.int64), key_head.to(tl.int64)
-    k_row = (batch * stride_kb8 + head * stride_kh8 + token * stride_kt8) * 8
-    v_row = (batch * stride_vb8 + head * stride_vh8 + token * stride_vt8) * 8
-    k0, k1 = gather_rows(k, k_row, inside, HEAD)
-    v0, v1 = gather_rows(v, v_row, inside, VALUE)
+    k += (batch * stride_kb8 + head * stride_kh8 + j0 * stride_kt8) * 8
+    v += (batch * stride_vb8 + head * stride_vh8 + j0 * stride_vt8) * 8
+    k0, k1 = gather_rows(k, rows * stride_kt8 * 8, inside, HEAD)
+    v0, v1 = gather_rows(v, rows * stride_vt8 * 8, inside, VALUE)
     q += (batch * stride_qb8 + head * group * stride_qh8) * 8
     grad += (batch * stride_gb8 + head * group * stride_gh8) * 8
     reference += (batch * key_heads + head) * group * queries
@@ -332,8 +332,10 @@ def key_grads(
                 HEAD, VALUE, MATH, WANT_K, WANT_V, BLOCK_M,
             )  # fmt: skip
 
-    row = (batch * keys + j) * key_heads + key_head
+    row, rows = (batch * keys + j0) * key_heads + key_head, rows * key_heads
     if WANT_K:
-        scatter_rows(d_k, part * k_size + row * D_OUT, inside, dk0, dk1, scale, D_OUT, HEAD)
+        d_k += part * k_size + row * D_OUT
+        scatter_rows(d_k, rows * D_OUT, inside, dk0, dk1, scale, D_OUT, HEAD)
     if WANT_V:
-        scatter_rows(d_v, part * v_size + row * DV_OUT, inside, dv0, dv1, 1.0, DV_OUT, VALUE)
+        d_v += part * v_size + row * DV_OUT
+        scatter_rows(d_v, rows * DV_OUT, inside, dv0, dv1, 1.0, DV_OUT, VALUE)

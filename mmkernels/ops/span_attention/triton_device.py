@@ -52,7 +52,10 @@ def _load_part(p_x, row, limit, START: tl.constexpr, WIDTH: tl.constexpr, COLUMN
 
 @triton.jit
 def gather_rows(x, offset, inside, HEAD: tl.constexpr):
-    """Rows at 64-bit offsets of their own, [rows, W0] and [rows, W1], zero where not `inside` and from WIDTH on."""
+    """Rows at offsets of their own, [rows, W0] and [rows, W1], zero where not `inside` and from column WIDTH on.
+
+    `x` carries what takes 64 bits: 64-bit offsets by row would lie in registers through all of a kernel.
+    """
     WIDTH: tl.constexpr = HEAD[0]
     W0: tl.constexpr = HEAD[1]
     W1: tl.constexpr = HEAD[2]

@@ -32,6 +32,7 @@ def _attend(
     HEAD: tl.constexpr, VALUE: tl.constexpr, MATH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take in `count` blocks of keys. Those of both ends, which need masks, are one loop: it jumps over the rest."""
+    V1: tl.constexpr = VALUE[2]
     for step in tl.range(0, count):
         j0 = first + step * BLOCK_N
         if MASKED:
@@ -51,7 +52,10 @@ def _attend(
         if MASKED:
             p = tl.where(sees, p + spoilt(v0, v1, VALUE)[None, :], 0.0)
             v0, v1 = finite(v0), finite(v1)
-        acc0, acc1 = add_product(p, v0, v1, acc0 * fade[:, None], acc1 * fade[:, None], VALUE, MATH)
+        acc0 *= fade[:, None]
+        if V1 > 0:
+            acc1 *= fade[:, None]
+        acc0, acc1 = add_product(p, v0, v1, acc0, acc1, VALUE, MATH)
         m = m_new
     return acc0, acc1, m, total
 
@@ -95,7 +99,7 @@ def forward(
     stride_qb8, stride_qt8, stride_qh8, stride_kb8, stride_kt8, stride_kh8, stride_vb8, stride_vt8, stride_vh8,
     queries, keys, heads, group, packed, runs, stride_sb, parts, part_size, lse_size, scale, cap,
     HEAD: tl.constexpr, VALUE: tl.constexpr, DV_OUT: tl.constexpr, MATH: tl.constexpr, ONE_RUN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one key head against one part of their keys. A row is a query of one head; `packed` heads of a
     group lie side by side, so that the few queries of a decoding step share the keys that are read."""
@@ -107,9 +111,11 @@ def forward(
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < queries * packed
-    i, head = row // packed, head0 + row % packed
-    q_row = batch * stride_qb8 + i.to(tl.int64) * stride_qt8 + head.to(tl.int64) * stride_qh8
-    q0, q1 = gather_rows(q, q_row * 8, inside, HEAD)
+    i, slot, i0 = row, 0, block * BLOCK_M
+    if PACKED:
+        i, slot, i0 = row // packed, row % packed, i0 // packed
+    q += (batch * stride_qb8 + i0.to(tl.int64) * stride_qt8 + head0.to(tl.int64) * stride_qh8) * 8
+    q0, q1 = gather_rows(q, ((i - i0) * stride_qt8 + slot * stride_qh8) * 8, inside, HEAD)
     key_head = (head0 // group).to(tl.int64)
     k += (batch * stride_kb8 + key_head * stride_kh8) * 8
     v += (batch * stride_vb8 + key_head * stride_vh8) * 8
@@ -136,10 +142,10 @@ def forward(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     natural = m + tl.log(total) if EXACT else (m + tl.log2(total)) * LN2
-    p_lse = lse + part * lse_size + (batch * heads + head) * queries + i
-    tl.store(p_lse, tl.where(empty, float("-inf"), natural), mask=inside)
-    o_row = part * part_size + ((batch * queries + i) * heads + head) * DV_OUT
-    scatter_rows(out, o_row, inside, acc0, acc1, (1.0 / total)[:, None], DV_OUT, VALUE)
+    p_lse = lse + part * lse_size + (batch * heads + head0) * queries
+    tl.store(p_lse + slot * queries + i, tl.where(empty, float("-inf"), natural), mask=inside)
+    out += part * part_size + ((batch * queries + i0) * heads + head0) * DV_OUT
+    scatter_rows(out, ((i - i0) * heads + slot) * DV_OUT, inside, acc0, acc1, (1.0 / total)[:, None], DV_OUT, VALUE)
 
 
 @triton.jit(do_not_specialize=["queries", "heads", "rows", "parts", "part_size", "lse_size"])
