@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -110,29 +110,38 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Attention:
-    """span_attention forward and backward."""
+    """span_attention forward and backward, of no size that a power of two divides."""
 
     head: int
-    value_head: int
     dtype: str = "bfloat16"
     queries: int = 1003
     keys: int = 1501
-    heads: int = 6
-    key_heads: int = 2
     runs: int = 1
     softcap: float = 0.0
-    batch: int = 40
+    batch: int = 40  # more programs than a GPU has multiprocessors, so that nothing is split
 
     def run(self) -> None:
-        def tensor(tokens: int, heads: int, head: int) -> torch.Tensor:
-            return torch.empty(self.batch, tokens, heads, head, dtype=getattr(torch, self.dtype), device="meta")
+        heads, key_heads = 6, 2
 
-        q, k = tensor(self.queries, self.heads, self.head), tensor(self.keys, self.key_heads, self.head)
-        v = tensor(self.keys, self.key_heads, self.value_head)
+        def tensor(tokens: int, heads: int) -> torch.Tensor:
+            return torch.empty(self.batch, tokens, heads, self.head, dtype=getattr(torch, self.dtype), device="meta")
+
+        q, k, v = tensor(self.queries, heads), tensor(self.keys, key_heads), tensor(self.keys, key_heads)
         lo = torch.empty(1, self.runs, self.queries, dtype=torch.int32, device="meta")
         spans = lo, lo, RowSpans(lo, lo, self.keys).hulls(), self.head**-0.5, self.softcap
         out, lse = span_attention.span_attention(q, k, v, *spans)
-        span_attention.span_attention_backward(out, q, k, v, out, lse, *spans)
+        if self.queries > 1:
+            span_attention.span_attention_backward(out, q, k, v, out, lse, *spans)
+
+    @property
+    def resized(self) -> Attention:
+        """The same model with another batch."""
+        return replace(self, queries=self.queries * 2 if self.queries > 1 else 1, keys=self.keys + 35, batch=48)
+
+    @property
+    def launched(self) -> set[str]:
+        passes = {"key_grads", "key_grads again"} if self.head > 128 else {"key_grads"}
+        return {"forward"} | ({"query_grad", "key_table"} | passes if self.queries > 1 else set())
 
 
 PICTURES = (3, 3, 224, 224)
@@ -147,6 +156,12 @@ CALLS = {
     "embed-uint8-P14": Embedding(PICTURES, "uint8", (1152, 3, 14, 14), gathered=False),
     "embed-uint8-channels_last": Embedding(PICTURES, "uint8", (768, 3, 16, 16), channels_last=True),
     "embed-float32": Embedding(PICTURES, "float32", (768, 3, 16, 16), dtype="float32"),
+    "attention-72": Attention(72),
+    "attention-128": Attention(128),
+    "attention-256": Attention(256),
+    "attention-96-softcap-runs": Attention(96, runs=2, softcap=30.0),
+    "attention-128-decode": Attention(128, queries=1),
+    "attention-64-float32": Attention(64, dtype="float32"),
 }
 
 
@@ -165,6 +180,13 @@ def compile_call(family: str, name: str) -> dict[str, tuple[object, dict[str, ob
     _triton.family = lambda device: family
     contrastive.launch = patch_embed.launch = span_attention.launch = warm_up
     CALLS[name].run()
+    if hasattr(CALLS[name], "resized"):
+        first = kernels.copy()
+        kernels.clear()
+        CALLS[name].resized.run()
+        changed = [key for key, (kernel, _) in kernels.items() if kernel is not first[key][0]]
+        if changed:
+            raise RuntimeError(f"{name}: other lengths compiled {', '.join(changed)} again")
     return kernels
 
 

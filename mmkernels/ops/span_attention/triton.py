@@ -66,7 +66,7 @@ def span_attention(
     rows = _rows(q, packed > 1), _rows(k), _rows(v)
     launch(
         forward, programs * parts, *rows, lo.contiguous(), hi.contiguous(), part_out, part_lse, *_strides(*rows),
-        queries, k.shape[1], heads, group, packed, lo.shape[1], _batch_stride(lo), parts, out.numel(), lse.numel(),
+        queries, k.shape[1], heads, group, packed, lo.shape[1], _batch_stride(lo), parts, *_part_sizes(parts, out, lse),
         scale, softcap, DV_OUT=value_width, PACKED=packed > 1, **_meta(q, v, lo, softcap), **tile.meta(),
     )  # fmt: skip
     if parts > 1:
@@ -128,12 +128,12 @@ def _key_grads(rows, hulls, lo, hi, row_terms, d_k, d_v, scale, softcap, meta) -
     part_k, part_v = d_k, d_v
     if parts > 1:
         part_k, part_v = (x.new_empty(parts, *x.shape, dtype=torch.float32) for x in (d_k, d_v))
-    for want_k, want_v in gradient_passes(_triton.family(q.device), Width(q.shape[3]), Width(v.shape[3])):
+    for want_k, want_v in gradient_passes(Width(q.shape[3]), Width(v.shape[3])):
         launch(
             key_grads, programs * parts, *rows, lo, hi, *row_terms, table, part_k, part_v, *_strides(*rows),
             queries, keys, key_heads, group, lo.shape[1], _batch_stride(lo), _batch_stride(table), parts,
-            d_k.numel(), d_v.numel(), scale, softcap, D_OUT=width, DV_OUT=d_v.shape[3], WANT_K=want_k, WANT_V=want_v,
-            **meta, **tile.meta(),
+            *_part_sizes(parts, d_k, d_v), scale, softcap, D_OUT=width, DV_OUT=d_v.shape[3], WANT_K=want_k,
+            WANT_V=want_v, **meta, **tile.meta(),
         )  # fmt: skip
     if parts > 1:
         d_k.copy_(part_k.sum(0))
@@ -170,6 +170,11 @@ def _tile(kernel: str, q: Tensor, v: Tensor) -> Tile:
 def _parts(programs: int, length: int) -> int:
     """Into how many parts to split the keys or queries that each program walks, from the sizes alone."""
     return max(1, min(PROGRAMS // max(programs, 1), length // SPLIT_STEP))
+
+
+def _part_sizes(parts: int, *results: Tensor) -> list[int]:
+    """Elements from one part of the results to the next. Few where there are parts, and 32 bits in every launch."""
+    return [x.numel() if parts > 1 else 0 for x in results]
 
 
 def _rows(x: Tensor, packed: bool = False) -> Tensor:

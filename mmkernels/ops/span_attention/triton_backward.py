@@ -87,7 +87,8 @@ def _query_run(
         "stride_qb8", "stride_qt8", "stride_qh8", "stride_kb8", "stride_kt8", "stride_kh8",
         "stride_vb8", "stride_vt8", "stride_vh8", "stride_gb8", "stride_gt8", "stride_gh8",
         "stride_ob8", "stride_ot8", "stride_oh8", "queries", "keys", "heads", "group", "runs", "stride_sb",
-    ]
+    ],
+    do_not_specialize_on_alignment=["lo", "hi"],
 )  # fmt: skip
 def query_grad(
     q, k, v,  # [B, Tq, Hq, D], [B, Tk, Hkv, D], [B, Tk, Hkv, DV]
@@ -279,7 +280,8 @@ def _key_run(
         "stride_qb8", "stride_qt8", "stride_qh8", "stride_kb8", "stride_kt8", "stride_kh8",
         "stride_vb8", "stride_vt8", "stride_vh8", "stride_gb8", "stride_gt8", "stride_gh8",
         "queries", "keys", "key_heads", "group", "runs", "stride_sb", "stride_tb", "parts", "k_size", "v_size",
-    ]
+    ],
+    do_not_specialize_on_alignment=["lo", "hi"],
 )  # fmt: skip
 def key_grads(
     q, k, v,  # [B, Tq, Hq, D], [B, Tk, Hkv, D], [B, Tk, Hkv, DV]

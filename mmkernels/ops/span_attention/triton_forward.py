@@ -89,7 +89,8 @@ def _attend_run(
         "stride_qb8", "stride_qt8", "stride_qh8", "stride_kb8", "stride_kt8", "stride_kh8",
         "stride_vb8", "stride_vt8", "stride_vh8", "queries", "keys", "heads", "group", "packed", "runs", "stride_sb",
         "parts", "part_size", "lse_size",
-    ]
+    ],
+    do_not_specialize_on_alignment=["lo", "hi"],
 )  # fmt: skip
 def forward(
     q, k, v,  # [B, Tq, Hq, D], [B, Tk, Hkv, D], [B, Tk, Hkv, DV]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 
 from .._triton import Tile
@@ -58,22 +59,22 @@ TILES: dict[str, dict[str, Tiles]] = {
         "key_grads": _same(32, 32, 4, 1),
     },
     "sm80": {
-        "forward": _each((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 16, 4, 2)),
+        "forward": _each((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
         "few_rows": _each((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
         "query_grad": _each((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 16, 8, 2)),
-        "key_grads": _each((32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+        "key_grads": _each((32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
     },
     "sm90": {
-        "forward": _each((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "forward": _each((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
         "few_rows": _each((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
         "query_grad": _each((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
         "key_grads": _each((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
     },
     "sm100": {
-        "forward": _each((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "forward": _each((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
         "few_rows": _each((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
-        "query_grad": _each((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
-        "key_grads": _each((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+        "query_grad": _each((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        "key_grads": _each((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
     },
     "cdna": {
         "forward": _each((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)),
@@ -82,15 +83,23 @@ TILES: dict[str, dict[str, Tiles]] = {
         "key_grads": _each((32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
     },
 }
+# Float32, exact, is multiplied without tensor cores, from registers: small tiles, and many warps.
+FLOAT32: dict[str, Tiles] = {
+    "forward": _each((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+    "few_rows": _each((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    "query_grad": _each((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+    "key_grads": _each((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+}
 
 
-def tile_of(kernel: str, family: str, dtype, *widths: Width) -> Tile:
+def tile_of(kernel: str, family: str, dtype: torch.dtype, *widths: Width) -> Tile:
+    tiles = FLOAT32 if dtype == torch.float32 and family != "interpreter" else TILES[family]
     numbers = max(sum(width.parts) for width in widths)
-    size = next(index for index, limit in enumerate(HEADS) if numbers <= limit)
-    return TILES[family][kernel][size]
+    return tiles[kernel][next(index for index, limit in enumerate(HEADS) if numbers <= limit)]
 
 
-def gradient_passes(family: str, *widths: Width) -> tuple[tuple[bool, bool], ...]:
-    """The launches that make dK and dV, and which of them each makes."""
+def gradient_passes(*widths: Width) -> tuple[tuple[bool, bool], ...]:
+    """The launches that make dK and dV, and which of them each makes: both sums of wide heads are too many registers,
+    and computing the scores twice costs less than spilling them."""
     wide = max(sum(width.parts) for width in widths) > 128
-    return ((True, False), (False, True)) if wide and family == "sm90" else ((True, True),)
+    return ((True, False), (False, True)) if wide else ((True, True),)

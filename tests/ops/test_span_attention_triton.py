@@ -1,0 +1,151 @@
+"""What is particular to span attention's Triton backend: whom it refuses, how it cuts heads and splits work, what it
+copies, and that kernels walk only what is seen.
+
+That its kernels are right on the layouts that models use is tests/test_check.py's, what they compile to, and that other
+lengths compile nothing again, is tests/compile's.
+"""
+
+import random
+
+import pytest
+import torch
+
+from mmkernels import RowSpans, span_attention
+
+triton = pytest.importorskip("triton", reason="the Triton backend needs triton, which has wheels for Linux only")
+
+from mmkernels.ops import _triton  # noqa: E402
+from mmkernels.ops.span_attention import triton as backend  # noqa: E402
+from mmkernels.ops.span_attention import triton_tiles as tiles  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(spans: RowSpans, heads: int = 2, key_heads: int = 1, dim: int = 16, batch: tuple[int, ...] = ()):
+    q, *kv = (
+        torch.randn(*batch, tokens, count, dim, device=DEVICE)
+        for tokens, count in ((spans.num_queries, heads), (spans.num_keys, key_heads), (spans.num_keys, key_heads))
+    )
+    return q, *kv
+
+
+def results(backend: str, spans: RowSpans, tensors, **options):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out, lse = span_attention(*leaves, spans, backend=backend, return_lse=True, **options)
+    return out.detach(), lse, *torch.autograd.grad(out, leaves, torch.cos(out.detach()))
+
+
+def test_reasons():
+    x, wide = torch.zeros(1, 3, 2, 64), torch.zeros(1, 3, 2, 264)
+    assert backend.unsupported(x, x, x) is None
+    assert "heads of up to 256 numbers, those of q have 264" in backend.unsupported(wide, wide, x)
+    assert "those of v have 264" in backend.unsupported(x, x, wide)
+    assert "q has dtype torch.float64" in backend.unsupported(x.double(), x.double(), x.double())
+
+
+def test_heads_are_cut_where_padding_would_cost():
+    cut = {1: (16, 0), 24: (32, 0), 40: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 112: (128, 0)}
+    cut |= {128: (128, 0), 160: (128, 32), 192: (128, 64), 256: (256, 0)}
+    for numbers, parts in cut.items():
+        assert tiles.Width(numbers).parts == parts
+        assert sum(parts) >= tiles.Width(numbers).padded >= numbers
+
+
+@pytest.mark.parametrize("family", list(tiles.TILES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_head_has_tiles_that_the_kernels_can_walk(family, dtype):
+    for kernel in ("forward", "few_rows", "query_grad", "key_grads"):
+        for numbers in range(1, tiles.LARGEST_HEAD + 1):
+            tile = tiles.tile_of(kernel, family, dtype, tiles.Width(numbers), tiles.Width(17))
+            assert max(tile.BLOCK_M, tile.BLOCK_N) <= tiles.LARGEST_BLOCK  # offsets in a tile take 32 bits
+            assert kernel != "key_grads" or tile.BLOCK_M % 32 == 0  # a table entry tells of 32 queries
+            assert kernel != "few_rows" or tile.BLOCK_M == tiles.FEW_ROWS
+
+
+def random_spans(queries: int, keys: int, runs: int, generator: random.Random) -> RowSpans:
+    """Runs that begin and end near each other for neighbouring queries, so that blocks have common parts, and gaps."""
+    rows = []
+    for _ in range(runs):
+        steps = [(generator.randint(-9, keys), generator.randint(-9, 2 * keys)) for _ in range(1 + queries // 45)]
+        rows.append([tuple(x + generator.randint(0, 3) for x in steps[i // 45]) for i in range(queries)])
+    spans = torch.tensor(rows, dtype=torch.int32)
+    lo, hi = spans[..., 0].sort(0)[0], spans[..., 1].sort(0)[0]
+    hi[:-1] = torch.minimum(hi[:-1], lo[1:])  # disjoint and ascending
+    return RowSpans(lo.to(DEVICE), hi.to(DEVICE), keys)
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_random_layouts(seed, runs):
+    generator = random.Random(seed)
+    for _ in range(2):
+        spans = random_spans(generator.randint(65, 150), generator.randint(100, 260), runs, generator)
+        tensors = inputs(spans)
+        for ours, right in zip(results("triton", spans, tensors), results("reference", spans, tensors), strict=True):
+            torch.testing.assert_close(ours, right)
+
+
+def test_documents_are_isolated_though_they_share_blocks():
+    spans = RowSpans.packed(torch.tensor([0, 13, 41, 60]), causal=True)
+    spans, document = spans.to(DEVICE), slice(13, 41)
+    tensors = inputs(spans)
+    right = results("triton", spans, tensors)
+    for bad in (torch.nan, torch.inf):
+        for x in range(3):
+            spoilt = [y.clone() for y in tensors]
+            spoilt[x][document] = bad
+            for ours, expected in zip(results("triton", spans, spoilt), right, strict=True):
+                ours, expected = (y.T if y.dim() == 2 else y for y in (ours, expected))  # lse: (heads, queries)
+                for other in (slice(0, 13), slice(41, 60)):
+                    assert torch.equal(ours[other], expected[other])
+            assert results("triton", spans, spoilt)[0][40].isnan().all()
+
+
+def test_parts_of_keys_and_of_queries_add_up(monkeypatch):
+    spans = RowSpans.packed(torch.tensor([0, 70, 150]), torch.tensor([0, 90, 230]), causal=True).to(DEVICE)
+    tensors = inputs(spans)
+    monkeypatch.setattr(backend, "PROGRAMS", 0)
+    whole = results("triton", spans, tensors)
+    monkeypatch.setattr(backend, "PROGRAMS", 256)
+    monkeypatch.setattr(backend, "SPLIT_STEP", 32)
+    launched = []
+
+    def note(kernel, *args, **meta):
+        launched.append(kernel)
+        _triton.launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(backend, "launch", note)
+    for parts, right in zip(results("triton", spans, tensors), whole, strict=True):
+        torch.testing.assert_close(parts, right)
+    assert backend.merge in launched
+
+
+def test_key_table_leaves_out_what_no_query_sees():
+    """Sliding windows: a block of keys is walked with a few blocks of queries, however long the text."""
+    spans = RowSpans.packed(torch.tensor([0, 640]), causal=True, window=64).to(DEVICE)
+    tile = _triton.Tile(32, 64, None, 4, 1)
+    table = backend._key_table(spans.hulls(), 640, 640, 10, tile)[0, 0]
+    first, end, full, full_end = table.T
+    visible = spans.to_dense()
+    for block, keys in enumerate(range(0, 640, 64)):
+        sees = visible[:, keys : keys + 64].view(20, 32, 64)
+        some, every = sees.any(-1).any(-1).nonzero(), sees.all(-1).all(-1)
+        assert (first[block], end[block]) == (some.min(), some.max() + 1)
+        assert every[full[block] : full_end[block]].all() and (every.any() == (full_end[block] > full[block]))
+
+
+def test_rows_far_apart_are_copied_only_where_32_bits_are_too_few():
+    x = torch.empty(1, device="meta").as_strided((1, 300, 2, 64), (2**40, 2**24 - 8, 64, 1))
+    assert backend._rows(x) is x
+    far = x.as_strided((1, 300, 2, 64), (2**40, 2**24, 64, 1))
+    assert backend._rows(far).stride() == (300 * 128, 128, 64, 1)
+    heads_first = x.as_strided((1, 3, 2, 64), (2**40, 64, 2**24, 1))
+    assert backend._rows(heads_first) is heads_first
+    assert backend._rows(heads_first, packed=True).stride() == (3 * 128, 128, 64, 1)
+
+
+def test_the_spans_of_an_environment_backend_need_no_hulls(monkeypatch):
+    monkeypatch.setenv("MMKERNELS_BACKEND", "triton")
+    spans = RowSpans.full(5, 7, device=DEVICE)
+    tensors = inputs(spans)
+    for ours, right in zip(results("auto", spans, tensors), results("reference", spans, tensors), strict=True):
+        torch.testing.assert_close(ours, right)
