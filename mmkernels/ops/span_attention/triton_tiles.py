@@ -1,6 +1,6 @@
 """Tile configurations of the Triton kernels of span attention, and how head sizes are cut.
 
-No configuration spills a register and all fit into shared memory (tests/compile).
+For half types none spills a register, and all fit into shared memory (tests/compile looks at some).
 """
 
 from __future__ import annotations
