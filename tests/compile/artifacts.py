@@ -116,8 +116,6 @@ class Attention:
     dtype: str = "bfloat16"
     queries: int = 1003
     keys: int = 1501
-    runs: int = 1
-    softcap: float = 0.0
     batch: int = 40
 
     def run(self) -> None:
@@ -127,8 +125,8 @@ class Attention:
             return torch.empty(self.batch, tokens, heads, self.head, dtype=getattr(torch, self.dtype), device="meta")
 
         q, k, v = tensor(self.queries, heads), tensor(self.keys, key_heads), tensor(self.keys, key_heads)
-        lo = torch.empty(1, self.runs, self.queries, dtype=torch.int32, device="meta")
-        spans = lo, lo, RowSpans(lo, lo, self.keys).hulls(), self.head**-0.5, self.softcap
+        lo = torch.empty(1, 1, self.queries, dtype=torch.int32, device="meta")
+        spans = lo, lo, RowSpans(lo, lo, self.keys).hulls(), self.head**-0.5, 0.0
         out, lse = span_attention.span_attention(q, k, v, *spans)
         if self.queries > 1:
             span_attention.span_attention_backward(out, q, k, v, out, lse, *spans)
@@ -161,7 +159,6 @@ CALLS = {
     "attention-72": Attention(72),
     "attention-128": Attention(128),
     "attention-256": Attention(256),
-    "attention-64-softcap-runs": Attention(64, runs=2, softcap=30.0),
     "attention-128-decode": Attention(128, queries=1),
     "attention-64-float32": Attention(64, dtype="float32"),
 }
