@@ -13,7 +13,7 @@ COMMON += ["-Wno-psabi", "-Wno-unknown-pragmas"]  # of parameters as aligned as 
 COMMON += ["-fno-omit-frame-pointer"]
 COMMON += ["-fno-threadsafe-statics"]  # the race build has no runtime that knows their guards
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-EMULATOR = {
+HOST = {  # the emulator itself, and code that calls launchers
     "plain": ["-O2"],
     "asan": ["-O1", "-fsanitize=address"],
     "race": ["-O2", "-DMMK_EMULATOR_RACE"],
@@ -28,11 +28,11 @@ LINK = {"plain": [], "asan": SANITIZERS, "race": []}
 
 
 def compile_all(build: str, sources: list[Path], into: Path) -> list[Path]:
-    """The objects of `sources`: those of csrc/emulator get the emulator's flags, all others a kernel's."""
+    """The objects of `sources`: .cu holds kernels, .cpp the emulator or code that calls launchers."""
     into.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        flags = EMULATOR[build] if source.parent == CSRC / "emulator" else KERNEL[build]
+        flags = KERNEL[build] if source.suffix == ".cu" else HOST[build]
         made = into / f"{source.name}.o"
         subprocess.run(["g++", "-x", "c++", *COMMON, *flags, "-c", source, "-o", made], check=True)
         return made

@@ -2,5 +2,5 @@
 
 
 def test_every_primitive_follows_its_table(run, seed):
-    ran = run(["layouts.cpp"], str(seed))
+    ran = run(["layouts.cu"], str(seed))
     assert ran.returncode == 0 and ran.stdout == "right\n", ran.stdout + ran.stderr

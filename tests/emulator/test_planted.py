@@ -74,12 +74,12 @@ PLANTED = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_bug_is_reported(run, build, name):
-    good = run(["planted.cpp"], name, "good")
+    good = run(["planted.cu"], name, "good")
     assert (good.returncode, good.stdout) == (0, "nothing\n"), good.stdout + good.stderr
     if build not in PLANTED[name]:
         return
-    bug = run(["planted.cpp"], name, "bug")
+    bug = run(["planted.cu"], name, "bug")
     report = bug.stdout + bug.stderr
     assert re.search(PLANTED[name][build], report), report
     if not report.startswith(("NaN", "deadlock", "barrier")):  # which are no single place's
-        assert "planted.cpp:" in report or "SUMMARY" in report, report
+        assert "planted.cu:" in report or "SUMMARY" in report, report

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from emulator_build import CSRC, HERE
 
 GEMMS = ["gemm_sm80.cu", "gemm_sm90.cu"]
@@ -14,17 +15,43 @@ def test_products_are_those_of_float64(run, seed):
     assert ran.returncode == 0 and ran.stdout == "right\n", ran.stdout + ran.stderr
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+NVCC = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+
+
+@needs_nvcc
 @pytest.mark.parametrize(
     ("source", "architecture"),
     [("gemm_sm80.cu", "sm_80"), ("gemm_sm80.cu", "sm_100a"), ("gemm_sm90.cu", "sm_90a"), ("gemm_sm90.cu", "sm_80")],
 )
 def test_nvcc_compiles_the_same_source(source, architecture, tmp_path):
     """Without a warning and without a spill; code for sm_90a is left out elsewhere, not wrong."""
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", f"-I{CSRC}", "-Werror", "all-warnings"]
-    command += ["-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v", "-c", HERE / source, "-o", tmp_path / "object"]
+    command = [*NVCC, f"-arch={architecture}", "-Xptxas", "-v", "-c", HERE / source, "-o", tmp_path / "object"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     spills = [line for line in ran.stderr.splitlines() if "spill stores" in line]
     assert spills and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), ran.stderr
     assert "serialized" not in ran.stderr  # ptxas says so where it had to wait for a wgmma earlier than the source does
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_launch_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "main.cu").write_text(
+        """
+        #include <cstdio>
+        #include "gemm.h"
+        int main() {
+            mmk::cuda::Gemm gemm{};
+            gemm.m = gemm.n = gemm.k = 64;
+            gemm.bfloat16 = true;
+            puts(mmk::cuda::gemm_sm80(gemm, nullptr).message().c_str());
+            puts(mmk::cuda::gemm_sm90(gemm, mmk::cuda::OperandA::kRegisters, nullptr).message().c_str());
+        }
+        """
+    )
+    sources = [tmp_path / "main.cu", *(HERE / source for source in GEMMS)]
+    subprocess.run([*NVCC, "-arch=sm_90a", f"-I{HERE}", *sources, "-o", tmp_path / "main"], check=True)
+    lines = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[0].startswith("gemm_sm80: launch of 1 x 1 x 1 blocks of 128 x 1 x 1 threads with 19456 bytes"), lines
+    assert "cudaError" in lines[0] and lines[1].startswith("gemm_sm90: the driver has no cuTensorMapEncodeTiled"), lines
