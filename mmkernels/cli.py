@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(command=_bench)
     bench.add_argument("--op", choices=OPS, action="append", help="may be repeated, like --case, --dtype and --pass")
     bench.add_argument("--case", metavar="NAME", action="append")
+    bench.add_argument("--model", metavar="NAME", action="append", help="whole models instead, plain and accelerated")
     bench.add_argument("--dtype", choices=DTYPES, action="append")
     bench.add_argument("--pass", choices=("fwd", "fwd_bwd"), action="append", dest="passes")
     bench.add_argument("--device", choices=DEVICES)
@@ -126,18 +128,33 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
         quick=options.quick,
         seed=options.seed,
     )
-    if not request.selected():
+    measure = functools.partial(run, request)
+    if options.model:
+        measure = _of_models(options.model, request)
+    elif not request.selected():
         return _no_such_case(console, ", ".join(options.case or ()), "bench")
     env = environment()
     console.print(
         f"[bold]{env['gpu'] if request.device == 'cuda' else env['cpu']}[/], torch {env['torch']}, {_how(env)}"
     )
     with _progress(console) as step:
-        report = run(request, env, step)
+        report = measure(env, step)
     print_report(console, report)
     if options.json:
         write_json(options.json, report)
     return int(not report.passed)
+
+
+def _of_models(names: list[str], request) -> Callable:
+    from .bench.model_runner import run_models
+    from .bench.models import MODELS
+
+    known = {model.name: model for model in MODELS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"no model is called {', '.join(map(repr, unknown))}; there are: {', '.join(known)}")
+    models = [known[name] for name in names]
+    return functools.partial(run_models, models, request.dtypes, request.passes, request.device, request.target_seconds)
 
 
 def _how(env: dict) -> str:

@@ -41,6 +41,7 @@ def _table(op: str, groups: list[list[dict]]) -> Table:
         table.add_column(heading, justify="right")
     table.caption = {
         "patch_embed": "eager is the convolution, as models run it",
+        "model": "eager is the model as transformers runs it, with sdpa",
         "span_attention": "eager is SDPA, with a dense mask where one is needed",
     }.get(op, f"eager is {eager}")
     for group in groups:

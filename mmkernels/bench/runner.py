@@ -91,6 +91,11 @@ def run(request: Request, env: dict, step: Callable[[str, int, int], None]) -> R
             _raise_peaks(report, probe_peaks(request.device, list(request.dtypes)))
     except KeyboardInterrupt:
         report.interrupted = True
+    return finish(report)
+
+
+def finish(report: Report) -> Report:
+    """With what the figures are of the peaks, now that these are known for good."""
     for result in report.results:
         floor = _floor_seconds(result["flops"], result["bytes"], result["dtype"], report.peaks)
         result["peak_fraction"] = floor * 1e3 / result["ms"]

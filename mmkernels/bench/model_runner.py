@@ -1,0 +1,116 @@
+"""Measuring whole models: the plain one, and a copy of it that was accelerated."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..check.plain import exact_float32
+from ..check.suite import name_of
+from ..integrations import accelerate
+from .machine import probe_peaks
+from .measure import Stopwatch, with_peak_memory
+from .models import Inputs, Model
+from .runner import Report, finish
+
+Run = Callable[[], Tensor]
+
+
+def run_models(
+    models: list[Model],
+    dtypes: tuple[torch.dtype, ...],
+    passes: tuple[str, ...],
+    device: str,
+    seconds: float,
+    env: dict,
+    step: Callable[[str, int, int], None],
+) -> Report:
+    """As `runner.run`, of models."""
+    step("what this machine can do", 0, 1)
+    report = Report(env, probe_peaks(device, list(dtypes)))
+    stopwatch = Stopwatch(device)
+    work = [(model, dtype) for model in models for dtype in dtypes]
+    try:
+        for done, (model, dtype) in enumerate(work):
+            step(f"{model.name} {name_of(dtype)}", done, len(work))
+            with exact_float32():
+                _measure(model, dtype, passes, device, seconds, stopwatch, report)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    return finish(report)
+
+
+def _measure(
+    model: Model, dtype: torch.dtype, passes, device: str, seconds: float, stopwatch: Stopwatch, report: Report
+) -> None:
+    torch.manual_seed(0)
+    plain = model.build().to(device, dtype).eval()
+    inputs = {name: _cast(x.to(device), dtype) for name, x in model.inputs().items()}
+    ours = copy.deepcopy(plain)
+    with contextlib.redirect_stdout(io.StringIO()):
+        swapped = len(accelerate(ours).swapped)
+    error, budget = _error_and_budget(model, plain, ours, inputs, swapped)
+    if not error <= budget:
+        key = {"op": "model", "case": model.name, "dtype": name_of(dtype), "device": device, "pass": "fwd"}
+        reason = f"the result is off by {error:.3g} in norm, its budget is {budget:.3g}"
+        report.unmeasured.append(key | {"impl": "mmkernels", "is_ours": True, "reason": reason})
+        return
+    for direction in passes:
+        if direction == "fwd_bwd" and not model.trained:
+            continue
+        runs = {
+            "plain": _bound(model, plain, inputs, direction),
+            "mmkernels": _bound(model, ours, inputs, direction),
+        }
+        flops = _flops(runs["plain"])
+        peaks = {name: with_peak_memory(run, device)[1] for name, run in runs.items()}
+        timings = stopwatch.alternate(runs, seconds)
+        for name, timing in timings.items():
+            own = {"op": "model", "case": model.name, "dtype": name_of(dtype), "device": device, "pass": direction}
+            own |= {"impl": name, "is_ours": name == "mmkernels", "ms": timing.ms, "ms_p10": timing.p10}
+            own |= {"ms_p90": timing.p90, "peak_bytes": peaks[name], "flops": flops, "bytes": 0, "peak_fraction": None}
+            report.results.append(own | {"error": error, "error_budget": budget})
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _bound(model: Model, module: nn.Module, inputs: Inputs, direction: str) -> Run:
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return model.run(module, inputs)
+
+    def forward_and_backward() -> Tensor:
+        module.zero_grad()
+        result = model.run(module, inputs)
+        result.float().square().mean().backward()
+        return result.detach()
+
+    return forward if direction == "fwd" else forward_and_backward
+
+
+def _error_and_budget(
+    model: Model, plain: nn.Module, ours: nn.Module, inputs: Inputs, swapped: int
+) -> tuple[float, float]:
+    """The error of the accelerated model in the norm of its result, and what it may be: twice the plain one's, and 2
+    ulp for each module swapped. The truth is the plain model in float64, for half types in float32."""
+    wide = torch.float64 if next(plain.parameters()).dtype == torch.float32 else torch.float32
+    exact = copy.deepcopy(plain).to(wide)
+    with torch.no_grad():
+        truth = model.run(exact, {name: _cast(x, wide) for name, x in inputs.items()}).double()
+        theirs, mine = (model.run(module, inputs) for module in (plain, ours))
+    error, plain_error = ((x.double() - truth).norm().item() for x in (mine, theirs))
+    return error, 2 * plain_error + 2 * swapped * torch.finfo(mine.dtype).eps * truth.norm().item()
+
+
+def _flops(run: Run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()

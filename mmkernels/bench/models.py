@@ -1,0 +1,165 @@
+"""Whole models, plain against accelerated: the towers people run, with random weights and real pictures.
+
+Sizes are those of the published models; of towers that repeat one block, as many blocks are taken as show the mixture
+of the whole, since they are all alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """`run` returns what the model is for: features, or a loss. `trained`: also measured with its backward."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], Inputs]
+    run: Callable[[nn.Module, Inputs], Tensor]
+    trained: bool = True
+
+
+def pictures(count: int, size: int) -> Tensor:
+    """Crops of scikit-learn's two photographs, (count, 3, size, size), normalised."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = [torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255 for image in load_sample_images().images]
+    generator = torch.Generator().manual_seed(0)
+    crops = []
+    for number in range(count):
+        photograph = photographs[number % len(photographs)]
+        height, width = photograph.shape[2:]
+        edge = int(torch.randint(height // 2, height + 1, (), generator=generator))
+        top = int(torch.randint(height - edge + 1, (), generator=generator))
+        left = int(torch.randint(width - edge + 1, (), generator=generator))
+        crop = photograph[:, :, top : top + edge, left : left + edge]
+        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True))
+    return (torch.cat(crops) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+# ---- CLIP ViT-B/16, its text tower, and the loss over 256 pairs
+
+PAIRS, ENCODED = 256, 16
+
+
+def clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    return CLIPModel(CLIPConfig(vision_config={"patch_size": 16, "hidden_size": 768, "num_attention_heads": 12}))
+
+
+def clip_inputs() -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 49000, (ENCODED, 77), generator=generator)
+    tokens[:, -1] = 49407
+    image, text = (torch.randn(PAIRS - ENCODED, 512, generator=generator) for _ in range(2))
+    return {"images": pictures(ENCODED, 224), "tokens": tokens, "image_features": image, "text_features": text}
+
+
+def clip_step(model: nn.Module, inputs: Inputs) -> Tensor:
+    """A step as it is made where a batch does not fit into memory: of 256 pairs, 16 are encoded with gradients and the
+    features of the others are there."""
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+    from ..nn import ClipLoss
+
+    image = torch.cat([model.get_image_features(inputs["images"]).pooler_output, inputs["image_features"]])
+    text = torch.cat([model.get_text_features(inputs["tokens"]).pooler_output, inputs["text_features"]])
+    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    scale = model.logit_scale.exp()
+    if accelerated(model):
+        return ClipLoss()(image, text, scale)
+    return image_text_contrastive_loss(scale * text @ image.T)
+
+
+def accelerated(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("mmkernels.") for module in model.modules())
+
+
+# ---- vision towers
+
+
+def clip_vision() -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(CLIPVisionConfig(patch_size=16))
+
+
+def siglip_vision() -> nn.Module:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    so400m = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "patch_size": 14}
+    return SiglipVisionModel(SiglipVisionConfig(**so400m, image_size=384, num_hidden_layers=4))
+
+
+def qwen_vision() -> nn.Module:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    config = Qwen2_5_VLVisionConfig(depth=8, fullatt_block_indexes=[7], intermediate_size=3420, out_hidden_size=3584)
+    return Qwen2_5_VisionTransformerPretrainedModel._from_config(config)
+
+
+def qwen_inputs() -> Inputs:
+    """1024 x 1024 pixels as the processor cuts them: 74 x 74 patches of 2 equal frames, in squares of 4."""
+    picture, merge, patch, side = pictures(1, 74 * 14)[0], 2, 14, 74
+    cut = picture[None].expand(2, -1, -1, -1).view(2, 3, side // merge, merge, patch, side // merge, merge, patch)
+    rows = cut.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(side * side, -1)
+    return {"hidden_states": rows.contiguous(), "grid_thw": torch.tensor([[1, side, side]])}
+
+
+# ---- cross-attention of Llama 3.2 Vision
+
+
+def mllama_layer() -> nn.Module:
+    from transformers import MllamaTextConfig
+    from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+
+    config = MllamaTextConfig()
+    config._attn_implementation = "sdpa"
+    layer = MllamaCrossAttentionDecoderLayer(config, layer_idx=3)
+    nn.init.constant_(layer.cross_attn_attn_gate, 0.5)
+    nn.init.constant_(layer.cross_attn_mlp_gate, 0.5)
+    return layer
+
+
+def mllama_inputs() -> Inputs:
+    """512 tokens of text, an image of 4 tiles at token 20 and one of 2 at token 200; as the model prepares it, a row
+    that sees no tile sees everything, and its MLP is masked."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, tile = 512, 1601
+    mask = torch.full((1, 1, tokens, 8 * tile), torch.finfo(torch.bfloat16).min)
+    mask[:, :, :20] = 0
+    mask[:, :, 20:200, : 4 * tile] = 0
+    mask[:, :, 200:, 4 * tile : 6 * tile] = 0
+    return {
+        "hidden_states": torch.randn(1, tokens, 4096, generator=generator),
+        "cross_attention_states": torch.randn(1, 8 * tile, 4096, generator=generator),
+        "cross_attention_mask": mask,
+        "full_text_row_masked_out_mask": (torch.arange(tokens) >= 20).float().view(1, 1, tokens, 1),
+    }
+
+
+def mllama_run(layer: nn.Module, inputs: Inputs) -> Tensor:
+    # A mask of its own for every call, as in a model's forward, which makes it anew: its spans are found anew too.
+    mask = inputs["cross_attention_mask"].clone()
+    return layer(**inputs | {"cross_attention_mask": mask}, attention_mask=None)
+
+
+MODELS = (
+    Model("clip-vit-b-16", clip_vision, lambda: {"images": pictures(8, 224)}, lambda m, x: m(x["images"])[0]),
+    Model("clip-vit-b-16-step-256", clip, clip_inputs, clip_step),
+    Model("siglip-so400m", siglip_vision, lambda: {"images": pictures(2, 384)}, lambda m, x: m(x["images"])[0]),
+    Model("qwen2.5-vl-1024", qwen_vision, qwen_inputs, lambda m, x: m(**x).last_hidden_state, trained=False),
+    Model("mllama-cross-attention", mllama_layer, mllama_inputs, mllama_run, trained=False),
+)
