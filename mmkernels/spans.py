@@ -59,6 +59,7 @@ class RowSpans:
             raise ValueError(f"RowSpans: num_keys is {num_keys}; it must be at least 0")
         self.lo, self.hi, self.num_keys = lo, hi, num_keys
         self._hulls: Tensor | None = None
+        self._with_axes: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_queries(self) -> int:
@@ -275,6 +276,13 @@ class RowSpans:
         lo, hi = (x if x.dim() > 1 else x[None] for x in (self.lo, self.hi))
         return ((lo[..., None] <= keys) & (keys < hi[..., None])).any(-3)
 
+    def with_axes(self) -> tuple[Tensor, Tensor]:
+        """lo and hi as (batch or 1, runs, num_queries), neighbouring queries next to each other; made once and kept."""
+        if self._with_axes is None:
+            shape = (self.batch or 1, self.runs, self.num_queries)
+            self._with_axes = self.lo.contiguous().view(shape), self.hi.contiguous().view(shape)
+        return self._with_axes
+
     def hulls(self) -> Tensor:
         """What HULL_ROWS neighbouring queries have in common: int32 (batch or 1, runs, num_queries / HULL_ROWS up, 4).
 
@@ -312,7 +320,7 @@ def _flatten_with_keys(spans: RowSpans) -> tuple[list[tuple[pytree.KeyEntry, obj
 def _unflatten(leaves: Iterable[object], _: None) -> RowSpans:
     spans = RowSpans.__new__(RowSpans)  # unchecked: a map over a tree may put anything in the place of its leaves
     spans.lo, spans.hi, spans.num_keys = leaves
-    spans._hulls = None
+    spans._hulls = spans._with_axes = None
     return spans
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
 
 
 def tensor(op: str, name: str, value: object) -> None:
@@ -30,11 +33,12 @@ def same_dtype(op: str, name: str, value: Tensor, other_name: str, other: Tensor
         raise TypeError(f"{op}: {name} has dtype {value.dtype}, {other_name} {other.dtype}; cast one to the other's")
 
 
-def autocast(value: Tensor | None) -> Tensor | None:
-    """Under torch.autocast, a floating tensor in the region's dtype, as matrix products there take it."""
-    if value is None or not value.is_floating_point() or value.dtype == torch.float64:
-        return value
-    kind = value.device.type
+def autocast(first: Tensor, *rest: Tensor | None) -> Sequence[Tensor | None]:
+    """Under torch.autocast, floating tensors in the region's dtype, as matrix products there take them.
+
+    They are on the device of the first, or are refused later."""
+    kind = first.device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):  # "meta" has none
-        return value
-    return value.to(torch.get_autocast_dtype(kind))
+        return (first, *rest)
+    dtype = torch.get_autocast_dtype(kind)
+    return [x if x is None or x.dtype not in _CAST else x.to(dtype) for x in (first, *rest)]

@@ -93,7 +93,7 @@ def _features(name: str, image: Tensor, text: Tensor, normalize: bool) -> tuple[
     _checks.same_device(name, "text_features", text, "image_features", image)
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    image, text = _checks.autocast(image), _checks.autocast(text)
+    image, text = _checks.autocast(image, text)
     _checks.same_dtype(name, "text_features", text, "image_features", image)
     return image, text
 

@@ -57,7 +57,7 @@ def patch_embed(
     """
     _check_images(images, mean, std)
     _checks.floating("patch_embed", "weight", weight)
-    weight, bias, pos_embed, prefix = map(_checks.autocast, (weight, bias, pos_embed, prefix))
+    weight, bias, pos_embed, prefix = _checks.autocast(weight, bias, pos_embed, prefix)
     _checks.same_device("patch_embed", "weight", weight, "images", images)
     find = patch_geometry if torch.compiler.is_compiling() else known_patch_geometry
     geometry = find(images, weight, None if mean is None else mean.numel(), layout)

@@ -53,7 +53,7 @@ def span_attention(
     """
     for label, value in (("q", q), ("k", k), ("v", v)):
         _checks.floating(_NAME, label, value)
-    q, k, v = map(_checks.autocast, (q, k, v))
+    q, k, v = _checks.autocast(q, k, v)
     _check_heads(q, k, v)
     _check_spans(spans, q, k)
     if softcap is not None and not softcap > 0:
@@ -61,7 +61,7 @@ def span_attention(
     batched = q.dim() == 4
     if not batched:
         q, k, v = q[None], k[None], v[None]
-    lo, hi = _with_axes(spans.lo), _with_axes(spans.hi)
+    lo, hi = spans.with_axes()
     asked = backends.requested(backend)
     hulls = spans.hulls() if q.device.type != "cpu" or asked in ("cuda", "triton") else None
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -71,44 +71,40 @@ def span_attention(
     return (out, lse) if return_lse else out
 
 
-def _with_axes(x: Tensor) -> Tensor:
-    """(Tq,), (runs, Tq) or (B, runs, Tq) -> (B or 1, runs, Tq), rows contiguous."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.reshape(1, *x.shape[-2:]) if x.dim() == 2 else x.reshape(1, 1, -1) if x.dim() == 1 else x
-
-
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() not in (3, 4):
         raise ValueError(f"{_NAME}: q has shape {tuple(q.shape)}; it must be (Tq, Hq, D) or (B, Tq, Hq, D)")
     for label, value in (("k", k), ("v", v)):
-        axes = "(Tk, Hkv, D)" if q.dim() == 3 else "(B, Tk, Hkv, D)"
         if value.dim() != q.dim():
+            axes = "(Tk, Hkv, D)" if q.dim() == 3 else "(B, Tk, Hkv, D)"
             raise ValueError(
                 f"{_NAME}: {label} has shape {tuple(value.shape)}, q {tuple(q.shape)}; {label} must be {axes} beside it"
             )
         _checks.same_dtype(_NAME, label, value, "q", q)
         _checks.same_device(_NAME, label, value, "q", q)
     for label, value in (("q", q), ("k", k), ("v", v)):
-        if value.shape[-1] == 0 or value.shape[-2] == 0:
+        heads, dim = value.shape[-2:]
+        if heads == 0 or dim == 0:
             raise ValueError(
                 f"{_NAME}: {label} has shape {tuple(value.shape)}; it needs at least one head of one number"
             )
-        if value.stride(-1) != 1 and value.shape[-1] > 1:
+        if dim > 1 and value.stride(-1) != 1:
             raise ValueError(
                 f"{_NAME}: {label} has strides {value.stride()}; the last must be 1: call {label}.contiguous()"
             )
+    (*q_batch, _, q_heads, q_dim), (*k_batch, _, k_heads, k_dim) = q.shape, k.shape
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"{_NAME}: k has shape {tuple(k.shape)}, v {tuple(v.shape)}; they must be equal but for the last axis"
         )
-    if q.dim() == 4 and q.shape[0] != k.shape[0]:
-        raise ValueError(f"{_NAME}: q has a batch of {q.shape[0]}, k and v of {k.shape[0]}; they must be equal")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{_NAME}: k has heads of {k.shape[-1]} numbers, q of {q.shape[-1]}; they must be equal")
-    if q.shape[-2] % k.shape[-2]:
+    if q_batch != k_batch:
+        raise ValueError(f"{_NAME}: q has a batch of {q_batch[0]}, k and v of {k_batch[0]}; they must be equal")
+    if k_dim != q_dim:
+        raise ValueError(f"{_NAME}: k has heads of {k_dim} numbers, q of {q_dim}; they must be equal")
+    if q_heads % k_heads:
         raise ValueError(
-            f"{_NAME}: k has {k.shape[-2]} heads, q has {q.shape[-2]}; the number of query heads must be a multiple of "
-            "the key heads"
+            f"{_NAME}: k has {k_heads} heads, q has {q_heads}; the number of query heads must be a multiple of the key "
+            "heads"
         )
 
 
