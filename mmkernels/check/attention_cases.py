@@ -169,7 +169,7 @@ ATTENTION: list[AttentionCase] = [
     AttentionCase("small runs", scattered(20, 70, runs=2), dims=(32, 32), quick=True),
     AttentionCase("five runs", scattered(60, 400, runs=5), dims=(96, 96)),
     AttentionCase("spans beyond the keys", beyond(50, 90)),
-    AttentionCase("small, beyond the keys", beyond(9, 11), dims=(16, 16), quick=True),
+    AttentionCase("small, beyond the keys", beyond(9, 11), dims=(16, 16), quick=True, plain_draws=20),
     *(replace(_PACKED, name=f"D {dim}", layout=causal((37, 5)), dims=(dim, dim), heads=(2, 1)) for dim in HEAD_DIMS),
     *(
         replace(_SMALL, name=f"small, D {dim}", layout=causal((13, 4)), heads=(1, 1), dims=(dim, dim))
