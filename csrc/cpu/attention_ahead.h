@@ -18,9 +18,8 @@ class Ahead {
 
     MMK_INLINE void step() {
         if (left_ == 0) return;
-        __builtin_prefetch(row_ + column_, 0, 2);
-        __builtin_prefetch(row_ + column_ + kLine, 0, 2);
-        column_ += 2 * kLine;
+        MMK_UNROLL for (int i = 0; i < kAtOnce; i++) __builtin_prefetch(row_ + column_ + i * kLine, 0, 2);
+        column_ += kAtOnce * kLine;
         if (column_ < bytes_) return;
         column_ = 0, row_ += stride_;
         if (--left_ == 0 && next_ != last_) advance();
@@ -32,6 +31,7 @@ class Ahead {
         int64_t stride, rows, bytes;
     };
     static constexpr uint32_t kMost = 8;
+    static constexpr int kAtOnce = 4;  // lines; more than a row has are its neighbours', which are wanted soon, too
     static constexpr int64_t kLine = 64, kRows = 128;  // of a range: longer ones pay for their first rows by themselves
 
     void advance() {

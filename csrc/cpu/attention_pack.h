@@ -97,7 +97,19 @@ static void pack_token_panels(const TokenRows<T>& from, int64_t first, int64_t l
             };
             const int64_t token = first + unit * kPack;
             for (int i = 0; i < kPack; i++) prefetch_row(from.row(std::min(token + i + kRowsAhead, end - 1)), from.dim);
-            for (int64_t column = 0; column < from.dim; column += kLanes) {
+            int64_t column = 0;
+            if (begin <= token && token + kPack <= end) {  // no checks a vector
+                const T* row = from.row(token);
+                uint32_t* to = packed + unit * kTileRows;
+                for (; column + kLanes <= from.dim; column += kLanes, to += kLanes / kTileRows * panel_stride) {
+                    UVec lanes = load_units<FloatOperand>(row + column, 1, 0, kLanes);
+                    if constexpr (kPack == 2) {
+                        lanes = lanes >> 16 | load_units<FloatOperand>(row + from.stride + column, 1, 0, kLanes);
+                    }
+                    store_panels(to, panel_stride, kLanes / kTileRows, 0, 0, lanes);
+                }
+            }
+            for (; column < from.dim; column += kLanes) {
                 UVec lanes = bits(token, column);
                 if constexpr (kPack == 2) lanes = lanes >> 16 | bits(token + 1, column);  // of a widened bfloat16
                 store_panels(packed, panel_stride, panels, column, unit, lanes);

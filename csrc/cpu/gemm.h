@@ -175,10 +175,14 @@ static MMK_INLINE void pack_lanes_of(RowOf&& row_of, int64_t column_stride, int6
     for (int l0 = 0; l0 < lanes; l0 += kLanes) {
         for (int64_t u0 = 0; u0 < units; u0 += kLanes) {
             UVec block[kLanes];
-            for (int l = 0; l < kLanes; l++) {
-                const bool present = l0 + l < rows;
-                block[l] =
-                    present ? load_units<Operand>(row_of(l0 + l), column_stride, u0 * Operand::kPack, columns) : UVec{};
+            const int64_t column = u0 * Operand::kPack, all = kLanes * Operand::kPack;
+            if (l0 + kLanes <= rows && column + all <= columns && column_stride == 1) {  // no checks a row
+                for (int l = 0; l < kLanes; l++) block[l] = load_units<Operand>(row_of(l0 + l) + column, 1, 0, all);
+            } else {
+                for (int l = 0; l < kLanes; l++) {
+                    const bool present = l0 + l < rows;
+                    block[l] = present ? load_units<Operand>(row_of(l0 + l), column_stride, column, columns) : UVec{};
+                }
             }
             transpose(block);
             const int64_t count = std::min<int64_t>(kLanes, units - u0);

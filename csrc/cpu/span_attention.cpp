@@ -278,13 +278,13 @@ class Forward {
         const int64_t panels = std::max<int64_t>(1, ceil_div(part.hull.hi - part.hull.lo, kKeyPanel));
         for (int64_t p = 0; p < panels; p++) {
             const KeyPanel panel = pack(task, part.hull.lo + p * kKeyPanel, work);
-            if (p == panels - 1) ask_for_keys(next, work.ahead);
             for (int64_t i = part.first_block; i < part.last_block; i++) {
                 const int64_t slot = panels == 1 ? 0 : i - part.first_block;
                 const BlockState state(work.states + slot * BlockState::size(query_units_, out_rows), query_units_,
                                        out_rows);
                 if (p == 0) begin(task, i, state);
                 if (p == 0) ask_for_block(task, next, i, work.ahead);
+                if (p == panels - 1 && i == part.first_block) ask_for_keys(next, work.ahead);
                 for (int64_t run = 0; run < plan_.runs(); run++) {
                     meet(plan_.block(i).vectors(), plan_.spans(i, run), panel, state, work);
                 }
@@ -314,11 +314,11 @@ class Forward {
         }
     }
 
-    // Where a block's result goes, and the queries of the block after it.
+    // The queries of the block after this one, and where its result goes.
     void ask_for_block(const Task& task, const Task& next, int64_t block, Ahead& ahead) const {
         const bool last = block + 1 == task.part->last_block;
-        ask_for_lanes(call_.out, task, plan_.block(block), ahead);
         ask_for_lanes(call_.q, last ? next : task, plan_.block(last ? next.part->first_block : block + 1), ahead);
+        ask_for_lanes(call_.out, task, plan_.block(block), ahead);
     }
 
     void ask_for_lanes(const Heads& x, const Task& task, const QueryBlock& block, Ahead& ahead) const {
@@ -468,23 +468,22 @@ class Forward {
     void finish(const Task& task, int64_t i, const BlockState& state) const {
         const QueryBlock& block = plan_.block(i);
         const LaneRows out = lane_rows(call_.out, task, block);
+        const int64_t dim = call_.v.dim, out_rows = value_panels_ * kTileRows;
         for (int v = 0; v < block.vectors(); v++) {
             const Vec sum = load(state.sum + v * kLanes);
             const Vec factor = select(sum == Vec{}, Vec{}, 1.0f / sum);  // 0: the lane saw nothing
             const int count = static_cast<int>(std::min<int64_t>(kLanes, block.lanes - v * kLanes));
             store_lse(task, block.first_lane + v * kLanes, count,
                       load(state.highest + v * kLanes) * splat(kLn2) + log2(sum) * splat(kLn2));
-            for (int64_t d = 0; d < call_.v.dim; d += kLanes) {
+            for (int64_t d = 0; d < dim; d += kLanes) {
                 UVec rows[kLanes];
                 for (int i = 0; i < kLanes; i++) {
-                    const bool present = d + i < value_panels_ * kTileRows;
+                    const bool present = d + i < out_rows;
                     rows[i] =
                         present ? as_bits(load(state.out + (d + i) * kTileColumns + v * kLanes) * factor) : UVec{};
                 }
                 transpose(rows);
-                for (int i = 0; i < count; i++) {
-                    store_out(const_cast<T*>(out.row[v * kLanes + i]), d, as_float(rows[i]));
-                }
+                store_columns(out.row + v * kLanes, count, d, dim - d, rows);
             }
         }
     }
@@ -501,11 +500,13 @@ class Forward {
         }
     }
 
-    void store_out(T* row, int64_t d, Vec x) const {
-        if (d + kLanes <= call_.v.dim) {
-            store(row + d, x);
+    static void store_columns(const T* const* rows, int count, int64_t first, int64_t left, const UVec* lanes) {
+        if (left >= kLanes) {
+            for (int i = 0; i < count; i++) store(const_cast<T*>(rows[i]) + first, as_float(lanes[i]));
         } else {
-            store_first(row + d, x, static_cast<int>(call_.v.dim - d));
+            for (int i = 0; i < count; i++) {
+                store_first(const_cast<T*>(rows[i]) + first, as_float(lanes[i]), static_cast<int>(left));
+            }
         }
     }
 
