@@ -247,9 +247,9 @@ class Forward {
 
     // Parts small enough that there are many, and large enough that packing keys and values for each costs little.
     int64_t part_lanes() const {
-        constexpr int64_t kTasks = 64;
+        constexpr int64_t kTasks = 32;
         const int64_t lanes = call_.q.batch * call_.q.tokens * call_.q.heads;
-        return std::clamp<int64_t>(lanes / kTasks, 8 * kTileColumns, 32 * kTileColumns);
+        return std::clamp<int64_t>(lanes / kTasks, 16 * kTileColumns, 32 * kTileColumns);
     }
 
     Sizes workspace() const {
