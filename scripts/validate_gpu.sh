@@ -123,7 +123,7 @@ PY
 
 # `mmkernels check --op OP --dtype DTYPE`, of whose cases this takes every PARTS-th
 check_part() { # OP DTYPE SEED PART PARTS
-    bounded "$python" - "$device" "$((${#quick[@]}))" "$@" "$elsewhere/$1-$2-$4.json" <<'PY'
+    OMP_NUM_THREADS=1 bounded "$python" - "$device" "$((${#quick[@]}))" "$@" "$elsewhere/$1-$2-$4.json" <<'PY'
 import signal
 import sys
 from rich.console import Console
