@@ -9,6 +9,8 @@
 // a mask is two comparisons. dK^T and dV^T lie with their dimension along the rows, which wastes no lane whatever it
 // is.
 #pragma once
+#include <numeric>
+
 #include "attention_backward_plan.h"
 #include "attention_backward_weights.h"
 
@@ -30,6 +32,12 @@ struct VectorRange {  // of a panel
     int64_t count() const { return last - first; }
     bool operator==(const VectorRange& other) const { return first == other.first && last == other.last; }
 };
+
+static inline float bit_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
 
 template <class Operand>
 class KeyBlock {
@@ -66,6 +74,25 @@ class KeyBlock {
         }
         std::fill_n(d_k_, panels_.count * panel_size(dim_), 0.0f);
         std::fill_n(d_v_, panels_.count * panel_size(value_dim_), 0.0f);
+    }
+
+    // Adds up P and dS of rows, in float32, which a softmax makes 1 and 0; arguments as those of `meet`.
+    void add_up(const Plan& plan, int64_t plan_row, const QueryRows<Operand>& rows, int64_t row, int64_t count,
+                double* p_totals, double* d_totals) {
+        for (int64_t p = 0; p < panels_.count; p++) {
+            for (int64_t r = 0; r < count; r++) {
+                const Hull* hulls = plan.hulls(plan_row + r);
+                const VectorRange range = visible(hulls, plan.runs, p);
+                if (range.count() == 0) continue;
+                if (r % kTileRows == 0) weigh_tile(plan, plan_row + r, hulls, rows, row + r, r, p, range);
+                const int64_t lane = range.first * kLanes, lanes = range.count() * kLanes;
+                const float* weights = weights_.p_row(r) + lane;
+                const uint32_t* scores = weights_.d_scores_by_key(r, panels_.first(p) + lane).a;
+                p_totals[r] = std::accumulate(weights, weights + lanes, p_totals[r]);
+                const auto add = [](double sum, uint32_t bits) { return sum + bit_float(bits); };
+                d_totals[r] = std::accumulate(scores, scores + lanes, d_totals[r], add);
+            }
+        }
     }
 
     // All products with `count` rows, whole tiles: `row` counts in the task, `plan_row` in the plan.

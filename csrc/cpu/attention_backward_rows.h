@@ -100,14 +100,6 @@ class PackedRows {
     uint32_t *along_, *across_;
 };
 
-constexpr double kLog2e = 1.4426950408889634;
-
-// A number as a float and what that leaves of it.
-struct TwoFloats {
-    explicit TwoFloats(double x) : first(static_cast<float>(x)), rest(static_cast<float>(x - first)) {}
-    float first, rest;
-};
-
 template <class Operand>
 struct QueryRows {
     QueryRows(int64_t rows, int64_t dim, int64_t value_dim, Carver& memory)

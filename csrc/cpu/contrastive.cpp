@@ -45,10 +45,9 @@ constexpr int64_t kStoredTiles = (272 << 20) / (kTile * kTile * sizeof(float));
 // rows of dI and dT, and of the features, come from beyond it once a block.
 constexpr int kBlock = 2;
 
-constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 
-Vec exp(Vec x) { return exp2(x * splat(kLog2e)); }
+Vec exp(Vec x) { return exp2(x * splat(static_cast<float>(kLog2e))); }
 
 // The first n lanes of v, n >= 1, and `other` past them.
 MMK_INLINE Vec keep(Vec v, int64_t n, Vec other) {

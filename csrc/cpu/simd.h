@@ -102,6 +102,14 @@ static MMK_INLINE Vec exp2_by(Vec x, const float (&coefficients)[kCount]) {
 #endif
 }
 
+// A number as a float and what that leaves of it.
+struct TwoFloats {
+    explicit TwoFloats(double x) : first(static_cast<float>(x)), rest(static_cast<float>(x - first)) {}
+    float first, rest;
+};
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.69314718055994531;
+
 // The polynomials are those through 2^0 = 1 that are minimax in the relative error, so whole x give exact results.
 
 // 2^x to 1e-7 of the value (polynomial: 2e-9).
@@ -136,17 +144,36 @@ static MMK_INLINE UVec as_bits(Vec v) {
     return bits;
 }
 
-// log2(x) to 2e-7 of the value for x = 0 and normal x > 0; inf and NaN give NaN. With x = 2^e m, m in [0.75, 1.5), it
-// is e + t L(t^2) for t = (m - 1) / (m + 1), L minimax in the relative error, 2e-9.
-static MMK_INLINE Vec log2(Vec x) {
+// log2(x) as a whole number and a fraction below 0.6, for x = 0 and normal x > 0; inf and NaN give NaN. With x = 2^e m,
+// m in [0.75, 1.5), it is e + t L(t^2) for t = (m - 1) / (m + 1), L minimax in the relative error, 2e-9.
+struct Log2 {
+    Vec whole, fraction;
+};
+
+static MMK_INLINE Log2 log2_parts(Vec x) {
     constexpr float kCoefficients[] = {0.439083155624f, 0.576395234724f, 0.961802200895f, 2.88539007486f};
     const UVec bits = as_bits(x);
     IVec e;
     memcpy(&e, &bits, sizeof e);
     e = (e - 0x3f400000) >> 23;  // 0x3f400000: 0.75
     const Vec m = as_float(bits - ((UVec)e << 23)), t = (m - 1.0f) / (m + 1.0f);
-    const Vec log = __builtin_convertvector(e, Vec) + t * polynomial(t * t, kCoefficients) + (x - x);
-    return select(x == Vec{}, splat(-__builtin_inff()), log);
+    const Vec whole = select(x == Vec{}, splat(-__builtin_inff()), __builtin_convertvector(e, Vec));
+    return {whole, t * polynomial(t * t, kCoefficients) + (x - x)};
+}
+
+// To 2e-7 of the value.
+static MMK_INLINE Vec log2(Vec x) {
+    const Log2 log = log2_parts(x);
+    return log.whole + log.fraction;
+}
+
+// The logarithm of 2^power x, rounded once: the powers of a softmax's sum make most of it.
+static MMK_INLINE Vec log_of_scaled(Vec power, Vec x) {
+    typedef double Doubles __attribute__((vector_size(kLanes * 8)));
+    const Log2 log = log2_parts(x);
+    const Doubles sum = __builtin_convertvector(power, Doubles) + __builtin_convertvector(log.whole, Doubles) +
+                        __builtin_convertvector(log.fraction, Doubles);
+    return __builtin_convertvector(sum * kLn2, Vec);
 }
 
 // tanh(x) to 2e-7 of the value; NaN stays NaN. Near zero, where 1 - exp(-2x) would cancel, x + x^3 R(x^2) with R

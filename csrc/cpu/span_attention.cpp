@@ -32,7 +32,7 @@
 namespace mmk::MMK_ISA {
 namespace {
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = __builtin_inff();
+constexpr float kInfinity = __builtin_inff();
 
 constexpr int64_t kKeyBlock = 256;  // keys between two updates of the softmax: half-empty caches below, full ones above
 constexpr int64_t kKeyPanel = 2048;  // keys packed at once
@@ -156,13 +156,17 @@ void add_values(const uint32_t* values, const uint32_t* weights, int64_t units, 
 
 // Scores become logits: scaled and capped here, unless scaling is left to the exponential.
 struct Logits {
+    double exact_scale;
     float scale, softcap;
     bool deferred;  // the scale is positive and there is no cap: the order of the scores is that of the logits
 
     Logits(double scale, double softcap)
-        : scale(static_cast<float>(scale)), softcap(static_cast<float>(softcap)), deferred(scale > 0 && softcap == 0) {}
+        : exact_scale(scale),
+          scale(static_cast<float>(scale)),
+          softcap(static_cast<float>(softcap)),
+          deferred(scale > 0 && softcap == 0) {}
     // Factor that makes powers of two of them.
-    float base() const { return deferred ? scale * kLog2e : kLog2e; }
+    TwoFloats base() const { return TwoFloats(deferred ? exact_scale * kLog2e : kLog2e); }
     MMK_INLINE Vec operator()(Vec score) const {
         if (deferred) return score;
         const Vec logit = score * splat(scale);
@@ -379,7 +383,7 @@ class Forward {
         for (const Stretch& stretch : stretches) score(stretch, spans, panel, at, state, work, highest);
 
         Vec decay[kTileVectors], reference[kTileVectors];
-        const Vec base = splat(logits_.base());
+        const Vec base = splat(logits_.base().first);
         for (int v = 0; v < vectors; v++) {
             const Vec before = load(state.highest + v * kLanes), now = max(highest[v] * base, before);
             // Lanes that saw nothing yet: any finite reference gives them weights of 0.
@@ -441,15 +445,19 @@ class Forward {
 
     template <int kVectors>
     void weigh(const float* scores, int count, const Vec* reference, float* sum_at, uint32_t* weights) const {
-        const Vec base = splat(logits_.base());
+        const TwoFloats base = logits_.base();
         Vec sum[kVectors];
         std::fill_n(sum, kVectors, Vec{});  // a chain over all keys would lose more digits
         for (int i = 0; i < count; i += kPack) {
             MMK_UNROLL for (int v = 0; v < kVectors; v++) {
                 Vec weight[kPack];
                 MMK_UNROLL for (int j = 0; j < kPack; j++) {
-                    const Vec power = load(scores + (i + j) * kTileColumns + v * kLanes) * base - reference[v];
-                    weight[j] = std::is_same_v<T, float> ? exp2(power) : exp2_coarse(power);
+                    const Vec logit = load(scores + (i + j) * kTileColumns + v * kLanes);
+                    const Vec power = logit * splat(base.first) - reference[v];
+                    // Large weights have large logits and a power near zero: what a float leaves of the factor counts.
+                    // Where nothing is seen the logit is -inf, and its product with the rest would be anything.
+                    weight[j] = std::is_same_v<T, float> ? exp2(power + max(logit, splat(-1e30f)) * splat(base.rest))
+                                                         : exp2_coarse(power);
                     sum[v] += weight[j];
                 }
                 uint32_t* to = weights + i / kPack * kTileColumns + v * kLanes;
@@ -473,8 +481,7 @@ class Forward {
             const Vec sum = load(state.sum + v * kLanes);
             const Vec factor = select(sum == Vec{}, Vec{}, 1.0f / sum);  // 0: the lane saw nothing
             const int count = static_cast<int>(std::min<int64_t>(kLanes, block.lanes - v * kLanes));
-            store_lse(task, block.first_lane + v * kLanes, count,
-                      load(state.highest + v * kLanes) * splat(kLn2) + log2(sum) * splat(kLn2));
+            store_lse(task, block.first_lane + v * kLanes, count, log_of_scaled(load(state.highest + v * kLanes), sum));
             for (int64_t d = 0; d < dim; d += kLanes) {
                 UVec rows[kLanes];
                 for (int i = 0; i < kLanes; i++) {

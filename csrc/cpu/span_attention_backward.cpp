@@ -170,12 +170,11 @@ class Backward {
         mine.longest_chain = count <= kFewRows ? kShortChain : kLongestChain;
         pack(task, mine);
         std::fill_n(mine.d_q, count * d_q_stride_, 0.0f);
-        const Head<const T> k(call_.k, task.batch, task.head), v(call_.v, task.batch, task.head);
+        KeyBlock<Operand>& block = memory.keys;
+        if (std::is_same_v<T, float> && count <= kFewRows && task.part < 0) normalize(task, mine, block);
         const Head<T> d_k(call_.d_k, task.batch, task.head), d_v(call_.d_v, task.batch, task.head);
         for (int64_t key = task.first_key; key < task.last_key; key += kBlockKeys) {
-            KeyBlock<Operand>& block = memory.keys;
-            block.pack(*task.plan, key, std::min<int64_t>(kBlockKeys, task.last_key - key), k.data, k.stride, v.data,
-                       v.stride);
+            pack(task, key, block);
             for (int64_t row = 0; row < count; row += kBlockRows) {
                 block.meet(*task.plan, task.first_row + row, mine, row, std::min<int64_t>(kBlockRows, count - row));
             }
@@ -186,6 +185,30 @@ class Backward {
         for (int64_t r = 0; r < count; r++) {
             const float* sums = mine.d_q + r * d_q_stride_;
             write_query(task, task.first_row + r, [&](int64_t d) { return load(sums + d); });
+        }
+    }
+
+    void pack(const Task& task, int64_t key, KeyBlock<Operand>& block) const {
+        const Head<const T> k(call_.k, task.batch, task.head), v(call_.v, task.batch, task.head);
+        block.pack(*task.plan, key, std::min<int64_t>(kBlockKeys, task.last_key - key), k.data, k.stride, v.data,
+                   v.stride);
+    }
+
+    // The forward took its scores in another order, and rounded its lse and result: the weights of a row are all too
+    // large or all too small by that, and its dS are off by delta's error times them. Where rows are few this does not
+    // average out, so lse and delta are moved to where P adds up to 1 and dS to 0.
+    void normalize(const Task& task, QueryRows<Operand>& rows, KeyBlock<Operand>& block) const {
+        const int64_t count = task.last_row - task.first_row;
+        double p_totals[kFewRows] = {}, d_totals[kFewRows] = {};
+        for (int64_t key = task.first_key; key < task.last_key; key += kBlockKeys) {
+            pack(task, key, block);
+            block.add_up(*task.plan, task.first_row, rows, 0, count, p_totals, d_totals);
+        }
+        for (int64_t r = 0; r < count; r++) {
+            const double lse = rows.lse[r].first + static_cast<double>(rows.lse[r].rest), total = p_totals[r];
+            if (!(total > 0.5 && total < 2)) continue;  // a row of padding, or of NaN
+            rows.lse[r] = TwoFloats(lse + __builtin_log2(total));
+            if (call_.softcap == 0) rows.delta[r] += static_cast<float>(d_totals[r] / total);
         }
     }
 
@@ -220,7 +243,10 @@ class Backward {
         if (row.query < 0) return;
         T* d_q = Head<T>(call_.d_q, task.batch, task.head * heads_ + row.head).token(row.query);
         const Vec scale = splat(static_cast<float>(call_.scale));
-        for (int64_t d = 0; d < call_.q.dim; d += kLanes) store_up_to(d_q + d, sums(d) * scale, call_.q.dim - d);
+        const bool idle = !task.plan->sees_anything(plan_row);  // its tile may have met a NaN that others see
+        for (int64_t d = 0; d < call_.q.dim; d += kLanes) {
+            store_up_to(d_q + d, idle ? Vec{} : sums(d) * scale, call_.q.dim - d);
+        }
     }
 
     // dQ of the rows of a group whose keys were cut.

@@ -168,15 +168,26 @@ struct RowSum {
     float max, sum;
 };
 
-// What is between a product of q and k and its exponent, in powers of two.
+// What is between a product of q and k and its exponent, in powers of two: after * capped(s). The factor is applied
+// where the maximum is taken off, and in two floats, so that large weights, whose exponents are near zero, lose
+// nothing.
 struct Scale {
-    float before, cap, after;  // cap 0: after * s, else after * tanh(before * s)
+    float before, cap;  // cap 0: none
+    TwoFloats after;
 
     explicit Scale(const SpanAttention& call)
         : before(static_cast<float>(call.softcap > 0 ? call.scale / call.softcap : 0)),
           cap(static_cast<float>(call.softcap)),
-          after(static_cast<float>((call.softcap > 0 ? call.softcap : call.scale) * 1.44269504088896341)) {}
-    MMK_INLINE Vec operator()(Vec s) const { return splat(after) * (cap > 0 ? tanh(s * splat(before)) : s); }
+          after((call.softcap > 0 ? call.softcap : call.scale) * kLog2e) {
+        if (after.first == 0) after = TwoFloats(1e-37);  // 0, but the product with `blind` is infinite
+    }
+    MMK_INLINE Vec capped(Vec s) const { return cap > 0 ? tanh(s * splat(before)) : s; }
+    // What stands for a key that is not seen: after * blind is -inf.
+    MMK_INLINE Vec blind() const { return splat(after.first > 0 ? -__builtin_inff() : __builtin_inff()); }
+    MMK_INLINE Vec power(Vec s, Vec max) const {
+        const Vec finite = select(s * s < splat(__builtin_inff()), s, Vec{});
+        return (splat(after.first) * s - max) + splat(after.rest) * finite;
+    }
 };
 
 // The weights of the keys [lo, hi) of `count`, 0 for the others up to a whole vector. Those for pairs are bfloat16, in
@@ -186,20 +197,19 @@ RowSum softmax(float* row, int64_t count, int64_t lo, int64_t hi, const Scale& s
     const int64_t padded = round_up(count, kLanes);
     Vec max = splat(-__builtin_inff());
     for (int64_t j = 0; j < padded; j += kLanes) {
-        Vec s = scale(load(row + j));
+        Vec s = scale.capped(load(row + j));
         if (j < lo || j + kLanes > hi) {
             const IVec key = lane_index() + static_cast<int32_t>(j);
-            s = select((key >= static_cast<int32_t>(lo)) & (key < static_cast<int32_t>(hi)), s,
-                       splat(-__builtin_inff()));
+            s = select((key >= static_cast<int32_t>(lo)) & (key < static_cast<int32_t>(hi)), s, scale.blind());
         }
         store(row + j, s);
-        max = mmk::MMK_ISA::max(s, max);
+        max = mmk::MMK_ISA::max(s * splat(scale.after.first), max);
     }
     const float top = mmk::MMK_ISA::max(max);
     const Vec zero = splat(top == -__builtin_inff() ? 0.0f : top);
     Vec total{};
     for (int64_t j = 0; j < padded; j += kLanes) {
-        const Vec weight = exp2(load(row + j) - zero);
+        const Vec weight = exp2(scale.power(load(row + j), zero));
         total += weight;
         if constexpr (Operand::kPack == 1) {
             store(row + j, weight);
@@ -417,8 +427,7 @@ class Decode {
             sums[i * next] = exp2(splat(sums[i * next] - zero))[0];
             total += sums[i * next] * sums[i * next + 1];
         }
-        *lse =
-            static_cast<float>(__builtin_log(total) + 0.69314718055994531 * zero);  // log 2: powers of two until here
+        *lse = static_cast<float>(__builtin_log(total) + kLn2 * zero);  // powers of two until here
         for (int64_t d = 0; d < call_.v.dim; d += kLanes) {
             Vec o{};
             for (int64_t i = 0; i < count; i++) {

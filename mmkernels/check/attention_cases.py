@@ -163,7 +163,7 @@ ATTENTION: list[AttentionCase] = [
     AttentionCase("small windows", blocks([16] * 3, [16] * 3), dims=(80, 80), quick=True),
     AttentionCase("last image", blocks([20, 0, 61, 33], [77, 30, 0, 130], padding=5), heads=(4, 4)),
     AttentionCase("more sequences than queries", blocks([1, 0, 0, 1, 0, 0, 0, 1], [40, 3, 0, 70, 9, 0, 1, 12])),
-    AttentionCase("scattered", scattered(131, 333), heads=(4, 2), dims=(72, 72)),
+    AttentionCase("scattered", scattered(131, 333), heads=(4, 2), dims=(72, 72), plain_draws=20),
     AttentionCase("small scattered", scattered(40, 50), heads=(2, 1), dims=(16, 16), quick=True),
     AttentionCase("two runs", scattered(100, 210, runs=2), heads=(3, 1)),
     AttentionCase("small runs", scattered(20, 70, runs=2), dims=(32, 32), quick=True),
@@ -207,9 +207,11 @@ ATTENTION: list[AttentionCase] = [
     AttentionCase("decode of 8 rows", last_rows(8, 1100), heads=(1, 1), dims=(96, 96), scale=-0.2),
     AttentionCase("decode, two runs", scattered(2, 800, runs=2, empty=0), heads=(4, 2), dims=(80, 80)),
     AttentionCase("prefill beside decode", blocks([70, 1, 1, 1], [70, 300, 5, 400]), heads=(4, 2)),
-    AttentionCase("batch, one layout", causal((40, 30), padding=4), batch=3),
-    AttentionCase("batch, layouts of their own", scattered(70, 90, batch=3), heads=(4, 2), batch=3),
-    AttentionCase("batch, runs of their own", scattered(50, 120, runs=2, batch=2), batch=2, dims=(80, 80)),
+    AttentionCase("batch, one layout", causal((40, 30), padding=4), batch=3, plain_draws=20),
+    AttentionCase("batch, layouts of their own", scattered(70, 90, batch=3), heads=(4, 2), batch=3, plain_draws=20),
+    AttentionCase(
+        "batch, runs of their own", scattered(50, 120, runs=2, batch=2), batch=2, dims=(80, 80), plain_draws=20
+    ),
     AttentionCase("batch of one keys", full(40, 70), batch=3, kv_memory="expanded"),
     replace(_SMALL, name="small batch", layout=scattered(20, 30, batch=2), batch=2),
     AttentionCase("slices of a fused projection", causal((70, 41)), heads=(4, 2), memory="fused"),
