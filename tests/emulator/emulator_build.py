@@ -1,8 +1,11 @@
 """Compiles CUDA sources for the host emulator, with g++ and nothing else, in one of its three builds."""
 
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -48,3 +51,17 @@ def emulator_sources() -> list[Path]:
 def link(build: str, objects: list[Path], program: Path, *flags: str) -> Path:
     subprocess.run(["g++", *LINK[build], *flags, *objects, "-ldl", "-o", program], check=True)
     return program
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+NVCC = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+
+
+def compiled_by_nvcc(source: Path, architecture: str, folder: Path) -> None:
+    """Fails at a warning, and at a register that was spilt."""
+    command = [*NVCC, f"-arch={architecture}", "-Xptxas", "-v", "-c", source, "-o", folder / "object"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    spills = [line for line in ran.stderr.splitlines() if "spill stores" in line]
+    assert spills and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), ran.stderr
+    assert "serialized" not in ran.stderr  # ptxas says so where it had to wait for a wgmma earlier than the source does

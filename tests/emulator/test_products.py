@@ -1,11 +1,10 @@
 """Two kernels as those to come will be, one for sm_80 and one for sm_90a, in the emulator and under nvcc."""
 
-import shutil
 import subprocess
 
 import pytest
 import torch
-from emulator_build import CSRC, HERE
+from emulator_build import HERE, NVCC, compiled_by_nvcc, needs_nvcc
 
 GEMMS = ["gemm_sm80.cu", "gemm_sm90.cu"]
 
@@ -15,10 +14,6 @@ def test_products_are_those_of_float64(run, seed):
     assert ran.returncode == 0 and ran.stdout == "right\n", ran.stdout + ran.stderr
 
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-NVCC = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
-
-
 @needs_nvcc
 @pytest.mark.parametrize(
     ("source", "architecture"),
@@ -26,12 +21,7 @@ NVCC = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-Werror", "all-warnings", "-X
 )
 def test_nvcc_compiles_the_same_source(source, architecture, tmp_path):
     """Without a warning and without a spill; code for sm_90a is left out elsewhere, not wrong."""
-    command = [*NVCC, f"-arch={architecture}", "-Xptxas", "-v", "-c", HERE / source, "-o", tmp_path / "object"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    spills = [line for line in ran.stderr.splitlines() if "spill stores" in line]
-    assert spills and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), ran.stderr
-    assert "serialized" not in ran.stderr  # ptxas says so where it had to wait for a wgmma earlier than the source does
+    compiled_by_nvcc(HERE / source, architecture, tmp_path)
 
 
 @needs_nvcc
