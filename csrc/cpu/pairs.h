@@ -25,7 +25,7 @@ static_assert(kPanel % kTileRows == 0 && kTile / 3 % kPanel == 0);
 // ---- c = or += a b, with a memory that is far away
 
 // Memory that the next product will read, asked for a line at a time while this one runs.
-struct Ahead {
+struct RowsAhead {
     const uint32_t *next, *end;
     MMK_INLINE void fetch() {
         if (next < end) __builtin_prefetch(next, 0, 2);
@@ -36,7 +36,8 @@ struct Ahead {
 // Rows of c are asked for one by one while the product runs. All at once they would occupy the L1 cache's miss buffers,
 // and the operands would wait for them: 10 % slower in float32, 20 % in bfloat16.
 template <class Operand, int kVectors>
-static void far_tile(Broadcast a, const uint32_t* b, int64_t units, float* c, int64_t c_row, bool add, Ahead& ahead) {
+static void far_tile(Broadcast a, const uint32_t* b, int64_t units, float* c, int64_t c_row, bool add,
+                     RowsAhead& ahead) {
     int row = 0;
     const auto beside = [&] {
         ahead.fetch();
@@ -61,7 +62,7 @@ static void far_tile(Broadcast a, const uint32_t* b, int64_t units, float* c, in
 // rounded up to kTileRows, as those of c: they must be there. One of a.row and a.unit is 1.
 template <class Operand>
 static void multiply(Broadcast a, int64_t a_group, int64_t rows, const uint32_t* b, int64_t vectors, int64_t units,
-                     float* c, int64_t c_row, bool add, Ahead ahead) {
+                     float* c, int64_t c_row, bool add, RowsAhead ahead) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
         const Broadcast from{a.a + r / kPanel * a_group + r % kPanel * a.row, a.row, a.unit};
         static_assert(kTileVectors <= 3);

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends
-from .._registration import register
+from .._registration import differentiable_once, register
 
 
 def _kernels(image: Tensor, text: Tensor, backend: str):
@@ -75,7 +74,7 @@ class _ClipLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         image, text, scale = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
         bias = None if ctx.bias is None else grad.new_zeros(ctx.bias[0], dtype=ctx.bias[1])
@@ -90,7 +89,7 @@ class _SigLipLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         return *(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None
 

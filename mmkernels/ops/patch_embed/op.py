@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends
-from .._registration import register
+from .._registration import differentiable_once, register
 from .geometry import known_patch_geometry, patch_geometry
 
 
@@ -71,7 +70,7 @@ class _PatchEmbed(torch.autograd.Function):
         return _forward_op(images, weight, bias, pos_embed, prefix, mean, std, layout, backend)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         images, weight, mean, std = ctx.saved_tensors
         layout, num_prefix, backend = ctx.call

@@ -27,7 +27,8 @@ def span_attention(
 
     A query that sees no key gives zeros, an lse of -inf and no gradient. Keys and values outside every span, such as
     padding, may hold anything, NaN too, without reaching the result or a gradient; and what one document holds reaches
-    no other, if no query sees keys of both.
+    no other, if no query sees keys of both. (Where queries have several runs and the keys of two documents interleave,
+    a NaN in one may reach the other's gradients on the CPU, never its result.)
 
     Args:
         q: queries (Tq, Hq, D), or with a batch axis (B, Tq, Hq, D); float32, bfloat16 or float16 (the reference

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends
-from .._registration import register
+from .._registration import differentiable_once, register
 
 
 def _forward(q, k, v, lo, hi, hulls, scale, softcap, backend):
@@ -58,7 +57,7 @@ class _SpanAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, d_out, _):
         return *_backward_op(d_out, *ctx.saved_tensors, *ctx.call), None, None, None, None, None, None
 
