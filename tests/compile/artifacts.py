@@ -73,9 +73,9 @@ class Features:
 
     @property
     def launched(self) -> set[str]:
-        return (
-            {"siglip"} if self.loss.startswith("siglip") else {"clip_stats", "fold_stats", "clip_loss_sum", "clip_grad"}
-        )
+        if self.loss.startswith("siglip"):
+            return {"siglip"}
+        return {"clip_stats", "fold_stats", "fold_stats again", "clip_loss_sum", "clip_grad"}  # rows, then columns
 
 
 @dataclass(frozen=True)
