@@ -87,6 +87,18 @@ static MMK_INLINE void micro_kernel(const uint32_t* a, int64_t a_row, int64_t a_
     MMK_UNROLL for (int r = 0; r < kRows; r++) MMK_UNROLL for (int v = 0; v < kVectors; v++) finish(r, v, c[r][v]);
 }
 
+template <int kCount>
+using Width = std::integral_constant<int, kCount>;
+
+// body(Width<vectors>), for 1 to kMost: the micro-kernel's shape is fixed when it is compiled.
+template <int kMost, class Body>
+static MMK_INLINE void with_width(int64_t vectors, Body&& body) {
+    if constexpr (kMost > 1) {
+        if (vectors < kMost) return with_width<kMost - 1>(vectors, body);
+    }
+    body(Width<kMost>{});
+}
+
 // ---- packing
 
 // The unit at column `column` of a row whose elements are `stride` apart; past `columns`, zero.

@@ -24,30 +24,18 @@
 #include "span_attention.h"
 
 #include "attention_ahead.h"
+#include "attention_logits.h"
 #include "attention_pack.h"
 #include "attention_plan.h"
 #include "span_decode.h"
+#include "span_short.h"
 #include "tasks.h"
 
 namespace mmk::MMK_ISA {
 namespace {
 
-constexpr float kInfinity = __builtin_inff();
-
 constexpr int64_t kKeyBlock = 256;  // keys between two updates of the softmax: half-empty caches below, full ones above
 constexpr int64_t kKeyPanel = 2048;  // keys packed at once
-
-template <int kCount>
-using Width = std::integral_constant<int, kCount>;
-
-// body(Width<vectors>): the micro-kernels' shape is fixed when they are compiled.
-template <class Body>
-MMK_INLINE void with_width(int vectors, Body&& body) {
-    static_assert(kTileVectors <= 3);
-    if (vectors == 1) return body(Width<1>{});
-    if (vectors == 2) return body(Width<2>{});
-    body(Width<kTileVectors>{});
-}
 
 // ---- what a block of queries keeps between blocks of keys
 
@@ -154,26 +142,6 @@ void add_values(const uint32_t* values, const uint32_t* weights, int64_t units, 
         [&]() MMK_INLINE_LAMBDA { ahead.step(); });
 }
 
-// Scores become logits: scaled and capped here, unless scaling is left to the exponential.
-struct Logits {
-    double exact_scale;
-    float scale, softcap;
-    bool deferred;  // the scale is positive and there is no cap: the order of the scores is that of the logits
-
-    Logits(double scale, double softcap)
-        : exact_scale(scale),
-          scale(static_cast<float>(scale)),
-          softcap(static_cast<float>(softcap)),
-          deferred(scale > 0 && softcap == 0) {}
-    // Factor that makes powers of two of them.
-    TwoFloats base() const { return TwoFloats(deferred ? exact_scale * kLog2e : kLog2e); }
-    MMK_INLINE Vec operator()(Vec score) const {
-        if (deferred) return score;
-        const Vec logit = score * splat(scale);
-        return softcap == 0 ? logit : tanh(logit * splat(1 / softcap)) * splat(softcap);
-    }
-};
-
 // One group's scores of one vector of lanes as logits, -inf where a lane does not see a key. Raises `highest`.
 MMK_INLINE void refine(float* scores, int32_t key, const int32_t* lo, const int32_t* hi, const Logits& logits,
                        Vec& highest) {
@@ -203,7 +171,7 @@ class Forward {
           value_panels_(ceil_div(call.v.dim, kTileRows)),
           plan_(group_, part_lanes()) {
         const int64_t rows = call.spans.batch_stride == 0 ? 1 : call.q.batch;
-        const auto skip = [&](const Segment& segment) { return decodes(call, segment); };
+        const auto skip = [&](const Segment& segment) { return decodes(call, segment) || is_short(call, segment); };
         for (int64_t b = 0; b < rows; b++) plan_.add(b, SpanTable(call.spans, b, call.k.tokens), skip);
         copies_ = call.q.batch / rows;
     }
@@ -393,7 +361,7 @@ class Forward {
             store(state.sum + v * kLanes, load(state.sum + v * kLanes) * decay[v]);
         }
         for (const Stretch& stretch : stretches) {
-            with_width(stretch.vectors, [&](auto width) {
+            with_width<kTileVectors>(stretch.vectors, [&](auto width) {
                 add_stretch<decltype(width)::value>(stretch, panel, at, reference + stretch.vector,
                                                     decay + stretch.vector, state, work);
             });
@@ -407,7 +375,7 @@ class Forward {
             inner = {std::max(inner.lo, spans.inner[v].lo), std::min(inner.hi, spans.inner[v].hi)};
         }
         const uint32_t* queries = state.queries + stretch.vector * kLanes;
-        with_width(stretch.vectors, [&](auto width) {
+        with_width<kTileVectors>(stretch.vectors, [&](auto width) {
             constexpr int kVectors = decltype(width)::value;
             for (int i = stretch.first; i < stretch.first + stretch.count; i += kTileRows) {
                 const auto key = static_cast<int32_t>(panel.first + at + i);
@@ -450,21 +418,17 @@ class Forward {
         std::fill_n(sum, kVectors, Vec{});  // a chain over all keys would lose more digits
         for (int i = 0; i < count; i += kPack) {
             MMK_UNROLL for (int v = 0; v < kVectors; v++) {
-                Vec weight[kPack];
+                Vec of_keys[kPack];
                 MMK_UNROLL for (int j = 0; j < kPack; j++) {
                     const Vec logit = load(scores + (i + j) * kTileColumns + v * kLanes);
-                    const Vec power = logit * splat(base.first) - reference[v];
-                    // Large weights have large logits and a power near zero: what a float leaves of the factor counts.
-                    // Where nothing is seen the logit is -inf, and its product with the rest would be anything.
-                    weight[j] = std::is_same_v<T, float> ? exp2(power + max(logit, splat(-1e30f)) * splat(base.rest))
-                                                         : exp2_coarse(power);
-                    sum[v] += weight[j];
+                    of_keys[j] = weight<T>(logit, base, reference[v]);
+                    sum[v] += of_keys[j];
                 }
                 uint32_t* to = weights + i / kPack * kTileColumns + v * kLanes;
                 if constexpr (kPack == 1) {
-                    store_bits(to, as_bits(weight[0]));
+                    store_bits(to, as_bits(of_keys[0]));
                 } else {
-                    store_bits(to, to_bfloat16_pairs(weight[0], weight[1]));
+                    store_bits(to, to_bfloat16_pairs(of_keys[0], of_keys[1]));
                 }
             }
         }
@@ -528,7 +492,7 @@ class Forward {
 
 void span_attention(const SpanAttention& call) {
     if (call.q.batch == 0 || call.q.tokens == 0) return;
-    if (span_decode(call)) return;
+    if (span_decode(call) || span_short(call)) return;
     if (call.q.dtype == DType::kFloat32) return Forward<float>(call).run();
     if (call.q.dtype == DType::kBFloat16) return Forward<BFloat16>(call).run();
     Forward<Float16>(call).run();

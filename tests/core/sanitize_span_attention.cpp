@@ -4,6 +4,7 @@
 #include "span_attention.cpp"
 #include "span_attention_cases.h"
 #include "span_decode.cpp"
+#include "span_short.cpp"
 
 static void check_row(const Case& c, DType dtype, Layout layout, const SpanAttention& call, const Tensor* tensors[4],
                       int64_t b, int64_t i, int64_t h) {

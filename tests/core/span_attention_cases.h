@@ -192,6 +192,22 @@ static std::vector<Case> decoding() {
     return found;
 }
 
+// Segments of few keys, all of them one block.
+static std::vector<Case> short_segments() {
+    std::vector<Case> found{
+        {"a query each of a few keys", 1, 130, 130, 1, 1, 5, 3, 1, documents(std::vector<int32_t>(130, 1), false)},
+        {"windows that share keys", 2, 98, 98, 2, 3, 33, 40, 1, documents({49, 49}, false), 0.3, 0, true},
+        {"all keys of a block", 1, 70, 128, 2, 1, 80, 72, 1, all},
+        {"causal windows", 1, 192, 192, 1, 1, 64, 96, 1, documents({64, 127}, true)},
+        {"wild spans of a block", 2, 147, 66, 1, 2, 16, 9, 1, wild},
+        {"softcap of a block", 1, 60, 75, 1, 1, 9, 9, 1, all, 4, 2.5},
+        {"negative scale of a block", 1, 49, 57, 1, 1, 9, 9, 1, all, -0.7},
+    };
+    for (const int64_t size : {17, 31, 32, 47, 48, 49, 97})
+        found.push_back({"tails of a block", 1, size, size, 1, 1, size, size, 1, all});
+    return found;
+}
+
 static std::vector<Case> cases() {
     const auto mixed = documents({5, 0, 33, 130, 1, 64, 7, 16, 49}, true);
     std::vector<Case> found{
@@ -201,7 +217,7 @@ static std::vector<Case> cases() {
         {"causal documents", 1, 320, 311, 2, 1, 40, 24, 1, mixed},
         {"causal documents of groups", 1, 311, 305, 1, 3, 17, 17, 1, mixed},
         {"windows", 1, 150, 150, 2, 1, 80, 80, 1, documents({49, 49, 49}, false)},
-        {"wild spans", 2, 147, 66, 1, 2, 16, 9, 1, wild},
+        {"wild spans", 2, 147, 166, 1, 2, 16, 9, 1, wild},
         {"wild runs", 1, 90, 66, 1, 1, 15, 33, 3,
          [](int64_t, int64_t r, int64_t i) {
              return r == 0 ? Run{INT32_MIN, 3} : r == 1 ? Run{3, static_cast<int32_t>(i % 5 * 8)} : Run{50, INT32_MAX};
@@ -211,14 +227,15 @@ static std::vector<Case> cases() {
         {"far apart", 1, 200, 170, 1, 1, 72, 72, 1, far_apart},
         {"sliding window", 1, 400, 400, 1, 1, 12, 12, 1, window},
         {"nobody sees anything", 2, 50, 60, 1, 1, 8, 8, 1, [](int64_t, int64_t, int64_t i) { return nothing(i); }},
-        {"softcap", 1, 60, 75, 1, 1, 9, 9, 1, all, 4, 2.5},
-        {"negative scale", 1, 49, 57, 1, 1, 9, 9, 1, all, -0.7},
+        {"softcap", 1, 60, 175, 1, 1, 9, 9, 1, all, 4, 2.5},
+        {"negative scale", 1, 49, 157, 1, 1, 9, 9, 1, all, -0.7},
         {"several panels of keys", 1, 100, 4500, 1, 1, 5, 3, 1,
          [](int64_t, int64_t, int64_t i) { return Run{static_cast<int32_t>(i * 20), static_cast<int32_t>(4000 + i)}; }},
         {"several parts", 1, 1700, 100, 1, 1, 4, 4, 1, all},
     };
     for (const int64_t size : {15, 16, 17, 47, 48, 49, 97})
-        found.push_back({"tails", 1, size, size, 1, 1, size, size, 1, all});
+        found.push_back({"tails", 1, size, size + 129, 1, 1, size, size, 1, all});
+    for (const Case& c : short_segments()) found.push_back(c);
     for (const Case& c : decoding()) found.push_back(c);
     return found;
 }

@@ -1,0 +1,39 @@
+// From a product of a query and a key to its weight, in the forward of span attention.
+#pragma once
+#include "simd.h"
+
+namespace mmk::MMK_ISA {
+
+constexpr float kInfinity = __builtin_inff();
+
+// Scores become logits: scaled and capped here, unless scaling is left to the exponential.
+struct Logits {
+    double exact_scale;
+    float scale, softcap;
+    bool deferred;  // the scale is positive and there is no cap: the order of the scores is that of the logits
+
+    Logits(double scale, double softcap)
+        : exact_scale(scale),
+          scale(static_cast<float>(scale)),
+          softcap(static_cast<float>(softcap)),
+          deferred(scale > 0 && softcap == 0) {}
+    // Factor that makes powers of two of them.
+    TwoFloats base() const { return TwoFloats(deferred ? exact_scale * kLog2e : kLog2e); }
+    MMK_INLINE Vec operator()(Vec score) const {
+        if (deferred) return score;
+        const Vec logit = score * splat(scale);
+        return softcap == 0 ? logit : tanh(logit * splat(1 / softcap)) * splat(softcap);
+    }
+};
+
+// 2^(base logit - reference). Large weights have large logits and a power near zero: what a float leaves of the factor
+// counts, but for weights that are rounded to half a float's digits. Where nothing is seen the logit is -inf, and its
+// product with the rest would be anything.
+template <class T>
+static MMK_INLINE Vec weight(Vec logit, const TwoFloats& base, Vec reference) {
+    const Vec power = logit * splat(base.first) - reference;
+    if constexpr (!std::is_same_v<T, float>) return exp2_coarse(power);
+    return exp2(power + max(logit, splat(-1e30f)) * splat(base.rest));
+}
+
+}  // namespace mmk::MMK_ISA

@@ -1,0 +1,361 @@
+// Attention within short segments, forward: all keys of a segment are one block.
+//
+//     S = K Q^T,  P_ji = exp(scale S_ji - max_j scale S_ji),  O = (P^T V) / sum_j P_ji,  for each segment and key head
+//
+// The general forward (span_attention.cpp) takes blocks of keys one after the other, and pays for it in the least
+// block, too: an output that is rescaled, kept transposed and transposed again in the end. Here the softmax is known
+// before the first value is met. So
+//
+//     S^T[key][lane]   queries in lanes, as there: the softmax is vertical
+//     O[query][d]      d in lanes, the weights are broadcast: rows of the output leave the registers once, as they lie
+//
+// Memory moved: every tensor once, 4 D operations a pair that the segment could have, for 2 D numbers a token: short
+// segments are as fast as memory is, if it is asked early. Rows of one head lie a whole token apart, where no hardware
+// prefetcher follows, so a task asks for the rows of the next one a few lines at a time (attention_ahead.h); heads of a
+// segment come one after the other and share the lines and pages that they touch.
+//
+// Pairs of a query and a key of its segment that it does not see are computed and masked.
+#include "span_short.h"
+
+#include "attention_ahead.h"
+#include "attention_logits.h"
+#include "attention_pack.h"
+#include "tasks.h"
+
+namespace mmk::MMK_ISA {
+namespace {
+
+// A block of queries: several panels of vectors, for which the values are loaded once.
+constexpr int kBlockVectors = 4, kBlockLanes = kBlockVectors * kLanes;
+
+// Rows of the output are cut into at most this many vectors, of which so many rows fit the registers.
+constexpr int kOutVectors = kRegisters == 32 ? 5 : kTileVectors;
+constexpr int out_rows(int vectors) { return vectors > 3 ? 4 : kTileRows; }
+
+// [0, vectors) in pieces of at most kMost, as even as can be: body(Width<count>, first).
+template <int kMost, class Body>
+MMK_INLINE void in_pieces(int64_t vectors, Body&& body) {
+    const int64_t pieces = ceil_div(vectors, kMost);
+    for (int64_t i = 0; i < pieces; i++) {
+        const int64_t first = vectors * i / pieces;
+        with_width<kMost>(vectors * (i + 1) / pieces - first, [&](auto width) { body(width, first); });
+    }
+}
+
+template <class T>
+class Short {
+    using Operand = OperandOf<T>;
+    static constexpr int kPack = Operand::kPack;
+
+  public:
+    explicit Short(const SpanAttention& call)
+        : call_(call),
+          logits_(call.scale, call.softcap),
+          group_(call.q.heads / call.k.heads),
+          units_(ceil_div(call.q.dim, kPack)),
+          out_vectors_(ceil_div(call.v.dim, kLanes)) {}
+
+    // Whether no others are left but span_decode's.
+    bool find_segments() {
+        bool all = true;
+        for (int64_t b = 0; b < call_.q.batch; b++) {
+            const SpanTable spans(call_.spans, b, call_.k.tokens);
+            for (const Segment& segment : segments(spans)) {
+                if (is_short(call_, segment)) {
+                    add(b, spans, segment);
+                } else {
+                    all &= decodes(call_, segment);
+                }
+            }
+        }
+        return all;
+    }
+
+    void run() const {
+        if (pieces_.empty()) return;
+        const int64_t heads = call_.k.heads, count = static_cast<int64_t>(pieces_.size()) * heads;
+        const int threads = useful_threads(4.0 * pairs_ * call_.q.heads * call_.q.dim);
+        const Sizes sizes = workspace();
+        Scratch<uint32_t> memory(threads * sizes.total());
+        const auto task = [&](int64_t i) { return Task{&pieces_[i / heads], i % heads}; };
+        for_each(count, threads, [&](int64_t i, int64_t worker) {
+            const Workspace work(memory.get() + worker * sizes.total(), sizes);
+            attend(task(i), task(std::min(i + 1, count - 1)), work);  // that is most likely the next one, too
+        });
+    }
+
+  private:
+    struct Piece {  // a segment of a row of the batch
+        int64_t batch_row;
+        Segment segment;
+        std::vector<Span> seen;
+        bool masked;  // some query does not see all of its keys
+
+        int64_t keys() const { return segment.hi - segment.lo; }
+    };
+
+    struct Task {
+        const Piece* piece;
+        int64_t head;  // of the keys
+    };
+
+    struct Block {  // of queries
+        int64_t first_lane, lanes;
+        const T* query[kBlockLanes];
+        T* out[kBlockLanes];
+        int32_t lo[kBlockLanes], hi[kBlockLanes];
+        float factor[kBlockLanes];  // of the sums of weighted values
+    };
+
+    struct Sizes {  // of a worker's memory, in units
+        int64_t keys, values, queries, scores;
+        int64_t total() const { return keys + values + queries + scores; }
+    };
+
+    struct Workspace {
+        uint32_t* keys;     // [keys][units of D]
+        uint32_t* values;   // [units of keys][out_vectors_ * kLanes]
+        uint32_t* queries;  // [units of D][kBlockLanes]
+        float* scores;      // [keys][kBlockLanes]; weights in the end, [units of keys][kBlockLanes]
+
+        Workspace(uint32_t* memory, const Sizes& sizes)
+            : keys(memory),
+              values(keys + sizes.keys),
+              queries(values + sizes.values),
+              scores(reinterpret_cast<float*>(queries + sizes.queries)) {}
+    };
+
+    void add(int64_t batch_row, const SpanTable& spans, const Segment& segment) {
+        bool masked = false;
+        for (int64_t query = segment.first; query < segment.last; query++) {
+            const Span span = spans(0, query);
+            masked |= span.lo != segment.lo || span.hi != segment.hi;
+        }
+        pieces_.push_back({batch_row, segment, covered(spans, segment), masked});
+        pairs_ += static_cast<double>(segment.last - segment.first) * pieces_.back().keys();
+        keys_ = std::max(keys_, round_up(pieces_.back().keys(), kTileRows));
+    }
+
+    Sizes workspace() const {
+        return {round_up(keys_ * units_ + kLanes, 16), round_up(keys_ / kPack * out_vectors_ * kLanes, 16),
+                units_ * kBlockLanes, keys_ * kBlockLanes};
+    }
+
+    // ---- a segment, one key head
+
+    void attend(const Task& task, const Task& next, const Workspace& work) const {
+        const Piece& piece = *task.piece;
+        Ahead ahead;
+        ask_for(next, ahead);
+        pack_token_rows<Operand>(TokenRows<T>(call_.k, piece.batch_row, task.head), piece.segment.lo,
+                                 piece.segment.lo + round_up(piece.keys(), kTileRows), piece.seen, work.keys);
+        pack_values(TokenRows<T>(call_.v, piece.batch_row, task.head), piece, work.values);
+        const int64_t lanes = (piece.segment.last - piece.segment.first) * group_, vectors = ceil_div(lanes, kLanes);
+        const int64_t blocks = ceil_div(vectors, kBlockVectors);
+        for (int64_t i = 0; i < blocks; i++) {
+            const int64_t first = vectors * i / blocks * kLanes, last = vectors * (i + 1) / blocks * kLanes;
+            Block block = find_block(task, first, std::min(last, lanes) - first);
+            pack_lanes_of<Operand>([&](int64_t lane) { return block.query[lane]; }, 1, block.lanes, call_.q.dim, units_,
+                                   static_cast<int>(last - first), kBlockLanes, work.queries);
+            in_pieces<kTileVectors>((last - first) / kLanes, [&](auto width, int64_t vector) {
+                weigh<width.value>(task, vector * kLanes, block, work, ahead);
+            });
+            in_pieces<kOutVectors>(out_vectors_, [&](auto width, int64_t vector) {
+                write_out<width.value>(piece.keys(), vector * kLanes, block, work, ahead);
+            });
+        }
+    }
+
+    void ask_for(const Task& next, Ahead& ahead) const {
+        const Segment& segment = next.piece->segment;
+        for (const Heads* x : {&call_.k, &call_.v}) {
+            const TokenRows<T> rows(*x, next.piece->batch_row, next.head);
+            ahead.add(rows.row(segment.lo), rows.stride, segment.hi - segment.lo, rows.dim);
+        }
+        for (const Heads* x : {&call_.q, &call_.out}) {
+            const TokenRows<T> rows(*x, next.piece->batch_row, next.head * group_);
+            const int64_t together = x->head_stride == x->dim ? group_ : 1;  // heads of the group that lie together
+            ahead.add(rows.row(segment.first), rows.stride, segment.last - segment.first, together * rows.dim);
+        }
+    }
+
+    // A key past the last of a pair counts as zero.
+    void pack_values(const TokenRows<T>& from, const Piece& piece, uint32_t* packed) const {
+        for (int64_t key = piece.segment.lo; key < piece.segment.hi; key += kPack) {
+            const T* row = from.row(key);
+            const T* second = kPack == 2 && key + 1 < piece.segment.hi ? from.row(key + 1) : nullptr;
+            for (int64_t d = 0; d < from.dim; d += kLanes, packed += kLanes) {
+                UVec lanes = load_units<FloatOperand>(row, 1, d, from.dim);
+                if constexpr (kPack == 2) {  // of widened bfloat16
+                    lanes = lanes >> 16 | (second ? load_units<FloatOperand>(second, 1, d, from.dim) : UVec{});
+                }
+                store_bits(packed, lanes);
+            }
+        }
+    }
+
+    // ---- a block of queries
+
+    Block find_block(const Task& task, int64_t first_lane, int64_t lanes) const {
+        const Piece& piece = *task.piece;
+        const SpanTable spans(call_.spans, piece.batch_row, call_.k.tokens);
+        Block block;
+        block.first_lane = first_lane, block.lanes = lanes;
+        int64_t token = piece.segment.first + first_lane / group_, of_group = first_lane % group_;
+        for (int64_t lane = 0; lane < kBlockLanes; lane++) {
+            block.lo[lane] = 0, block.hi[lane] = INT32_MAX;  // nobody reads lanes past the last
+            if (lane >= lanes) continue;
+            const int64_t head = task.head * group_ + of_group;
+            block.query[lane] = TokenRows<T>(call_.q, piece.batch_row, head).row(token);
+            block.out[lane] = const_cast<T*>(TokenRows<T>(call_.out, piece.batch_row, head).row(token));
+            if (piece.masked) {
+                const Span span = spans(0, token);
+                block.lo[lane] = span.lo, block.hi[lane] = span.hi;
+            }
+            if (++of_group == group_) of_group = 0, token++;
+        }
+        return block;
+    }
+
+    // The weights of all keys for kVectors vectors of lanes, their sums' inverse and the logarithm.
+    template <int kVectors>
+    void weigh(const Task& task, int64_t lane, Block& block, const Workspace& work, Ahead& ahead) const {
+        const int64_t keys = task.piece->keys();
+        const bool plain = logits_.deferred && !task.piece->masked;
+        float* scores = work.scores + lane;
+        Vec highest[kVectors];
+        std::fill_n(highest, kVectors, splat(-kInfinity));
+        for (int64_t key = 0; key < keys; key += kTileRows) {
+            float* to = scores + key * kBlockLanes;
+            const bool done = plain && key + kTileRows <= keys;
+            Vec top[kVectors];
+            std::fill_n(top, kVectors, splat(-kInfinity));
+            micro_kernel<Operand, kTileRows, kVectors>(
+                work.keys + key * units_, units_, 1, work.queries + lane, kBlockLanes, units_,
+                [](int, int) { return Vec{}; },
+                [&](int r, int v, Vec sum) {
+                    store(to + r * kBlockLanes + v * kLanes, sum);
+                    top[v] = max(sum, top[v]);
+                },
+                [&]() MMK_INLINE_LAMBDA { ahead.step(); });
+            for (int v = 0; v < kVectors; v++) {
+                if (!done) {
+                    top[v] = refine(to + v * kLanes, std::min<int64_t>(kTileRows, keys - key),
+                                    static_cast<int32_t>(task.piece->segment.lo + key), block.lo + lane + v * kLanes,
+                                    block.hi + lane + v * kLanes);
+                }
+                highest[v] = max(top[v], highest[v]);
+            }
+        }
+        const TwoFloats base = logits_.base();
+        for (int v = 0; v < kVectors; v++) {
+            const Vec now = highest[v] * splat(base.first);
+            // Lanes that saw nothing: any finite reference gives them weights of 0.
+            const Vec sum = exponentiate(scores + v * kLanes, keys, base, select(now == splat(-kInfinity), Vec{}, now));
+            store(block.factor + lane + v * kLanes, select(sum == Vec{}, Vec{}, 1.0f / sum));
+            store_lse(task, block, lane + v * kLanes, log_of_scaled(now, sum));
+        }
+    }
+
+    // Scores of `count` keys as logits, -inf where a lane does not see a key; the highest of each lane.
+    Vec refine(float* scores, int64_t count, int32_t key, const int32_t* lo, const int32_t* hi) const {
+        IVec first, last;
+        memcpy(&first, lo, sizeof first);
+        memcpy(&last, hi, sizeof last);
+        Vec highest = splat(-kInfinity);
+        for (int64_t r = 0; r < count; r++) {
+            const IVec number = IVec{} + (key + static_cast<int32_t>(r));
+            const Vec logit =
+                select((number >= first) & (number < last), logits_(load(scores + r * kBlockLanes)), splat(-kInfinity));
+            store(scores + r * kBlockLanes, logit);
+            highest = max(logit, highest);
+        }
+        return highest;
+    }
+
+    // Logits become weights in their place, two keys to a unit for bfloat16; their sum.
+    Vec exponentiate(float* logits, int64_t keys, const TwoFloats& base, Vec reference) const {
+        Vec sum{};
+        if (keys % kPack != 0) store(logits + keys * kBlockLanes, splat(-kInfinity));  // there is room for a whole tile
+        for (int64_t key = 0; key < keys; key += kPack) {
+            Vec weights[kPack];
+            MMK_UNROLL for (int j = 0; j < kPack; j++) {
+                weights[j] = weight<T>(load(logits + (key + j) * kBlockLanes), base, reference);
+                sum += weights[j];
+            }
+            auto* to = reinterpret_cast<uint32_t*>(logits) + key / kPack * kBlockLanes;
+            if constexpr (kPack == 1) {
+                store_bits(to, as_bits(weights[0]));
+            } else {
+                store_bits(to, to_bfloat16_pairs(weights[0], weights[1]));
+            }
+        }
+        return sum;
+    }
+
+    void store_lse(const Task& task, const Block& block, int64_t lane, Vec lse) const {
+        const int64_t count = std::min<int64_t>(kLanes, block.lanes - lane), first = block.first_lane + lane;
+        float* row = call_.lse + (task.piece->batch_row * call_.q.heads + task.head * group_) * call_.q.tokens +
+                     task.piece->segment.first;
+        if (group_ == 1) return store_first(row + first, lse, static_cast<int>(count));
+        float lanes[kLanes];
+        store(lanes, lse);
+        for (int64_t i = 0; i < count; i++) {
+            row[(first + i) % group_ * call_.q.tokens + (first + i) / group_] = lanes[i];
+        }
+    }
+
+    // kVectors vectors of every row of the output, from column d on.
+    template <int kVectors>
+    void write_out(int64_t keys, int64_t d, const Block& block, const Workspace& work, Ahead& ahead) const {
+        constexpr int kRows = out_rows(kVectors);
+        const auto* weights = reinterpret_cast<const uint32_t*>(work.scores);
+        const int64_t row = out_vectors_ * kLanes, dim = call_.v.dim;
+        for (int64_t lane = 0; lane < block.lanes; lane += kRows) {
+            micro_kernel<Operand, kRows, kVectors>(
+                weights + lane, 1, kBlockLanes, work.values + d, row, ceil_div(keys, kPack),
+                [](int, int) { return Vec{}; },
+                [&](int r, int v, Vec sum) {
+                    if (lane + r >= block.lanes) return;
+                    const int64_t at = d + v * kLanes;
+                    const Vec result = sum * splat(block.factor[lane + r]);
+                    if (at + kLanes <= dim) {
+                        store(block.out[lane + r] + at, result);
+                    } else {
+                        store_first(block.out[lane + r] + at, result, static_cast<int>(dim - at));
+                    }
+                },
+                [&]() MMK_INLINE_LAMBDA { ahead.step(); });
+        }
+    }
+
+    const SpanAttention& call_;
+    const Logits logits_;
+    const int64_t group_, units_, out_vectors_;
+    std::vector<Piece> pieces_;
+    double pairs_ = 0;
+    int64_t keys_ = 0;  // the most of a segment, rounded up to whole tiles
+};
+
+template <class T>
+bool attend_short(const SpanAttention& call) {
+    Short<T> segments(call);
+    const bool all = segments.find_segments();
+    segments.run();
+    return all;
+}
+
+}  // namespace
+
+bool span_short(const SpanAttention& call) {
+    switch (call.q.dtype) {
+        case DType::kFloat32:
+            return attend_short<float>(call);
+        case DType::kBFloat16:
+            return attend_short<BFloat16>(call);
+        default:
+            return attend_short<Float16>(call);
+    }
+}
+
+}  // namespace mmk::MMK_ISA
