@@ -16,7 +16,7 @@ import torch
 from mmkernels import RowSpans, span_attention
 from mmkernels.check import run_case, select
 
-CASES = ("full 70x2100", "heads 5/1", "last image", "softcap, two runs")
+CASES = ("full 70x2100", "heads 5/1", "last image", "small, softcap", "small runs")
 
 
 @pytest.mark.parametrize(
