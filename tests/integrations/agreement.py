@@ -34,7 +34,8 @@ def values(model: nn.Module, inputs: dict, gradients: bool = True) -> Values:
             x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape) for x in outputs if x.requires_grad
         )
         sum(x.sum() / x.numel() ** 0.5 for x in weighed).backward()
-        found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        named = ((name.removeprefix("_orig_mod."), p) for name, p in model.named_parameters())  # torch.compile's prefix
+        found |= {name: p.grad.clone() for name, p in named if p.grad is not None}
     return found
 
 
@@ -51,9 +52,13 @@ def _counting(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.masked_fill(x < -1e30, 0.0)  # chameleon's logits of tokens it must not say
 
 
-def disagreements(model: nn.Module, fast: nn.Module, swapped: int, inputs: dict, gradients: bool) -> list[str]:
+def disagreements(model: nn.Module, fast: nn.Module, swapped: int, inputs: dict, gradients: bool = True) -> list[str]:
     truth = values(copy.deepcopy(model).double(), tree_map(in_float64, inputs), gradients)
-    plain, ours = (values(x, inputs, gradients) for x in (model, fast))
+    return misses(truth, *(values(x, inputs, gradients) for x in (model, fast)), swapped)
+
+
+def misses(truth: Values, plain: Values, ours: Values, swapped: int) -> list[str]:
+    """What is beyond its budget, and by how much."""
     assert list(truth) == list(plain) == list(ours)
     largest = {kind: max(x.norm() for name, x in truth.items() if _kind(name) == kind) for kind in map(_kind, truth)}
     found = []

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from agreement import assert_agrees, assert_restored
+from agreement import assert_agrees, assert_restored, in_float64, misses
 from families import FAMILIES, drawn
+from torch.utils._pytree import tree_map
 
 from mmkernels import accelerate
 
@@ -36,5 +37,8 @@ def test_generates_the_same(family, cache):
     options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "output_logits": True}
     options |= {"return_dict_in_generate": True, "pad_token_id": 0, "eos_token_id": None}
     theirs, ours = (x.generate(**inputs, **options) for x in (model, fast))
-    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), rtol=0, atol=1e-4)
-    assert torch.equal(theirs.sequences, ours.sequences)
+    truth = copy.deepcopy(model).double().generate(**tree_map(in_float64, inputs), **options)
+    assert torch.equal(theirs.sequences, truth.sequences) and torch.equal(ours.sequences, truth.sequences)
+    logits = ({f"output {i}": step for i, step in enumerate(x.logits)} for x in (truth, theirs, ours))
+    found = misses(*logits, len(accelerate(fast, verbose=False).swapped))
+    assert not found, "\n".join(found)
