@@ -103,8 +103,8 @@ class _Record:
             config = model.get_submodule(path).config
             self.configs[path] = config._attn_implementation_internal
             config._attn_implementation_internal = name
-        self.sites += [path for path in found.sites if path not in self.sites]
-        for path in {*self.classes, *self.sites} if found.swapped else ():
+        self.sites += found.sites
+        for path in {*found.classes, *found.sites}:
             reports.set_backend(model.get_submodule(path), backend)
         self.report = Report(self.report.swapped + found.swapped, found.left)
 

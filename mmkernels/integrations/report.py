@@ -53,7 +53,6 @@ _FALLBACKS = "_mmkernels_fallbacks"
 
 
 def set_backend(module: nn.Module, backend: str | None) -> None:
-    forget(module)
     if backend is not None:
         module.__dict__[backends.MODULE_ATTRIBUTE] = backend
 
