@@ -173,7 +173,8 @@ class _Findings:
             module = modules[path]
             if module.config._attn_implementation not in ours:
                 self.sites.append(path)
-                self.swapped.append(Entry(path, type(module).__name__, "attention"))
+                if path not in self.classes:  # else it is in the report already
+                    self.swapped.append(Entry(path, type(module).__name__, "attention"))
         for key, (path, config) in owners.items():
             if config._attn_implementation not in ours:
                 self.configs[path] = PACKED_NAME if key in packed else NAME

@@ -23,6 +23,7 @@ def test_outputs_and_gradients_agree(family, side):
     fast = assert_agrees(model, inputs)
     report = accelerate(fast, verbose=False)
     assert {entry.what for entry in report.swapped} >= set(family.swapped)
+    assert len({entry.path for entry in report.swapped}) == len(report.swapped)
     assert not report.fallbacks, report
     assert_restored(model, fast, inputs)
 
