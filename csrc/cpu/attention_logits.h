@@ -24,6 +24,24 @@ struct Logits {
         const Vec logit = score * splat(scale);
         return softcap == 0 ? logit : tanh(logit * splat(1 / softcap)) * splat(softcap);
     }
+
+    // The scores of a vector of lanes and `count` keys from `key` on, kStride apart, become logits, -inf where a lane
+    // does not see a key. The highest of each lane.
+    template <int kStride>
+    MMK_INLINE Vec refine(float* scores, int64_t count, int32_t key, const int32_t* lo, const int32_t* hi) const {
+        IVec first, last;
+        memcpy(&first, lo, sizeof first);
+        memcpy(&last, hi, sizeof last);
+        Vec highest = splat(-kInfinity);
+        for (int64_t r = 0; r < count; r++) {
+            const IVec number = IVec{} + (key + static_cast<int32_t>(r));
+            const Vec logit =
+                select((number >= first) & (number < last), (*this)(load(scores + r * kStride)), splat(-kInfinity));
+            store(scores + r * kStride, logit);
+            highest = max(logit, highest);
+        }
+        return highest;
+    }
 };
 
 // 2^(base logit - reference). Large weights have large logits and a power near zero: what a float leaves of the factor

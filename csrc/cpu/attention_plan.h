@@ -33,21 +33,15 @@ struct Part {
 class Plan {
   public:
     // `group` query heads share a key head; part_lanes: about as many lanes has a part.
-    Plan(int64_t group, int64_t part_lanes)
-        : group_(group), part_blocks_(std::max<int64_t>(1, part_lanes / kTileColumns)) {}
+    Plan(int64_t group, int64_t runs, int64_t part_lanes)
+        : group_(group), runs_(runs), part_blocks_(std::max<int64_t>(1, part_lanes / kTileColumns)) {}
 
-    // Segments that `skip` tells are left out.
-    template <class Skip>
-    void add(int64_t batch_row, const SpanTable& spans, Skip&& skip) {
-        runs_ = spans.runs;
-        for (const Segment& segment : segments(spans)) {
-            if (skip(segment)) continue;
-            covered_.push_back({covered(spans, segment)});
-            const Panels panels((segment.last - segment.first) * group_);
-            const int64_t parts = ceil_div(panels.count, part_blocks_);
-            for (int64_t i = 0; i < parts; i++) {
-                add_part(batch_row, spans, segment, panels, panels.count * i / parts, panels.count * (i + 1) / parts);
-            }
+    void add(int64_t batch_row, const SpanTable& spans, const Segment& segment) {
+        covered_.push_back({covered(spans, segment)});
+        const Panels panels((segment.last - segment.first) * group_);
+        const int64_t parts = ceil_div(panels.count, part_blocks_);
+        for (int64_t i = 0; i < parts; i++) {
+            add_part(batch_row, spans, segment, panels, panels.count * i / parts, panels.count * (i + 1) / parts);
         }
     }
 
@@ -99,7 +93,7 @@ class Plan {
         return spans;
     }
 
-    int64_t group_, part_blocks_, runs_ = 0;
+    int64_t group_, runs_, part_blocks_;
     std::vector<Part> parts_;
     std::vector<QueryBlock> blocks_;
     std::vector<LaneSpans> spans_;  // [block][run]

@@ -65,6 +65,11 @@ struct Segment {
     Span hull() const { return {lo, hi}; }
 };
 
+struct RowSegment {  // of a row of the batch
+    int64_t batch_row;
+    Segment segment;
+};
+
 // In the order of the queries; every query is in one of them.
 static inline std::vector<Segment> segments(const SpanTable& spans) {
     std::vector<Segment> found;

@@ -142,38 +142,23 @@ void add_values(const uint32_t* values, const uint32_t* weights, int64_t units, 
         [&]() MMK_INLINE_LAMBDA { ahead.step(); });
 }
 
-// One group's scores of one vector of lanes as logits, -inf where a lane does not see a key. Raises `highest`.
-MMK_INLINE void refine(float* scores, int32_t key, const int32_t* lo, const int32_t* hi, const Logits& logits,
-                       Vec& highest) {
-    IVec first, last;
-    memcpy(&first, lo, sizeof first);
-    memcpy(&last, hi, sizeof last);
-    for (int r = 0; r < kTileRows; r++) {
-        const IVec number = IVec{} + (key + r);
-        const Vec logit =
-            select((number >= first) & (number < last), logits(load(scores + r * kTileColumns)), splat(-kInfinity));
-        store(scores + r * kTileColumns, logit);
-        highest = max(logit, highest);
-    }
-}
-
 template <class T>
 class Forward {
     using Operand = OperandOf<T>;
     static constexpr int kPack = Operand::kPack;
 
   public:
-    explicit Forward(const SpanAttention& call)
+    Forward(const SpanAttention& call, const std::vector<RowSegment>& segments, int64_t copies)
         : call_(call),
           logits_(call.scale, call.softcap),
           group_(call.q.heads / call.k.heads),
           query_units_(ceil_div(call.q.dim, kPack)),
           value_panels_(ceil_div(call.v.dim, kTileRows)),
-          plan_(group_, part_lanes()) {
-        const int64_t rows = call.spans.batch_stride == 0 ? 1 : call.q.batch;
-        const auto skip = [&](const Segment& segment) { return decodes(call, segment) || is_short(call, segment); };
-        for (int64_t b = 0; b < rows; b++) plan_.add(b, SpanTable(call.spans, b, call.k.tokens), skip);
-        copies_ = call.q.batch / rows;
+          plan_(group_, call.spans.runs, part_lanes()),
+          copies_(copies) {
+        for (const RowSegment& each : segments) {
+            plan_.add(each.batch_row, SpanTable(call.spans, each.batch_row, call.k.tokens), each.segment);
+        }
     }
 
     void run() const {
@@ -387,8 +372,9 @@ class Forward {
                                                plain ? highest + stretch.vector : unused, work.ahead);
                 for (int v = 0; v < kVectors && !plain; v++) {
                     const int lane = (stretch.vector + v) * kLanes;
-                    refine(to + v * kLanes, key, spans.lo + lane, spans.hi + lane, logits_,
-                           highest[stretch.vector + v]);
+                    const Vec top =
+                        logits_.refine<kTileColumns>(to + v * kLanes, kTileRows, key, spans.lo + lane, spans.hi + lane);
+                    highest[stretch.vector + v] = max(top, highest[stretch.vector + v]);
                 }
             }
         });
@@ -492,10 +478,25 @@ class Forward {
 
 void span_attention(const SpanAttention& call) {
     if (call.q.batch == 0 || call.q.tokens == 0) return;
-    if (span_decode(call) || span_short(call)) return;
-    if (call.q.dtype == DType::kFloat32) return Forward<float>(call).run();
-    if (call.q.dtype == DType::kBFloat16) return Forward<BFloat16>(call).run();
-    Forward<Float16>(call).run();
+    // Rows of the batch that share their spans share one plan on the general path.
+    const int64_t plans = call.spans.batch_stride == 0 ? 1 : call.q.batch, copies = call.q.batch / plans;
+    std::vector<RowSegment> few, brief, others;
+    for (int64_t b = 0; b < plans; b++) {
+        for (const Segment& segment : segments(SpanTable(call.spans, b, call.k.tokens))) {
+            const bool decoding = decodes(call, segment);
+            if (!decoding && !is_short(call, segment)) {
+                others.push_back({b, segment});
+                continue;
+            }
+            for (int64_t copy = 0; copy < copies; copy++) (decoding ? few : brief).push_back({b + copy, segment});
+        }
+    }
+    if (!few.empty()) span_decode(call, few);
+    if (!brief.empty()) span_short(call, brief);
+    if (others.empty()) return;
+    if (call.q.dtype == DType::kFloat32) return Forward<float>(call, others, copies).run();
+    if (call.q.dtype == DType::kBFloat16) return Forward<BFloat16>(call, others, copies).run();
+    Forward<Float16>(call, others, copies).run();
 }
 
 }  // namespace mmk::MMK_ISA

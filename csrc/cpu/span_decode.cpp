@@ -236,32 +236,18 @@ struct Group {  // a segment of a row of the batch
 template <class T>
 class Decode {
   public:
-    explicit Decode(const SpanAttention& call)
+    Decode(const SpanAttention& call, const std::vector<RowSegment>& segments)
         : call_(call),
           scale_(call),
           heads_(call.k.heads),
           shared_(call.q.heads / call.k.heads),
           q_row_(round_up(call.q.dim, kWide) / kPack),
           record_(round_up(call.v.dim, kWide) + kLanes),
-          chunk_keys_(std::clamp(kChunkBytes / key_bytes(), kLeast, kMost) / kStep * kStep) {}
-
-    // Whether that is all of the segments.
-    bool find_segments() {
-        bool all = true;
-        for (int64_t b = 0; b < call_.q.batch; b++) {
-            for (const Segment& segment : segments(SpanTable(call_.spans, b, call_.k.tokens))) {
-                if (decodes(call_, segment)) {
-                    add(segment, b);
-                } else {
-                    all = false;
-                }
-            }
-        }
-        return all;
+          chunk_keys_(std::clamp(kChunkBytes / key_bytes(), kLeast, kMost) / kStep * kStep) {
+        for (const RowSegment& each : segments) add(each.segment, each.batch_row);
     }
 
     void run() const {
-        if (groups_.empty()) return;
         // A key costs the time of four times as many operations as it has bytes.
         const int threads = useful_threads(4.0 * static_cast<double>(keys_) * static_cast<double>(key_bytes()));
         const int64_t q_size = most_rows_ * q_row_, s_size = most_rows_ * chunk_keys_;
@@ -448,25 +434,12 @@ class Decode {
     int64_t keys_ = 0, most_rows_ = 0, records_ = 0;
 };
 
-template <class T>
-bool decode(const SpanAttention& call) {
-    Decode<T> decode(call);
-    const bool all = decode.find_segments();
-    decode.run();
-    return all;
-}
-
 }  // namespace
 
-bool span_decode(const SpanAttention& call) {
-    switch (call.q.dtype) {
-        case DType::kFloat32:
-            return decode<float>(call);
-        case DType::kBFloat16:
-            return decode<BFloat16>(call);
-        default:
-            return decode<Float16>(call);
-    }
+void span_decode(const SpanAttention& call, const std::vector<RowSegment>& segments) {
+    if (call.q.dtype == DType::kFloat32) return Decode<float>(call, segments).run();
+    if (call.q.dtype == DType::kBFloat16) return Decode<BFloat16>(call, segments).run();
+    Decode<Float16>(call, segments).run();
 }
 
 }  // namespace mmk::MMK_ISA

@@ -14,7 +14,7 @@ static inline bool decodes(const SpanAttention& call, const Segment& segment) {
     return call.spans.runs == 1 && rows <= (shares_keys ? kRowsOfFewHeads : kRows);
 }
 
-// Attends for the segments that it serves; true if these are all.
-bool span_decode(const SpanAttention& call);
+// Attends for these segments.
+void span_decode(const SpanAttention& call, const std::vector<RowSegment>& segments);
 
 }  // namespace mmk::MMK_ISA

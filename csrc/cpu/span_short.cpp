@@ -48,31 +48,18 @@ class Short {
     static constexpr int kPack = Operand::kPack;
 
   public:
-    explicit Short(const SpanAttention& call)
+    Short(const SpanAttention& call, const std::vector<RowSegment>& segments)
         : call_(call),
           logits_(call.scale, call.softcap),
           group_(call.q.heads / call.k.heads),
           units_(ceil_div(call.q.dim, kPack)),
-          out_vectors_(ceil_div(call.v.dim, kLanes)) {}
-
-    // Whether no others are left but span_decode's.
-    bool find_segments() {
-        bool all = true;
-        for (int64_t b = 0; b < call_.q.batch; b++) {
-            const SpanTable spans(call_.spans, b, call_.k.tokens);
-            for (const Segment& segment : segments(spans)) {
-                if (is_short(call_, segment)) {
-                    add(b, spans, segment);
-                } else {
-                    all &= decodes(call_, segment);
-                }
-            }
+          out_vectors_(ceil_div(call.v.dim, kLanes)) {
+        for (const RowSegment& each : segments) {
+            add(each.batch_row, SpanTable(call.spans, each.batch_row, call.k.tokens), each.segment);
         }
-        return all;
     }
 
     void run() const {
-        if (pieces_.empty()) return;
         const int64_t heads = call_.k.heads, count = static_cast<int64_t>(pieces_.size()) * heads;
         const int threads = useful_threads(4.0 * pairs_ * call_.q.heads * call_.q.dim);
         const Sizes sizes = workspace();
@@ -240,9 +227,9 @@ class Short {
                 [&]() MMK_INLINE_LAMBDA { ahead.step(); });
             for (int v = 0; v < kVectors; v++) {
                 if (!done) {
-                    top[v] = refine(to + v * kLanes, std::min<int64_t>(kTileRows, keys - key),
-                                    static_cast<int32_t>(task.piece->segment.lo + key), block.lo + lane + v * kLanes,
-                                    block.hi + lane + v * kLanes);
+                    top[v] = logits_.refine<kBlockLanes>(to + v * kLanes, std::min<int64_t>(kTileRows, keys - key),
+                                                         static_cast<int32_t>(task.piece->segment.lo + key),
+                                                         block.lo + lane + v * kLanes, block.hi + lane + v * kLanes);
                 }
                 highest[v] = max(top[v], highest[v]);
             }
@@ -255,22 +242,6 @@ class Short {
             store(block.factor + lane + v * kLanes, select(sum == Vec{}, Vec{}, 1.0f / sum));
             store_lse(task, block, lane + v * kLanes, log_of_scaled(now, sum));
         }
-    }
-
-    // Scores of `count` keys as logits, -inf where a lane does not see a key; the highest of each lane.
-    Vec refine(float* scores, int64_t count, int32_t key, const int32_t* lo, const int32_t* hi) const {
-        IVec first, last;
-        memcpy(&first, lo, sizeof first);
-        memcpy(&last, hi, sizeof last);
-        Vec highest = splat(-kInfinity);
-        for (int64_t r = 0; r < count; r++) {
-            const IVec number = IVec{} + (key + static_cast<int32_t>(r));
-            const Vec logit =
-                select((number >= first) & (number < last), logits_(load(scores + r * kBlockLanes)), splat(-kInfinity));
-            store(scores + r * kBlockLanes, logit);
-            highest = max(logit, highest);
-        }
-        return highest;
     }
 
     // Logits become weights in their place, two keys to a unit for bfloat16; their sum.
@@ -337,25 +308,12 @@ class Short {
     int64_t keys_ = 0;  // the most of a segment, rounded up to whole tiles
 };
 
-template <class T>
-bool attend_short(const SpanAttention& call) {
-    Short<T> segments(call);
-    const bool all = segments.find_segments();
-    segments.run();
-    return all;
-}
-
 }  // namespace
 
-bool span_short(const SpanAttention& call) {
-    switch (call.q.dtype) {
-        case DType::kFloat32:
-            return attend_short<float>(call);
-        case DType::kBFloat16:
-            return attend_short<BFloat16>(call);
-        default:
-            return attend_short<Float16>(call);
-    }
+void span_short(const SpanAttention& call, const std::vector<RowSegment>& segments) {
+    if (call.q.dtype == DType::kFloat32) return Short<float>(call, segments).run();
+    if (call.q.dtype == DType::kBFloat16) return Short<BFloat16>(call, segments).run();
+    Short<Float16>(call, segments).run();
 }
 
 }  // namespace mmk::MMK_ISA

@@ -1,7 +1,6 @@
 // Attention within short segments: windows of a vision tower, small images, captions.
 #pragma once
 #include "segments.h"
-#include "span_decode.h"
 
 namespace mmk::MMK_ISA {
 
@@ -10,10 +9,10 @@ namespace mmk::MMK_ISA {
 static inline bool is_short(const SpanAttention& call, const Segment& segment) {
     constexpr int64_t kKeys = 128, kRows = 512;
     const int64_t rows = (segment.last - segment.first) * (call.q.heads / call.k.heads);
-    return call.spans.runs == 1 && segment.hi - segment.lo <= kKeys && rows <= kRows && !decodes(call, segment);
+    return call.spans.runs == 1 && segment.hi - segment.lo <= kKeys && rows <= kRows;
 }
 
-// Attends for the segments that it serves; true if these and those of span_decode are all.
-bool span_short(const SpanAttention& call);
+// Attends for these segments.
+void span_short(const SpanAttention& call, const std::vector<RowSegment>& segments);
 
 }  // namespace mmk::MMK_ISA
