@@ -1,0 +1,68 @@
+// The contrastive losses over all pairs of two sets of features, in passes that never hold the matrix of all logits.
+// mmkernels/ops/contrastive/reference.py says what is right, contrastive.cu how it is computed.
+//
+// A call of a loss with gradients: clip_forward, then for each chunk of rows of S, from the first to the last,
+// clip_gradient and two products by a library, of ds with the text and of ds transposed with the image's rows, which
+// times scale / (count kGradientScale) are the chunk's rows of dI and its part of dT. SigLIP needs no forward:
+// siglip leaves the loss too.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "launch.h"
+
+namespace mmk::cuda {
+
+constexpr float kGradientScale = 32768.0f;  // ds is count dS, at most 1, times this: float16 would lose small ones
+
+// (count, width) numbers of 16 bits with a unit stride in the last dimension; the other in numbers. Rows that do not
+// start at multiples of 16 bytes, or widths that are no multiple of 8, are slow.
+struct Features {
+    const void* data;
+    int64_t stride;
+};
+
+struct Pairs {
+    Features image, text;
+    const float *scale, *bias;  // each one number, on the device; CLIP is blind to a bias and reads none
+    int count, width;           // of both features
+    bool bfloat16;              // else float16
+};
+
+// Statistics of the logits S, in units of log 2: S / ln 2. (2, count): the maximum of each row or column, then the sum
+// of 2^(S / ln 2 - maximum).
+struct ClipForward {
+    Pairs pairs;
+    float label_smoothing;
+    float *rows, *columns, *diagonal;  // out: statistics (2, count), twice, and the diagonal (count) of S / ln 2
+    float* loss;                       // out, one number: but for - label_smoothing times the mean of all logits
+    void* workspace;                   // of clip_forward_workspace() bytes or any less that it accepts; 16-byte aligned
+    size_t workspace_bytes;
+};
+size_t clip_forward_workspace(int count);
+Error clip_forward(const ClipForward& call, cudaStream_t stream);  // sm_80 and later
+
+// Rows [row0, row0 + row_count) of S.
+struct Rows {
+    Pairs pairs;
+    int row0, row_count;
+    void* ds;           // out: (row_count, ds_stride), 16-byte aligned, the type of the features
+    int64_t ds_stride;  // a multiple of 8, at least count; columns from count up to the next multiple of 8 become zero
+    double* totals;     // in and out, except that a chunk with row0 == 0 does not read them; one for each mean
+    float* means;       // out: totals / count: after the last chunk the results
+    void* workspace;    // of gradient_workspace() bytes
+    size_t workspace_bytes;
+};
+size_t gradient_workspace(int count, int row_count);
+
+struct ClipGradient {
+    Rows to;  // means: d scale
+    float label_smoothing;
+    const float *rows, *columns;  // statistics
+};
+Error clip_gradient(const ClipGradient& call, cudaStream_t stream);
+
+// means: loss, d scale, d bias. Without ds only the loss, and only the first of totals and means is touched.
+Error siglip(const Rows& call, cudaStream_t stream);
+
+}  // namespace mmk::cuda
