@@ -1,5 +1,6 @@
 // Attention of each query over the keys of its spans; mmkernels/ops/span_attention/reference.py says what is right.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "launch.h"
@@ -28,5 +29,31 @@ struct SpanAttention {
 
 // out and lse from the rest; sm_80 and later. Sizes may be zero.
 Error span_attention_forward(const SpanAttention& call, cudaStream_t stream);
+
+// The gradients of a call whose forward has run: of `forward` everything is read, out and lse too.
+struct SpanAttentionBackward {
+    SpanAttention forward;
+    Heads d_out, d_q, d_k, d_v;
+    void* workspace;  // span_attention_backward_bytes(forward) of them, aligned to 16
+};
+
+// What the backward's workspace holds, in this order; both kernels of it, that of sm_80 and that of Hopper, use it so.
+//   RowTerms  (batch, heads, queries)
+//   KeyBlock  (batch or 1, runs, keys / kTableKeys up)
+constexpr int kTableKeys = 64;
+struct RowTerms {
+    float lse;    // in units of log 2; 0 for a query that sees nothing
+    float delta;  // sum of d_out * out
+};
+struct KeyBlock {
+    int32_t first, end;  // queries / kHullRows, outside which none sees any of the block's keys
+};
+size_t span_attention_backward_bytes(const SpanAttention& forward);
+
+// d_q, d_k and d_v from the rest; sm_80 and later. Sizes may be zero.
+Error span_attention_backward(const SpanAttentionBackward& call, cudaStream_t stream);
+
+// Fills the workspace, the first step of every backward. call.forward's sizes have to be right.
+Error span_attention_prepare(const SpanAttentionBackward& call, cudaStream_t stream);
 
 }  // namespace mmk::cuda
