@@ -112,6 +112,18 @@ MMK_DEVICE void mma_tf32(float* d, const uint32_t* a, const uint32_t* b MMK_SITE
 }
 #undef MMK_MMA
 
+// x with the 11 bits of tf32, rounded to nearest: what mma_tf32 looks at.
+MMK_DEVICE uint32_t round_to_tf32(uint32_t x) {
+#ifdef __CUDACC__
+    uint32_t rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));
+    return rounded;
+#else
+    const bool finite = (x & 0x7F800000) != 0x7F800000;
+    return finite ? (x + 0x1000) & ~0x1FFFu : x;
+#endif
+}
+
 // ---- the rest
 
 // Barrier 1 to 15 (0 is __syncthreads) of `count` threads, a number of whole warps: some wait, some only arrive.
