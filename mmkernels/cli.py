@@ -154,7 +154,8 @@ def _of_models(names: list[str], request) -> Callable:
     if unknown:
         raise SystemExit(f"no model is called {', '.join(map(repr, unknown))}; there are: {', '.join(known)}")
     models = [known[name] for name in names]
-    return functools.partial(run_models, models, request.dtypes, request.passes, request.device, request.target_seconds)
+    sizes = request.target_seconds, request.quick
+    return functools.partial(run_models, models, request.dtypes, request.passes, request.device, *sizes)
 
 
 def _how(env: dict) -> str:

@@ -19,12 +19,15 @@ from mmkernels.bench.cases import LossCase, PatchCase
 from mmkernels.bench.gate import judge, plain_values
 from mmkernels.bench.machine import environment, probe_peaks
 from mmkernels.bench.measure import Stopwatch, Timing, with_peak_memory
+from mmkernels.bench.model_runner import run_models
+from mmkernels.bench.models import MODELS
 from mmkernels.bench.peers import peers
 from mmkernels.bench.report import print_report, write_json
 from mmkernels.bench.runner import contenders, prepare
 from mmkernels.check.ops import OPS, Call
 from mmkernels.check.suite import evaluate
 from mmkernels.ops.contrastive import reference
+from mmkernels.ops.span_attention import reference as attention_reference
 
 FIELDS = (
     "op case dtype device pass impl is_ours ms ms_p10 ms_p90 peak_bytes flops bytes peak_fraction error error_budget"
@@ -299,3 +302,27 @@ def test_peaks_are_probed():
     peaks = probe_peaks("cpu", [torch.float32, torch.bfloat16])
     assert set(peaks) == {"float32", "bfloat16", "copy", "source"}
     assert peaks["float32"] > 1e8
+
+
+def measure_models(*models):
+    return run_models(list(models), (torch.float32,), ("fwd",), "cpu", 0.0, True, environment(), lambda *_: None)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_each_model_is_measured_plain_and_accelerated(model):
+    report = measure_models(model)
+    assert report.passed and [r["is_ours"] for r in report.results] == [False, True]
+    for result in report.results:
+        assert list(result) == FIELDS.split() and result["op"] == "model" and result["case"] == model.name
+        assert result["error"] <= result["error_budget"] and result["flops"] > 0
+
+
+def test_a_model_that_is_wrong_once_accelerated_gets_no_figure(monkeypatch):
+    model = next(model for model in MODELS if model.name == "mllama-cross-attention")
+    right = attention_reference.span_attention
+    monkeypatch.setattr(attention_reference, "span_attention", lambda *args: [1.01 * x for x in right(*args)])
+    monkeypatch.setenv("MMKERNELS_BACKEND", "reference")
+    report = measure_models(model)
+    assert not report.passed and not report.results
+    (missed,) = report.unmeasured
+    assert missed["is_ours"] and "is off by" in missed["reason"]

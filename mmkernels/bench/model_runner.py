@@ -28,6 +28,7 @@ def run_models(
     passes: tuple[str, ...],
     device: str,
     seconds: float,
+    quick: bool,
     env: dict,
     step: Callable[[str, int, int], None],
 ) -> Report:
@@ -40,18 +41,25 @@ def run_models(
         for done, (model, dtype) in enumerate(work):
             step(f"{model.name} {name_of(dtype)}", done, len(work))
             with exact_float32():
-                _measure(model, dtype, passes, device, seconds, stopwatch, report)
+                _measure(model, dtype, passes, device, seconds, quick, stopwatch, report)
     except KeyboardInterrupt:
         report.interrupted = True
     return finish(report)
 
 
 def _measure(
-    model: Model, dtype: torch.dtype, passes, device: str, seconds: float, stopwatch: Stopwatch, report: Report
+    model: Model,
+    dtype: torch.dtype,
+    passes: tuple[str, ...],
+    device: str,
+    seconds: float,
+    quick: bool,
+    stopwatch: Stopwatch,
+    report: Report,
 ) -> None:
     torch.manual_seed(0)
-    plain = model.build().to(device, dtype).eval()
-    inputs = {name: _cast(x.to(device), dtype) for name, x in model.inputs().items()}
+    plain = model.build(quick).to(device, dtype).eval()
+    inputs = {name: _cast(x.to(device), dtype) for name, x in model.inputs(quick).items()}
     ours = copy.deepcopy(plain)
     with contextlib.redirect_stdout(io.StringIO()):
         swapped = len(accelerate(ours).swapped)

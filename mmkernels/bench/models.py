@@ -1,7 +1,7 @@
 """Whole models, plain against accelerated: the towers people run, with random weights and real pictures.
 
 Sizes are those of the published models; of towers that repeat one block, as many blocks are taken as show the mixture
-of the whole, since they are all alike.
+of the whole, since they are all alike. `quick` builds the same classes small, to see that they run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Model:
     """`run` returns what the model is for: features, or a loss. `trained`: also measured with its backward."""
 
     name: str
-    build: Callable[[], nn.Module]
-    inputs: Callable[[], Inputs]
+    build: Callable[[bool], nn.Module]  # of `quick`, as inputs
+    inputs: Callable[[bool], Inputs]
     run: Callable[[nn.Module, Inputs], Tensor]
     trained: bool = True
 
@@ -49,21 +49,24 @@ def pictures(count: int, size: int) -> Tensor:
 
 # ---- CLIP ViT-B/16, its text tower, and the loss over 256 pairs
 
-PAIRS, ENCODED = 256, 16
+PAIRS = 256
 
 
-def clip() -> nn.Module:
+def clip(quick: bool) -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
-    return CLIPModel(CLIPConfig(vision_config={"patch_size": 16, "hidden_size": 768, "num_attention_heads": 12}))
+    depth = {"num_hidden_layers": 1 if quick else 12}
+    vision = {"patch_size": 16, "hidden_size": 768, "num_attention_heads": 12, **depth}
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config=depth | {"vocab_size": 49408}))
 
 
-def clip_inputs() -> Inputs:
+def clip_inputs(quick: bool) -> Inputs:
+    encoded = 2 if quick else 16
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, 49000, (ENCODED, 77), generator=generator)
+    tokens = torch.randint(1, 49000, (encoded, 77), generator=generator)
     tokens[:, -1] = 49407
-    image, text = (torch.randn(PAIRS - ENCODED, 512, generator=generator) for _ in range(2))
-    return {"images": pictures(ENCODED, 224), "tokens": tokens, "image_features": image, "text_features": text}
+    image, text = (torch.randn(PAIRS - encoded, 512, generator=generator) for _ in range(2))
+    return {"images": pictures(encoded, 224), "tokens": tokens, "image_features": image, "text_features": text}
 
 
 def clip_step(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -89,30 +92,43 @@ def accelerated(model: nn.Module) -> bool:
 # ---- vision towers
 
 
-def clip_vision() -> nn.Module:
+def clip_vision(quick: bool) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    return CLIPVisionModel(CLIPVisionConfig(patch_size=16))
+    return CLIPVisionModel(CLIPVisionConfig(patch_size=16, num_hidden_layers=1 if quick else 12))
 
 
-def siglip_vision() -> nn.Module:
+def clip_vision_inputs(quick: bool) -> Inputs:
+    return {"images": pictures(1 if quick else 8, 224)}
+
+
+def siglip_vision(quick: bool) -> nn.Module:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     so400m = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "patch_size": 14}
-    return SiglipVisionModel(SiglipVisionConfig(**so400m, image_size=384, num_hidden_layers=4))
+    size = {"image_size": 224, "num_hidden_layers": 1} if quick else {"image_size": 384, "num_hidden_layers": 4}
+    return SiglipVisionModel(SiglipVisionConfig(**so400m, **size))
 
 
-def qwen_vision() -> nn.Module:
+def siglip_inputs(quick: bool) -> Inputs:
+    return {"images": pictures(1, 224) if quick else pictures(2, 384)}
+
+
+def qwen_vision(quick: bool) -> nn.Module:
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-    config = Qwen2_5_VLVisionConfig(depth=8, fullatt_block_indexes=[7], intermediate_size=3420, out_hidden_size=3584)
+    size = {"depth": 8, "fullatt_block_indexes": [7], "intermediate_size": 3420, "out_hidden_size": 3584}
+    if quick:
+        size = {"depth": 2, "fullatt_block_indexes": [1], "hidden_size": 320, "num_heads": 4, "intermediate_size": 640}
+    config = Qwen2_5_VLVisionConfig(**size)
     return Qwen2_5_VisionTransformerPretrainedModel._from_config(config)
 
 
-def qwen_inputs() -> Inputs:
+def qwen_inputs(quick: bool) -> Inputs:
     """1024 x 1024 pixels as the processor cuts them: 74 x 74 patches of 2 equal frames, in squares of 4."""
-    picture, merge, patch, side = pictures(1, 74 * 14)[0], 2, 14, 74
+    merge, patch, side = 2, 14, 18 if quick else 74
+    picture = pictures(1, side * patch)[0]
     cut = picture[None].expand(2, -1, -1, -1).view(2, 3, side // merge, merge, patch, side // merge, merge, patch)
     rows = cut.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(side * side, -1)
     return {"hidden_states": rows.contiguous(), "grid_thw": torch.tensor([[1, side, side]])}
@@ -121,11 +137,12 @@ def qwen_inputs() -> Inputs:
 # ---- cross-attention of Llama 3.2 Vision
 
 
-def mllama_layer() -> nn.Module:
+def mllama_layer(quick: bool) -> nn.Module:
     from transformers import MllamaTextConfig
     from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
-    config = MllamaTextConfig()
+    small = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 1}
+    config = MllamaTextConfig(**small if quick else {})
     config._attn_implementation = "sdpa"
     layer = MllamaCrossAttentionDecoderLayer(config, layer_idx=3)
     nn.init.constant_(layer.cross_attn_attn_gate, 0.5)
@@ -133,18 +150,18 @@ def mllama_layer() -> nn.Module:
     return layer
 
 
-def mllama_inputs() -> Inputs:
+def mllama_inputs(quick: bool) -> Inputs:
     """512 tokens of text, an image of 4 tiles at token 20 and one of 2 at token 200; as the model prepares it, a row
     that sees no tile sees everything, and its MLP is masked."""
     generator = torch.Generator().manual_seed(0)
-    tokens, tile = 512, 1601
+    tokens, tile, width = 512, *((65, 512) if quick else (1601, 4096))
     mask = torch.full((1, 1, tokens, 8 * tile), torch.finfo(torch.bfloat16).min)
     mask[:, :, :20] = 0
     mask[:, :, 20:200, : 4 * tile] = 0
     mask[:, :, 200:, 4 * tile : 6 * tile] = 0
     return {
-        "hidden_states": torch.randn(1, tokens, 4096, generator=generator),
-        "cross_attention_states": torch.randn(1, 8 * tile, 4096, generator=generator),
+        "hidden_states": torch.randn(1, tokens, width, generator=generator),
+        "cross_attention_states": torch.randn(1, 8 * tile, width, generator=generator),
         "cross_attention_mask": mask,
         "full_text_row_masked_out_mask": (torch.arange(tokens) >= 20).float().view(1, 1, tokens, 1),
     }
@@ -157,9 +174,9 @@ def mllama_run(layer: nn.Module, inputs: Inputs) -> Tensor:
 
 
 MODELS = (
-    Model("clip-vit-b-16", clip_vision, lambda: {"images": pictures(8, 224)}, lambda m, x: m(x["images"])[0]),
+    Model("clip-vit-b-16", clip_vision, clip_vision_inputs, lambda m, x: m(x["images"])[0]),
     Model("clip-vit-b-16-step-256", clip, clip_inputs, clip_step),
-    Model("siglip-so400m", siglip_vision, lambda: {"images": pictures(2, 384)}, lambda m, x: m(x["images"])[0]),
+    Model("siglip-so400m", siglip_vision, siglip_inputs, lambda m, x: m(x["images"])[0]),
     Model("qwen2.5-vl-1024", qwen_vision, qwen_inputs, lambda m, x: m(**x).last_hidden_state, trained=False),
     Model("mllama-cross-attention", mllama_layer, mllama_inputs, mllama_run, trained=False),
 )
