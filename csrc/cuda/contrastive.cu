@@ -1,0 +1,236 @@
+// The contrastive losses: no matrix of all logits, any scale, features of any length, the same bits in every run.
+//
+// CLIP, with S = s I T^T, m and r the maximum and the sum of exp(S - m) of a row, m' and r' of a column, e the
+// smoothing:
+//
+//   loss  = 1/2N sum_i [log r_i + (m_i - S_ii) + log r'_i + (m'_i - S_ii)] + e/N sum_i S_ii - e s/N^2 (sum I)(sum T)
+//   dS_ij = [exp(S_ij - m_i) / 2 r_i + exp(S_ij - m'_j) / 2 r'_j - (1 - e) d_ij - e/N] / N
+//   dI = s dS T,  dT = s dS^T I,  ds = sum dS (I T^T)
+//
+// Pass 1 computes S by tiles and leaves a (maximum, sum) pair of each row and each column of a tile; this file's
+// kernels fold them in a fixed order and add up the loss. The pair is kept rather than its logarithm: exp(S - m) / r
+// rounds like a plain softmax, while in exp(S - lse) an lse of 100 leaves an error of 4e-6. S_ii comes from the very
+// tile that m comes from, so that m_i - S_ii is exactly 0 where the diagonal wins, and a small loss keeps its digits.
+// The last term of the loss, a product of sums, is the caller's.
+//
+// Pass 2 recomputes the tiles, to the same bits, and writes N dS times 2^15 for a chunk of rows, which two products of
+// a library turn into dI and a part of dT. 8 N^2 D operations in all: 2 for S, 2 for S again, 4 for the gradients. A
+// fused backward would keep a float32 accumulator of tile x D in registers, and D is 512 to 1024 here.
+//
+// SigLIP, with y = -z (s I T^T + b), z = 2 eye - 1, has no normaliser and one pass, 6 N^2 D operations:
+//
+//   loss = 1/N sum_ij log(1 + exp y_ij),   dS = -z / (1 + exp(-y)) / N,   db = sum dS
+//
+// Memory moved beyond the operands: 16 N^2 / 128 bytes of parts, written and read; 6 N^2 bytes of dS, one third written
+// here. Memory held: O(N D), and workspaces that do not grow with N^2.
+#include <algorithm>
+#include <climits>
+
+#include "contrastive_device.h"
+
+namespace mmk::cuda {
+namespace {
+
+constexpr size_t kWorkspace = size_t{64} << 20;  // for parts; more would not be faster
+constexpr int kFoldThreads = 128, kSumThreads = 1024;
+constexpr double kLn2 = 0.6931471805599453;
+
+int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- sums in fixed order
+
+// The sum over the block's kSumThreads threads, in the first one.
+MMK_DEVICE double block_sum(double x) {
+    constexpr int kWarps = kSumThreads / kWarp;
+    MMK_SHARED(double, of_warp, kWarps);
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int i = kWarp / 2; i > 0; i /= 2) x += __shfl_xor_sync(kAllLanes, x, i);
+    if (lane == 0) of_warp[warp] = x;
+    __syncthreads();
+    if (warp != 0) return 0.0;
+    x = of_warp[lane];
+#pragma unroll
+    for (int i = kWarp / 2; i > 0; i /= 2) x += __shfl_xor_sync(kAllLanes, x, i);
+    return x;
+}
+
+// Statistics of `length` rows or columns from their parts, and from what is there already unless it is the first fold.
+struct Fold {
+    const float* parts;  // (2, tiles, length)
+    float* statistics;   // (2, plane), from the first of the rows or columns on
+    int tiles, length;
+    int64_t plane;
+    bool first;
+};
+
+__global__ __launch_bounds__(kFoldThreads) void fold_statistics_kernel(const Fold rows, const Fold columns) {
+    const Fold fold = blockIdx.y == 0 ? rows : columns;
+    const int x = static_cast<int>(blockIdx.x) * kFoldThreads + static_cast<int>(threadIdx.x);
+    if (x >= fold.length) return;
+    const int64_t plane = static_cast<int64_t>(fold.tiles) * fold.length;
+    Statistic total{kLowest, 0.0f};
+    if (!fold.first) total = {fold.statistics[x], fold.statistics[fold.plane + x]};
+    constexpr int kAtOnce = 8;  // loads under way
+    for (int tile = 0; tile < fold.tiles; tile += kAtOnce) {
+        Statistic parts[kAtOnce];
+        float maximum = total.maximum;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const float* const at = fold.parts + static_cast<int64_t>(tile + i) * fold.length + x;
+            parts[i] = tile + i < fold.tiles ? Statistic{at[0], at[plane]} : Statistic{kLowest, 0.0f};
+            maximum = fmaxf(maximum, parts[i].maximum);
+        }
+        total = {maximum, total.sum * exp2_approx(total.maximum - maximum)};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) total.sum += parts[i].sum * exp2_approx(parts[i].maximum - maximum);
+    }
+    fold.statistics[x] = total.maximum;
+    fold.statistics[fold.plane + x] = total.sum;
+}
+
+Error fold_statistics(const Fold& rows, const Fold& columns, cudaStream_t stream) {
+    const auto blocks = static_cast<unsigned>(divided_up(std::max(rows.length, columns.length), kFoldThreads));
+    return launch(Launch{"fold_statistics", dim3(blocks, 2), kFoldThreads, 0, stream}, fold_statistics_kernel, rows,
+                  columns);
+}
+
+// The loss but for its mean of all logits; one block, so that the order is fixed.
+__global__ __launch_bounds__(kSumThreads) void clip_loss_kernel(const ClipForward p) {
+    const int count = p.pairs.count;
+    double total = 0.0;
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kSumThreads) {
+        const float s_ii = p.diagonal[i];
+        const float rows = p.rows[i] - s_ii + log2f(p.rows[int64_t{count} + i]);
+        const float columns = p.columns[i] - s_ii + log2f(p.columns[int64_t{count} + i]);
+        total += static_cast<double>(0.5f * (rows + columns) + p.label_smoothing * s_ii);
+    }
+    total = block_sum(total);
+    if (threadIdx.x == 0) *p.loss = static_cast<float>(total * kLn2 / count);
+}
+
+// Block k adds what the tiles left of sum k to totals[k].
+struct TileSums {
+    const float* sums;  // (sums, tiles)
+    double* totals;
+    float* means;
+    int64_t tiles;
+    int count;
+    bool first;
+};
+
+__global__ __launch_bounds__(kSumThreads) void add_tile_sums_kernel(const TileSums p) {
+    const float* const sums = p.sums + blockIdx.x * p.tiles;
+    double total = 0.0;
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < p.tiles; i += kSumThreads) total += sums[i];
+    total = block_sum(total);
+    if (threadIdx.x != 0) return;
+    if (!p.first) total += p.totals[blockIdx.x];
+    p.totals[blockIdx.x] = total;
+    p.means[blockIdx.x] = static_cast<float>(total / p.count);
+}
+
+// ---- the walk
+
+Error checked(const char* name, const Pairs& pairs, int64_t row0, int64_t rows) {
+    if (pairs.count < 1) return Error(std::string(name) + ": no pairs have no mean");
+    if (pairs.width < 0 || row0 < 0 || rows < 0 || row0 + rows > pairs.count) {
+        return Error(std::string(name) + ": it takes rows from the first to the last of the features");
+    }
+    return {};
+}
+
+template <class Tiles>
+int64_t number_of(const TilePass<Tiles>& pass, int64_t rows, int64_t count) {
+    return divided_up(rows, pass.rows) * divided_up(count, pass.columns);
+}
+
+template <class Tiles>
+Error run(const char* name, const TilePass<Tiles>& pass, const Tiles& call, cudaStream_t stream) {
+    if (pass.rows < kSmallestTile || pass.columns < kSmallestTile) return Error(std::string(name) + ": tiny tiles");
+    const int64_t tiles = number_of(pass, call.row_count, call.pairs.count);
+    if (tiles == 0) return {};
+    if (tiles > INT_MAX || call.pairs.count > INT_MAX - pass.columns) {
+        return Error(std::string(name) + ": more pairs than 32 bits number");
+    }
+    return pass.run(call, stream);
+}
+
+Error gradient(const char* name, TilePass<GradientTiles> pass, const Rows& to, GradientTiles call, int sums,
+               cudaStream_t stream) {
+    const Pairs& pairs = to.pairs;
+    if (Error error = checked(name, pairs, to.row0, to.row_count)) return error;
+    if (to.ds != nullptr &&
+        (to.ds_stride % 8 != 0 || to.ds_stride < pairs.count || reinterpret_cast<uintptr_t>(to.ds) % 16 != 0)) {
+        return Error(std::string(name) + ": rows of ds have to begin at multiples of 16 bytes, and to hold a row of S");
+    }
+    const int64_t tiles = number_of(pass, to.row_count, pairs.count);
+    if (to.workspace_bytes < static_cast<size_t>(tiles * sums) * sizeof(float)) {
+        return Error(std::string(name) + ": the workspace is smaller than gradient_workspace() says");
+    }
+    call.pairs = pairs;
+    call.row0 = to.row0;
+    call.row_count = to.row_count;
+    call.ds = to.ds;
+    call.ds_stride = to.ds_stride;
+    call.sums = static_cast<float*>(to.workspace);
+    if (Error error = run(name, pass, call, stream)) return error;
+    const TileSums added{call.sums, to.totals, to.means, tiles, pairs.count, to.row0 == 0};
+    return launch(Launch{"add_tile_sums", static_cast<unsigned>(sums), kSumThreads, 0, stream}, add_tile_sums_kernel,
+                  added);
+}
+
+}  // namespace
+
+size_t clip_forward_workspace(int count) {
+    const auto n = static_cast<size_t>(std::max(count, 0));
+    const size_t tiles = (n + kSmallestTile - 1) / kSmallestTile;
+    const size_t row_of_tiles = 2 * sizeof(float) * (tiles * kSmallestTile + n);
+    return row_of_tiles * std::min(tiles, std::max(kWorkspace / std::max(row_of_tiles, size_t{1}), size_t{2}));
+}
+
+size_t gradient_workspace(int count, int row_count) {
+    const auto tiles = [](int n) { return static_cast<size_t>((int64_t{n} + kSmallestTile - 1) / kSmallestTile); };
+    return 3 * sizeof(float) * tiles(std::max(count, 0)) * tiles(std::max(row_count, 0));
+}
+
+Error clip_forward_by(TilePass<StatisticsTiles> pass, const ClipForward& call, cudaStream_t stream) {
+    const Pairs& pairs = call.pairs;
+    if (Error error = checked("clip_forward", pairs, 0, pairs.count)) return error;
+    const int64_t count = pairs.count, columns = divided_up(count, pass.columns);
+    const int64_t rows_of_tile = std::min<int64_t>(pass.rows, count);
+    const int64_t bytes = int64_t{2 * sizeof(float)} * (columns * rows_of_tile + count);  // parts of one row of tiles
+    const int64_t rows_at_once = static_cast<int64_t>(call.workspace_bytes) / bytes * pass.rows;
+    if (rows_at_once == 0) return Error("clip_forward: the workspace is smaller than clip_forward_workspace() says");
+
+    for (int64_t row0 = 0; row0 < count; row0 += rows_at_once) {
+        const int64_t rows = std::min(rows_at_once, count - row0), tiles = divided_up(rows, pass.rows);
+        float* const row_parts = static_cast<float*>(call.workspace);
+        float* const column_parts = row_parts + 2 * columns * rows;
+        const int first = static_cast<int>(row0), length = static_cast<int>(rows);
+        const StatisticsTiles parts{pairs, first, length, row_parts, column_parts, call.diagonal};
+        if (Error error = run("clip_statistics", pass, parts, stream)) return error;
+        const Fold of_rows{row_parts, call.rows + row0, static_cast<int>(columns), length, count, true};
+        const Fold of_columns{column_parts, call.columns, static_cast<int>(tiles), pairs.count, count, row0 == 0};
+        if (Error error = fold_statistics(of_rows, of_columns, stream)) return error;
+    }
+    return launch(Launch{"clip_loss", 1, kSumThreads, 0, stream}, clip_loss_kernel, call);
+}
+
+Error clip_gradient_by(TilePass<GradientTiles> pass, const ClipGradient& call, cudaStream_t stream) {
+    if (call.to.ds == nullptr) return Error("clip_gradient: it has nowhere to write ds to");
+    GradientTiles tiles{};
+    tiles.rows = call.rows;
+    tiles.columns = call.columns;
+    tiles.off_target = call.label_smoothing / static_cast<float>(call.to.pairs.count);
+    tiles.on_target = 1.0f - call.label_smoothing;
+    return gradient("clip_gradient", pass, call.to, tiles, 1, stream);
+}
+
+Error siglip_by(TilePass<GradientTiles> pass, const Rows& call, cudaStream_t stream) {
+    return gradient("siglip", pass, call, GradientTiles{}, call.ds == nullptr ? 1 : 3, stream);
+}
+
+}  // namespace mmk::cuda

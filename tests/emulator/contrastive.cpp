@@ -1,0 +1,143 @@
+// Runs the cases of one file through the passes of the contrastive losses, each under three orders of threads, which
+// have to give the same bits, and writes what they left to another. test_contrastive.py knows both files.
+#include "cuda/contrastive.h"
+
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+using namespace mmk;
+using namespace mmk::cuda;
+
+struct Place {  // of a matrix: `offset` numbers after an address that is a multiple of 16
+    int64_t extent, offset, stride;
+};
+struct Header {
+    int64_t siglip, with_gradients, bfloat16, count, width;
+    Place image, text;
+    int64_t ds_stride, chunk;  // rows of ds at a time
+    int64_t workspace_bytes;   // of the forward; 0: as many as it asks for
+    double scale, bias, label_smoothing;
+};
+
+static const char* case_name = "";
+static int failures = 0;
+
+static void fail(const std::string& why) {
+    failures++;
+    printf("FAILED %s: %s\n", case_name, why.c_str());
+}
+
+// Exactly as large as its matrix, so that the sanitizers see what lies beyond.
+static std::vector<uint16_t> read_matrix(FILE* file, const Place& place) {
+    std::vector<uint16_t> numbers(static_cast<size_t>(place.offset + place.extent));
+    const auto size = static_cast<size_t>(place.extent);
+    if (fread(numbers.data() + place.offset, sizeof(uint16_t), size, file) != size) {
+        printf("FAILED: the file of cases ends early\n");
+        exit(1);
+    }
+    return numbers;
+}
+
+template <class T>
+static void watch(const std::vector<T>& numbers, bool initialised) {
+    emulator::watch(numbers.data(), numbers.size() * sizeof(T), initialised);
+}
+
+// What one run of a case leaves.
+struct Results {
+    explicit Results(const Header& h)
+        : ds(static_cast<size_t>(h.with_gradients ? h.count * h.ds_stride : 0), 0xFFFF), means(4, -1.0f) {}
+    bool operator==(const Results& other) const {
+        return ds == other.ds && memcmp(means.data(), other.means.data(), means.size() * sizeof(float)) == 0;
+    }
+
+    std::vector<uint16_t> ds;
+    std::vector<float> means;  // CLIP: loss, d scale; SigLIP: loss, d scale, d bias
+};
+
+static Error run_passes(const Header& h, const Pairs& pairs, Results& results) {
+    const auto count = static_cast<size_t>(h.count);
+    std::vector<float> rows(2 * count), columns(2 * count), diagonal(count);
+    std::vector<double> totals(3);
+    for (const auto* made : {&rows, &columns, &diagonal, &results.means}) watch(*made, false);
+    watch(results.ds, false);
+    watch(totals, false);
+    const auto smoothing = static_cast<float>(h.label_smoothing);
+    if (!h.siglip) {
+        const size_t bytes =
+            h.workspace_bytes != 0 ? static_cast<size_t>(h.workspace_bytes) : clip_forward_workspace(pairs.count);
+        std::vector<char> workspace(bytes);
+        watch(workspace, false);
+        const ClipForward call{
+            pairs, smoothing, rows.data(), columns.data(), diagonal.data(), results.means.data(), workspace.data(),
+            bytes};
+        if (Error error = clip_forward(call, nullptr)) return error;
+    }
+    if (!h.siglip && !h.with_gradients) return {};
+    for (int64_t row0 = 0; row0 < h.count || row0 == 0; row0 += h.chunk) {
+        const auto chunk = static_cast<int>(h.count - row0 < h.chunk ? h.count - row0 : h.chunk);
+        std::vector<char> workspace(gradient_workspace(pairs.count, chunk));
+        watch(workspace, false);
+        uint16_t* const ds = h.with_gradients ? results.ds.data() + row0 * h.ds_stride : nullptr;
+        const Rows to{pairs,
+                      static_cast<int>(row0),
+                      chunk,
+                      ds,
+                      h.ds_stride,
+                      totals.data(),
+                      results.means.data() + (h.siglip ? 0 : 1),
+                      workspace.data(),
+                      workspace.size()};
+        if (Error error =
+                h.siglip ? siglip(to, nullptr) : clip_gradient({to, smoothing, rows.data(), columns.data()}, nullptr)) {
+            return error;
+        }
+    }
+    return {};
+}
+
+static void run_case(FILE* from, FILE* to, const Header& h) {
+    const auto image = read_matrix(from, h.image), text = read_matrix(from, h.text);
+    const std::vector<float> scale(1, static_cast<float>(h.scale)), bias(1, static_cast<float>(h.bias));
+    const Pairs pairs{{image.data() + h.image.offset, h.image.stride},
+                      {text.data() + h.text.offset, h.text.stride},
+                      scale.data(),
+                      h.siglip ? bias.data() : nullptr,
+                      static_cast<int>(h.count),
+                      static_cast<int>(h.width),
+                      h.bfloat16 != 0};
+    std::vector<Results> all;
+    for (const auto order : {emulator::Order::kLowestFirst, emulator::Order::kHighestFirst, emulator::Order::kRandom}) {
+        emulator::options() = {order, 1};
+        all.emplace_back(h);
+        for (const auto* given : {&image, &text}) watch(*given, true);
+        for (const auto* given : {&scale, &bias}) watch(*given, true);
+        try {
+            if (const Error error = run_passes(h, pairs, all.back())) fail(error.message());
+        } catch (const emulator::Error& error) {
+            fail(error.what());
+        }
+        emulator::forget_watched();
+        if (!(all.back() == all.front())) fail("depends on the order of threads");
+    }
+    fwrite(all[0].means.data(), sizeof(float), all[0].means.size(), to);
+    fwrite(all[0].ds.data(), sizeof(uint16_t), all[0].ds.size(), to);
+}
+
+int main(int, char** arguments) {
+    FILE *const from = fopen(arguments[1], "rb"), *const to = fopen(arguments[2], "wb");
+    emulator::counters() = {};
+    Header header;
+    std::string name;
+    for (int number = 0; fread(&header, sizeof header, 1, from) == 1; number++) {
+        name = "case " + std::to_string(number);
+        case_name = name.c_str();
+        run_case(from, to, header);
+    }
+    fclose(to);
+    if (emulator::counters().bank_conflicts != 0) fail("has bank conflicts");
+    if (failures == 0) printf("right\n");
+    return failures != 0;
+}

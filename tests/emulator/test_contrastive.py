@@ -1,0 +1,226 @@
+"""The CUDA kernels of the contrastive losses in the emulator, against the losses in float64."""
+
+from __future__ import annotations
+
+import random
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulator_build import CSRC, compiled_by_nvcc, needs_nvcc
+from torch import Tensor
+
+from mmkernels.check import plain
+from mmkernels.check.budget import Quantity
+from mmkernels.check.contrastive_truth import contrastive_truth
+
+KERNELS = [CSRC / "cuda" / "contrastive.cu", CSRC / "cuda" / "contrastive_sm80.cu"]
+SOURCES = ["contrastive.cpp", *map(str, KERNELS)]
+DS_SCALE = 2**15
+TILE = 128
+
+
+@dataclass
+class Case:
+    op: str
+    count: int
+    width: int
+    scale: float = 14.3
+    bias: float = -10.0  # SigLIP's
+    label_smoothing: float = 0.0
+    aligned: bool = False  # pairs nearly equal, as after training
+    chunk: int = 0  # rows of dS at a time; 0: all
+    workspace: int = 0  # bytes, of the forward pass; 0: as many as it asks for
+    ds_gap: int = 8  # numbers beyond a row of dS
+    gaps: tuple[int, int] = (0, 0)  # between rows of image and text
+    offsets: tuple[int, int] = (0, 0)  # numbers from an aligned address
+    with_gradients: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    image: Tensor = None
+    text: Tensor = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}, {self.count} x {self.width}, scale {self.scale:g}"
+
+    @property
+    def ds_stride(self) -> int:
+        return -(-self.count // 8) * 8 + self.ds_gap
+
+    def draw(self) -> Case:
+        image, text = torch.randn(2, self.count, self.width)
+        text = image + 0.2 * text if self.aligned else text
+        image, text = (F.normalize(x, dim=1).to(self.dtype) for x in (image, text))
+        return replace(self, image=image, text=text)
+
+
+@dataclass
+class Result:
+    loss: Tensor
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
+    logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def plain_result(case: Case) -> Result:
+    """Eager PyTorch and autograd."""
+    names = ["image_features", "text_features", "logit_scale", *(["logit_bias"] if case.op == "siglip_loss" else [])]
+    values = [case.image, case.text, torch.tensor(case.scale), torch.tensor(case.bias)]
+    inputs = {name: value.clone().requires_grad_() for name, value in zip(names, values, strict=False)}
+    options = {} if case.op == "siglip_loss" else {"label_smoothing": case.label_smoothing}
+    loss = getattr(plain, case.op)(**inputs, **options)
+    loss.backward()
+    return Result(loss.detach(), **{name: x.grad for name, x in inputs.items()})
+
+
+# ---- what contrastive.cpp reads and writes
+
+
+def packed_case(case: Case) -> bytes:
+    """Gaps between rows hold NaN."""
+    places, bodies = [], []
+    for x, gap, offset in zip((case.image, case.text), case.gaps, case.offsets, strict=True):
+        stride = case.width + gap
+        extent = (case.count - 1) * stride + case.width if case.count else 0
+        numbers = torch.full((max(extent, 0),), torch.nan, dtype=case.dtype)
+        numbers.as_strided(x.shape, (stride, 1)).copy_(x)
+        places += [numbers.numel(), offset, stride]
+        bodies.append(numbers.view(torch.int16).numpy().tobytes())
+    flags = [case.op == "siglip_loss", case.with_gradients, case.dtype == torch.bfloat16]
+    sizes = [case.ds_stride, case.chunk or max(case.count, 1), case.workspace]
+    header = [*flags, case.count, case.width, *places, *sizes]
+    return struct.pack(f"{len(header)}q3d", *header, case.scale, case.bias, case.label_smoothing) + b"".join(bodies)
+
+
+def run_passes(run, folder: Path, cases: list[Case]) -> str:
+    """What it prints; the results are in the folder."""
+    (folder / "cases").write_bytes(b"".join(map(packed_case, cases)))
+    ran = run(SOURCES, str(folder / "cases"), str(folder / "results"))
+    return ran.stdout + ran.stderr
+
+
+def run_cases(run, folder: Path, cases: list[Case]) -> list[Result]:
+    printed = run_passes(run, folder, cases)
+    names = "\n".join(f"{number}: {case.name}" for number, case in enumerate(cases))
+    assert printed == "right\n", f"{printed}\n{names}"
+    data, results = bytearray((folder / "results").read_bytes()), []
+    for case in cases:
+        means = torch.frombuffer(data, dtype=torch.float32, count=4)
+        size = case.count * case.ds_stride if case.with_gradients else 0
+        ds = torch.frombuffer(data, dtype=case.dtype, count=size, offset=16) if size else torch.empty(0)
+        data = data[16 + 2 * size :]
+        results.append(result_of(case, means, ds.view(-1, case.ds_stride)))
+    assert not data
+    return results
+
+
+def result_of(case: Case, means: Tensor, ds: Tensor) -> Result:
+    """As the backend makes it of what the kernels left, with its products."""
+    loss, d_scale, d_bias = means[0], means[1], means[2]
+    if case.op == "clip_loss" and case.label_smoothing:
+        product = case.image.sum(0, dtype=torch.float64) @ case.text.sum(0, dtype=torch.float64)
+        loss = (loss - case.scale * product * case.label_smoothing / case.count**2).float()
+    untouched = means[1:] if not case.with_gradients else means[3 if case.op == "siglip_loss" else 2 :]
+    assert (untouched == -1).all(), f"{case.name}: wrote beyond its results"
+    if not case.with_gradients:
+        return Result(loss)
+    edge = -(-case.count // 8) * 8
+    assert (ds[:, case.count : edge] == 0).all() and (ds[:, edge:].view(torch.int16) == -1).all(), case.name
+    ds = ds[:, : case.count].float() * (case.scale / (case.count * DS_SCALE))
+    d_image, d_text = ds @ case.text.float(), ds.T @ case.image.float()
+    bias = {"logit_bias": d_bias} if case.op == "siglip_loss" else {}
+    return Result(loss, d_image.to(case.dtype), d_text.to(case.dtype), d_scale, **bias)
+
+
+# ---- tests
+
+
+def all_cases(rng: random.Random) -> list[Case]:
+    some = rng.randint(2, TILE)
+    return [
+        Case("clip_loss", 1, 1),
+        Case("clip_loss", 1, 80, scale=100.0),
+        Case("clip_loss", 37, 65, label_smoothing=0.1),  # no aligned rows
+        Case("clip_loss", some, rng.randint(1, 99), chunk=rng.randint(1, some)),
+        Case("clip_loss", 130, 96, scale=100.0, gaps=(8, 0), offsets=(0, 8)),
+        Case("clip_loss", 30, 20, label_smoothing=1.0),
+        Case("clip_loss", TILE, 32),
+        Case("clip_loss", 257, 16, scale=150.0, chunk=129, workspace=row_of_tiles(257)),
+        Case("clip_loss", 140, 72, scale=100.0, aligned=True, gaps=(3, 0), offsets=(0, 1)),
+        Case("clip_loss", 300, 8, with_gradients=False, workspace=2 * row_of_tiles(300) + 4),
+        Case("clip_loss", 5, 0),
+        Case("siglip_loss", 1, 1),
+        Case("siglip_loss", 37, 65, bias=5.0),
+        Case("siglip_loss", 131, 64, scale=100.0, chunk=100, gaps=(0, 16)),
+        Case("siglip_loss", some, 24, aligned=True, scale=100.0, bias=-90.0, gaps=(1, 0)),
+        Case("siglip_loss", 260, 16, with_gradients=False, chunk=130),
+    ]
+
+
+def row_of_tiles(count: int) -> int:
+    """Bytes of the parts of one row of tiles."""
+    return 8 * (-(-count // TILE) * min(TILE, count) + count)
+
+
+def complaints(case: Case, ours: Result) -> list[str]:
+    bias = case.bias if case.op == "siglip_loss" else 0.0
+    truth, response = contrastive_truth(case.op, case.image, case.text, case.scale, bias, case.label_smoothing)
+    rough, found = plain_result(case).named(), []
+    for name, value in ours.named().items():
+        quantity = Quantity(f"{case.name}, {case.dtype}: {name}", value.dtype, rough[name].dtype)
+        expected, moved = getattr(truth, name), getattr(response, name).abs().max().item() if case.width else 0.0
+        quantity.add(value, rough[name], expected, moved)
+        found.append(quantity.failure())
+    return [failure for failure in found if failure]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_within_the_budget(run, seed, tmp_path, dtype):
+    cases = [replace(case, dtype=dtype).draw() for case in all_cases(random.Random(seed))]
+    results = run_cases(run, tmp_path, cases)
+    failures = [failure for case, result in zip(cases, results, strict=True) for failure in complaints(case, result)]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("op", ["clip_loss", "siglip_loss"])
+def test_a_feature_that_is_not_a_number_shows(run, tmp_path, op):
+    """As in plain PyTorch: it spoils the loss, and the gradients of all that depends on it."""
+    clean = Case(op, 150, 40).draw()
+    cases = []
+    for name, row in (("image", 3), ("text", 149)):
+        dirty = replace(clean, **{name: getattr(clean, name).clone()})
+        getattr(dirty, name)[row, 7] = torch.nan
+        cases.append(dirty)
+    for case, ours in zip(cases, run_cases(run, tmp_path, cases), strict=True):
+        expected = plain_result(case).named()
+        for name, value in ours.named().items():
+            assert torch.equal(value.isnan(), expected[name].isnan()), f"{case.name}: {name}"
+
+
+@pytest.mark.parametrize(
+    "case, why",
+    [
+        (Case("clip_loss", 0, 16), "no pairs have no mean"),
+        (Case("siglip_loss", 0, 16), "no pairs have no mean"),
+        (Case("clip_loss", 9, 16, ds_gap=4), "rows of ds have to begin at multiples of 16 bytes"),
+        (Case("siglip_loss", 20, 16, ds_gap=-8), "and to hold a row of S"),
+        (Case("clip_loss", 300, 16, workspace=64), "smaller than clip_forward_workspace() says"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(run, tmp_path, case, why):
+    assert why in run_passes(run, tmp_path, [case.draw()])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.stem)
+def test_nvcc_compiles_the_same_source(kernel, architecture, tmp_path):
+    """Without a warning and without a spill."""
+    compiled_by_nvcc(kernel, architecture, tmp_path)
