@@ -1,6 +1,7 @@
-"""Builds the compiled core with CMake, or says why it could not and lets the package install without it.
+"""Builds the compiled core and the CUDA kernels with CMake, or says why it could not and installs without them.
 
-MMKERNELS_NATIVE=require turns a core that cannot be built into an error; MMKERNELS_NATIVE=0 leaves it out.
+MMKERNELS_NATIVE=require turns what cannot be built into an error; MMKERNELS_NATIVE=0 leaves both out.
+MMKERNELS_CUDA=0 leaves the CUDA kernels out; MMKERNELS_CUDA_ARCHS="80;90a" names what they are built for.
 """
 
 import json
@@ -15,45 +16,52 @@ from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).parent.resolve()
 REINSTALL = "pip install --force-reinstall --no-deps mmkernels"
-RECORD = "_build.json"  # beside the core: why it is missing, for `mmkernels info`
+RECORD = "_build.json"  # beside the modules: for each part why it is missing, for `mmkernels info`
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        self.record: dict[str, dict[str, str]] = {}
+        super().run()
+
     def build_extension(self, extension: Extension) -> None:
+        part = extension.name.rpartition("._")[2]
         package = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         package.mkdir(parents=True, exist_ok=True)
-        missing = self._build(package)
+        missing = self._build(part, package)
         if missing:
             print(f"warning: {missing['reason']}; mmkernels installs without it. {missing['mend']}", file=sys.stderr)
-        (package / RECORD).write_text(json.dumps(missing) + "\n")
+        self.record[part] = missing
+        (package / RECORD).write_text(json.dumps(self.record) + "\n")
 
-    def _build(self, package: Path) -> dict[str, str]:
+    def _build(self, part: str, package: Path) -> dict[str, str]:
         """Build into `package`; what went wrong and what mends it, or nothing."""
-        wanted = os.environ.get("MMKERNELS_NATIVE", "auto")
-        if wanted == "0":
-            return {"reason": "left out by MMKERNELS_NATIVE=0 at install", "mend": REINSTALL}
+        for name in {"core": ["MMKERNELS_NATIVE"], "cuda": ["MMKERNELS_NATIVE", "MMKERNELS_CUDA"]}[part]:
+            if os.environ.get(name) == "0":
+                return {"reason": f"left out by {name}=0 at install", "mend": f"without {name}, {REINSTALL}"}
         try:
-            self._run_cmake(package)
+            options = [] if part == "core" else cuda_options()
+            self._run_cmake(SOURCE if part == "core" else SOURCE / "csrc" / "cuda", part, package, options)
         except (OSError, subprocess.CalledProcessError) as error:
-            if wanted == "require":
+            if os.environ.get("MMKERNELS_NATIVE") == "require":
                 raise
-            mend = f"install a C++17 compiler (g++ 11 or later), then {REINSTALL}"
-            return {"reason": f"the compiled core was not built: {_why(error)}", "mend": mend}
+            return explained(part, error)
         return {}
 
-    def _run_cmake(self, package: Path) -> None:
+    def _run_cmake(self, source: Path, part: str, package: Path, options: list[str]) -> None:
         import pybind11
 
-        build = Path(self.build_temp).resolve()
+        build = Path(self.build_temp, part).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             *(["-GNinja"] if shutil.which("ninja") else []),
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
+            *options,
         ]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run(["cmake", "-S", str(SOURCE), "-B", str(build), *configure], check=True)
+        subprocess.run(["cmake", "-S", str(source), "-B", str(build), *configure], check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
 
     def copy_extensions_to_source(self) -> None:
@@ -64,7 +72,37 @@ class CMakeBuild(build_ext):
             shutil.copy(record, SOURCE / "mmkernels" / RECORD)
 
 
-def _why(error: Exception) -> str:
+def cuda_options() -> list[str]:
+    return [
+        f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+        f"-DMMKERNELS_CUDA_ARCHS={os.environ.get('MMKERNELS_CUDA_ARCHS', '').replace(',', ';').replace(' ', ';')}",
+    ]
+
+
+def find_nvcc() -> str:
+    """CUDACXX decides, as it does in CMake; then the toolkit that CUDA_HOME names, PATH, and the usual place."""
+    if os.environ.get("CUDACXX"):
+        return os.environ["CUDACXX"]
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for folder in (*(f"{home}/bin" for home in homes), None, "/usr/local/cuda/bin"):
+        found = shutil.which("nvcc", path=folder)
+        if found:
+            return found
+    raise FileNotFoundError(2, "not found", "nvcc")
+
+
+def explained(part: str, error: Exception) -> dict[str, str]:
+    if part == "core":
+        mend = f"install a C++17 compiler (g++ 11 or later), then {REINSTALL}"
+        return {"reason": f"the compiled core was not built: {why(error)}", "mend": mend}
+    if isinstance(error, FileNotFoundError) and error.filename == "nvcc":
+        mend = f"install the CUDA toolkit (12.4 or later, nvcc on PATH or CUDA_HOME), then {REINSTALL}"
+        return {"reason": "the CUDA kernels were not built: no nvcc was found", "mend": mend}
+    mend = f"install a CUDA toolkit (12.4 or later) and a C++ compiler that it accepts, then {REINSTALL}"
+    return {"reason": f"the CUDA kernels were not built: {why(error)}", "mend": mend}
+
+
+def why(error: Exception) -> str:
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))):
         return "no C++ compiler was found"
     if isinstance(error, FileNotFoundError):
@@ -73,6 +111,7 @@ def _why(error: Exception) -> str:
 
 
 setup(
-    ext_modules=[Extension("mmkernels._core", sources=[], optional=True)],  # optional: a missing file is no error
+    # optional: a missing file is no error
+    ext_modules=[Extension(f"mmkernels._{part}", sources=[], optional=True) for part in ("core", "cuda")],
     cmdclass={"build_ext": CMakeBuild},
 )

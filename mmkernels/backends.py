@@ -164,7 +164,12 @@ def missing(backend: str) -> str | None:
                 "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
             )
         return None
-    return "the CUDA C++ kernels are not part of this version; the triton backend serves GPUs"
+    return _missing_cuda()
+
+
+def cuda_is_emulated() -> bool:
+    """Whether the CUDA kernels here are those that the tests compile for the CPU."""
+    return missing("cuda") is None and importlib.import_module("mmkernels._cuda").emulated
 
 
 def _candidates(op: str, requested: str, *tensors: torch.Tensor) -> Explanation:
@@ -188,10 +193,42 @@ def _missing_core() -> str | None:
     try:
         importlib.import_module("mmkernels._core")
     except ImportError as error:
-        record = Path(__file__).with_name("_build.json")
-        built = json.loads(record.read_text()) if record.exists() else {}
-        return f"{built.get('reason') or error}; mend: {built.get('mend') or INSTALL}"
+        return _not_built("core", error)
     return None
+
+
+@functools.cache
+def _missing_cuda() -> str | None:
+    try:
+        module = importlib.import_module("mmkernels._cuda")
+    except ImportError as error:
+        return _not_built("cuda", error)
+    return None if module.emulated else _unusable_gpu(module)
+
+
+def _unusable_gpu(module: ModuleType) -> str | None:
+    """Why the CUDA kernels that were built run nowhere here."""
+    driver, runtime = module.versions()
+    version = f"{runtime // 1000}.{runtime % 1000 // 10}"
+    built = f"built for {', '.join(f'sm_{name}' for name in module.architectures)} by CUDA {version}, but "
+    if torch.version.cuda is None:
+        return f"{built}torch {torch.__version__} is a build without CUDA; mend: install one with, from pytorch.org"
+    if driver == 0:
+        return f"{built}there is no NVIDIA driver; mend: install one, of CUDA {runtime // 1000} or later"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"{built}the driver is of CUDA {driver // 1000}.{driver % 1000 // 10}; mend: update the driver, or "
+            f"reinstall with an nvcc of CUDA {driver // 1000}"
+        )
+    if not torch.cuda.is_available():
+        return f"{built}torch sees no GPU; mend: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return None
+
+
+def _not_built(part: str, error: ImportError) -> str:
+    record = Path(__file__).with_name("_build.json")
+    built = json.loads(record.read_text()).get(part, {}) if record.exists() else {}
+    return f"{built.get('reason') or error}; mend: {built.get('mend') or INSTALL}"
 
 
 @functools.cache

@@ -9,14 +9,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "launch.h"
+#include "error.h"
 
 namespace mmk::cuda {
 
 constexpr float kGradientScale = 32768.0f;  // ds is count dS, at most 1, times this: float16 would lose small ones
 
-// (count, width) numbers of 16 bits with a unit stride in the last dimension; the other in numbers. Rows that do not
-// start at multiples of 16 bytes, or widths that are no multiple of 8, are slow.
+// (count, width) numbers of 16 bits with a unit stride in the last dimension; the other in numbers. LogitRows that do
+// not start at multiples of 16 bytes, or widths that are no multiple of 8, are slow.
 struct Features {
     const void* data;
     int64_t stride;
@@ -42,8 +42,8 @@ struct ClipForward {
 size_t clip_forward_workspace(int count);
 Error clip_forward(const ClipForward& call, cudaStream_t stream);  // sm_80 and later
 
-// Rows [row0, row0 + row_count) of S.
-struct Rows {
+// LogitRows [row0, row0 + row_count) of S.
+struct LogitRows {
     Pairs pairs;
     int row0, row_count;
     void* ds;           // out: (row_count, ds_stride), 16-byte aligned, the type of the features
@@ -56,13 +56,13 @@ struct Rows {
 size_t gradient_workspace(int count, int row_count);
 
 struct ClipGradient {
-    Rows to;  // means: d scale
+    LogitRows to;  // means: d scale
     float label_smoothing;
     const float *rows, *columns;  // statistics
 };
 Error clip_gradient(const ClipGradient& call, cudaStream_t stream);
 
 // means: loss, d scale, d bias. Without ds only the loss, and only the first of totals and means is touched.
-Error siglip(const Rows& call, cudaStream_t stream);
+Error siglip(const LogitRows& call, cudaStream_t stream);
 
 }  // namespace mmk::cuda

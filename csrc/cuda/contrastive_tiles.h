@@ -2,6 +2,7 @@
 // of its own for, and what surrounds them: the walk over chunks of rows, and sums in fixed order (contrastive.cu).
 #pragma once
 #include "contrastive.h"
+#include "launch.h"
 
 namespace mmk::cuda {
 
@@ -10,7 +11,8 @@ constexpr int kSmallestTile = 128;  // either way, of any architecture: workspac
 // A logit that is not there. Finite, since -inf - -inf is NaN.
 constexpr float kLowest = -3.4e38f;
 
-// Rows [row0, row0 + row_count) of S by tiles: pass 1 of CLIP. A part is what one tile finds of a row or of a column.
+// LogitRows [row0, row0 + row_count) of S by tiles: pass 1 of CLIP. A part is what one tile finds of a row or of a
+// column.
 struct StatisticsTiles {
     Pairs pairs;
     int row0, row_count;
@@ -38,6 +40,6 @@ struct TilePass {
 
 Error clip_forward_by(TilePass<StatisticsTiles> pass, const ClipForward& call, cudaStream_t stream);
 Error clip_gradient_by(TilePass<GradientTiles> pass, const ClipGradient& call, cudaStream_t stream);
-Error siglip_by(TilePass<GradientTiles> pass, const Rows& call, cudaStream_t stream);
+Error siglip_by(TilePass<GradientTiles> pass, const LogitRows& call, cudaStream_t stream);
 
 }  // namespace mmk::cuda

@@ -5,20 +5,9 @@
 #include <type_traits>
 
 #include "device.h"
+#include "error.h"
 
 namespace mmk::cuda {
-
-// What went wrong, in words for the user; nothing if it is empty. `if (Error error = launch(...)) return error;`
-class [[nodiscard]] Error {
-  public:
-    Error() = default;
-    explicit Error(std::string message) : message_(std::move(message)) {}
-    explicit operator bool() const { return !message_.empty(); }
-    const std::string& message() const { return message_; }
-
-  private:
-    std::string message_;
-};
 
 struct Launch {
     const char* kernel;  // the name that errors give it

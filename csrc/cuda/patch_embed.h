@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "launch.h"
+#include "error.h"
 
 namespace mmk::cuda {
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <string>
 
+#include "launch.h"
 #include "ptx.h"
 #include "span_attention.h"
 

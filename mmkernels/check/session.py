@@ -59,7 +59,9 @@ def places(request: Request) -> list[Place]:
 
 
 def _places_of(backend: str, devices: list[str]) -> list[Place]:
-    served = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda", "cpu"), "cuda": ("cuda",)}[backend]
+    served = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda", "cpu")}.get(backend, ("cuda",))
+    if backend == "cuda" and backends.cuda_is_emulated():
+        served = ("cpu",)
     here = [device for device in served if device in devices]
     if backend == "triton":
         here = [device for device in here if device == "cuda" or not torch.cuda.is_available() or len(devices) == 1]

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from emulator_build import BUILDS, HERE, compile_all, emulator_sources, link
+from emulator_build import BUILDS, HERE, compile_all, emulator_sources, link, link_module
 
 
 @pytest.fixture(scope="session", params=BUILDS)
@@ -19,21 +19,33 @@ def build(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def emulator(build, tmp_path_factory) -> list[Path]:
-    """The objects of the emulator in this build."""
-    return compile_all(build, emulator_sources(), tmp_path_factory.mktemp(build))
+def objects(build, tmp_path_factory) -> Path:
+    """Where the objects of this build are, each compiled once."""
+    return tmp_path_factory.mktemp(build)
 
 
 @pytest.fixture(scope="session")
-def run(build, emulator, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
+def emulator(build, objects) -> list[Path]:
+    """The objects of the emulator in this build."""
+    return compile_all(build, emulator_sources(), objects)
+
+
+@pytest.fixture(scope="session")
+def module(build, emulator, objects) -> Path:
+    """mmkernels._cuda of this build."""
+    return link_module(build, emulator, objects)
+
+
+@pytest.fixture(scope="session")
+def run(build, emulator, objects, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
     """run([sources], *arguments): the program made of these files of tests/emulator, compiled once a build, and run."""
     programs = {}
 
     def call(sources: list[str], *arguments: str) -> subprocess.CompletedProcess:
         if sources[0] not in programs:
-            folder = tmp_path_factory.mktemp(f"{build}-{Path(sources[0]).stem}")
-            objects = compile_all(build, [HERE / source for source in sources], folder)
-            programs[sources[0]] = link(build, emulator + objects, folder / "program")
+            program = tmp_path_factory.mktemp(f"{build}-{Path(sources[0]).stem}") / "program"
+            own = compile_all(build, [HERE / source for source in sources], objects)
+            programs[sources[0]] = link(build, emulator + own, program)
         # A thread that met an error is abandoned, with what it had allocated.
         environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
         command = [programs[sources[0]], *arguments]

@@ -1,10 +1,14 @@
 """Compiles CUDA sources for the host emulator, with g++ and nothing else, in one of its three builds."""
 
+import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import pytest
 
 HERE = Path(__file__).parent
@@ -30,14 +34,16 @@ KERNEL = {
 LINK = {"plain": [], "asan": SANITIZERS, "race": []}
 
 
-def compile_all(build: str, sources: list[Path], into: Path) -> list[Path]:
-    """The objects of `sources`: .cu holds kernels, .cpp the emulator or code that calls launchers."""
+def compile_all(build: str, sources: list[Path], into: Path, *flags: str) -> list[Path]:
+    """The objects of `sources`: .cu holds kernels, .cpp the emulator or code that calls launchers. One that is in the
+    folder already is not made again."""
     into.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        flags = KERNEL[build] if source.suffix == ".cu" else HOST[build]
-        made = into / f"{source.name}.o"
-        subprocess.run(["g++", "-x", "c++", *COMMON, *flags, "-c", source, "-o", made], check=True)
+        made = into / f"{source.parent.name}-{source.name}.o"
+        if not made.exists():
+            own = KERNEL[build] if source.suffix == ".cu" else HOST[build]
+            subprocess.run(["g++", "-x", "c++", *COMMON, *own, *flags, "-c", source, "-o", made], check=True)
         return made
 
     with ThreadPoolExecutor(2) as pool:
@@ -51,6 +57,30 @@ def emulator_sources() -> list[Path]:
 def link(build: str, objects: list[Path], program: Path, *flags: str) -> Path:
     subprocess.run(["g++", *LINK[build], *flags, *objects, "-ldl", "-o", program], check=True)
     return program
+
+
+def link_module(build: str, objects: list[Path], into: Path) -> Path:
+    """mmkernels._cuda for tensors on the CPU: the bindings, every kernel, and the emulator's `objects`."""
+    python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    own = compile_all(build, sorted((CSRC / "cuda").glob("*.cu")), into)
+    own += compile_all(
+        build, [CSRC / "cuda" / "bindings.cpp"], into, *python, "-DMMK_EMULATED", '-DMMK_CUDA_ARCHITECTURES="80 90a"'
+    )
+    return link(build, objects + own, into / "_cuda.so", "-shared")
+
+
+def run_emulated(build: str, module: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """`python -m mmkernels ...` with this module as its mmkernels._cuda."""
+    if build == "asan":  # python itself knows nothing of it
+        libraries = (f"lib{name}.so" for name in ("asan", "ubsan", "stdc++"))
+        paths = (subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in libraries)
+        environment["LD_PRELOAD"] = " ".join(paths)
+    # A thread that met an error is abandoned, with what it had allocated.
+    environment |= {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, HERE / "emulated.py", module, *command],
+        env=os.environ | environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
 
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

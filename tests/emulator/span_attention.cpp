@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "emulator/emulator.h"
+
 using namespace mmk;
 using namespace mmk::cuda;
 

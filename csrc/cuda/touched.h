@@ -1,0 +1,72 @@
+// What each call reads and writes, for the emulator's race detector: the one thing that a launcher does not say.
+// Tensors from outside have bounds here, as the address sanitizer gives them to the memory that the tests allocate.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../emulator/emulator.h"
+#include "span_attention.h"
+
+namespace mmk::cuda {
+
+class Touched {
+  public:
+    template <class T>
+    void reads(const T* data, int64_t count) {
+        add(data, count * static_cast<int64_t>(sizeof(T)), true);
+    }
+    template <class T>
+    void writes(const T* data, int64_t count) {
+        add(data, count * static_cast<int64_t>(sizeof(T)), false);
+    }
+
+    // Tensors that lie among one another, such as slices of a fused projection, are watched as one.
+    void watch() {
+        std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+        for (size_t i = 0; i < ranges_.size();) {
+            Range whole = ranges_[i++];
+            for (; i < ranges_.size() && ranges_[i].begin < whole.end; i++) {
+                whole.end = std::max(whole.end, ranges_[i].end);
+                whole.initialised |= ranges_[i].initialised;
+            }
+            emulator::watch(whole.begin, static_cast<size_t>(whole.end - whole.begin), whole.initialised);
+        }
+    }
+
+  private:
+    struct Range {
+        const char *begin, *end;
+        bool initialised;
+    };
+    void add(const void* data, int64_t bytes, bool initialised) {
+        const char* const begin = static_cast<const char*>(data);
+        if (bytes > 0) ranges_.push_back({begin, begin + bytes, initialised});
+    }
+    std::vector<Range> ranges_;
+};
+
+// ---- span_attention
+
+// From the first to the last number of 16 bits; 0 of an empty tensor.
+inline int64_t extent(const Heads& x, int64_t batch, int64_t rows, int64_t heads, int64_t width) {
+    if (batch == 0 || rows == 0 || heads == 0) return 0;
+    return (batch - 1) * x.batch + (rows - 1) * x.row + (heads - 1) * x.head + width;
+}
+
+inline Touched touched(const SpanAttention& call) {
+    const auto numbers = [](const Heads& x) { return static_cast<const uint16_t*>(x.data); };
+    const int64_t slices = int64_t{call.spans_by_batch ? call.batch : 1} * call.runs;
+    Touched found;
+    found.reads(numbers(call.q), extent(call.q, call.batch, call.queries, call.heads, call.head_size));
+    found.reads(numbers(call.k), extent(call.k, call.batch, call.keys, call.key_heads, call.head_size));
+    found.reads(numbers(call.v), extent(call.v, call.batch, call.keys, call.key_heads, call.value_size));
+    found.reads(call.lo, slices * call.queries);
+    found.reads(call.hi, slices * call.queries);
+    found.reads(call.hulls, slices * ((call.queries + kHullRows - 1) / kHullRows) * 4);
+    found.writes(numbers(call.out), extent(call.out, call.batch, call.queries, call.heads, call.value_size));
+    found.writes(call.lse, int64_t{call.batch} * call.heads * call.queries);
+    return found;
+}
+
+}  // namespace mmk::cuda

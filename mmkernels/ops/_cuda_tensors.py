@@ -1,0 +1,84 @@
+"""Handing tensors to the CUDA module: what it cannot serve, and launching on the right device and stream.
+
+In the module that the tests build (`_cuda.emulated`) the same kernels run on tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import _cuda
+
+HALVES = (torch.bfloat16, torch.float16)
+DEVICE = "cpu" if _cuda.emulated else "cuda"
+
+
+def unserved(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = HALVES) -> str | None:
+    """Why the kernels cannot read the tensor `x`; None when they can."""
+    if x.device.type != DEVICE:
+        return f"it serves tensors on {DEVICE}, {name} is on {x.device}"
+    if x.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        rest = "; the triton backend serves float32" if x.dtype == torch.float32 else ""
+        return f"it serves {name} of {accepted}, not {x.dtype}{rest}"
+    return _older_than_the_build(x.device)
+
+
+def runs_on(capability: tuple[int, int], architectures: tuple[str, ...] = _cuda.architectures) -> bool:
+    """Whether the build holds code for a device: machine code runs on its own major version's later ones, PTX on all
+    later ones, and that of 90a on 9.0 alone."""
+    major, minor = capability
+    for name in architectures:
+        number = int(name.removesuffix("+ptx").rstrip("af"))
+        if number // 10 == major and number % 10 <= minor:
+            return True
+        if name.endswith("+ptx") and number <= 10 * major + minor:
+            return True
+    return False
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of the emulator that of Hopper, whose kernels then run, or MMKERNELS_EMULATED_CAPABILITY."""
+    if _cuda.emulated:
+        major, minor = os.environ.get("MMKERNELS_EMULATED_CAPABILITY", "9.0").split(".")
+        return int(major), int(minor)
+    return torch.cuda.get_device_capability(device)
+
+
+def has_hopper_kernels(device: torch.device) -> bool:
+    """Whether the kernels of *_sm90.cu run there."""
+    return capability(device) == (9, 0) and "90a" in {name.removesuffix("+ptx") for name in _cuda.architectures}
+
+
+def launch(launcher: Callable[[object, int], None], call: object, **tensors: Tensor) -> None:
+    """launcher(call, stream) on the current stream of the device that the call's tensors are on, made current.
+
+    They are kept by the caller, and freed memory is given out again in the order of that stream."""
+    (first, x), *rest = tensors.items()
+    for name, other in rest:
+        if other.device != x.device:
+            raise ValueError(f"{launcher.__name__}: {name} is on {other.device}, {first} on {x.device}; move one")
+    if _cuda.emulated:
+        return launcher(call, 0)
+    with torch.cuda.device(x.device):
+        launcher(call, torch.cuda.current_stream(x.device).cuda_stream)
+
+
+@functools.cache
+def _older_than_the_build(device: torch.device) -> str | None:
+    if runs_on(capability(device)):
+        return None
+    major, minor = capability(device)
+    built = ", ".join(_cuda.architectures)
+    return (
+        f"{device} is sm_{major}{minor}, the build holds code for {built}; mend: MMKERNELS_CUDA_ARCHS={major}{minor} "
+        "pip install --force-reinstall --no-deps mmkernels"
+        if (major, minor) >= (8, 0)
+        else f"{device} is sm_{major}{minor}; the kernels need sm_80 or later: the triton backend may serve it"
+    )

@@ -1,0 +1,61 @@
+"""Span attention by the CUDA kernels: addresses, sizes and strides out, nothing copied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _cuda
+from .._cuda_tensors import launch, unserved
+from .reference import span_attention_backward  # noqa: F401  # until its kernels are there
+
+MAX_HEAD = 256
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.shape[-1] > MAX_HEAD:
+            return f"it serves heads of up to {MAX_HEAD} numbers, those of {name} have {x.shape[-1]}"
+    return unserved("q", q)
+
+
+def span_attention(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, hulls: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    out = q.new_empty((batch, queries, heads, v.shape[3]))
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    lo, hi, hulls = lo.contiguous(), hi.contiguous(), hulls.contiguous()
+    call = _call(q, k, v, out, lo, hi, hulls, lse, scale, softcap)
+    launch(_cuda.span_attention_forward, call, q=q, k=k, v=v, lo=lo, hi=hi, hulls=hulls)
+    return out, lse
+
+
+def _call(q, k, v, out, lo, hi, hulls, lse, scale: float, softcap: float) -> _cuda.SpanAttention:
+    return _cuda.SpanAttention(
+        q=_heads(q),
+        k=_heads(k),
+        v=_heads(v),
+        out=_heads(out),
+        lo=lo.data_ptr(),
+        hi=hi.data_ptr(),
+        hulls=hulls.data_ptr(),
+        lse=lse.data_ptr(),
+        batch=q.shape[0],
+        queries=q.shape[1],
+        keys=k.shape[1],
+        heads=q.shape[2],
+        key_heads=k.shape[2],
+        head_size=q.shape[3],
+        value_size=v.shape[3],
+        runs=lo.shape[1],
+        spans_by_batch=lo.shape[0] != 1,
+        bfloat16=q.dtype == torch.bfloat16,
+        scale=scale,
+        softcap=softcap,
+    )
+
+
+def _heads(x: Tensor) -> _cuda.Heads:
+    """A (B, T, H, D) tensor with a unit last stride. It must outlive the call that this is passed to."""
+    return _cuda.Heads(x.data_ptr(), *x.stride()[:3])
