@@ -42,7 +42,7 @@ struct ClipForward {
 size_t clip_forward_workspace(int count);
 Error clip_forward(const ClipForward& call, cudaStream_t stream);  // sm_80 and later
 
-// LogitRows [row0, row0 + row_count) of S.
+// Rows [row0, row0 + row_count) of S.
 struct LogitRows {
     Pairs pairs;
     int row0, row_count;

@@ -11,7 +11,7 @@ constexpr int kSmallestTile = 128;  // either way, of any architecture: workspac
 // A logit that is not there. Finite, since -inf - -inf is NaN.
 constexpr float kLowest = -3.4e38f;
 
-// LogitRows [row0, row0 + row_count) of S by tiles: pass 1 of CLIP. A part is what one tile finds of a row or of a
+// Rows [row0, row0 + row_count) of S by tiles: pass 1 of CLIP. A part is what one tile finds of a row or of a
 // column.
 struct StatisticsTiles {
     Pairs pairs;
