@@ -158,7 +158,7 @@ Error run(const char* name, const TilePass<Tiles>& pass, const Tiles& call, cuda
     return pass.run(call, stream);
 }
 
-Error gradient(const char* name, TilePass<GradientTiles> pass, const Rows& to, GradientTiles call, int sums,
+Error gradient(const char* name, TilePass<GradientTiles> pass, const LogitRows& to, GradientTiles call, int sums,
                cudaStream_t stream) {
     const Pairs& pairs = to.pairs;
     if (Error error = checked(name, pairs, to.row0, to.row_count)) return error;
@@ -229,7 +229,7 @@ Error clip_gradient_by(TilePass<GradientTiles> pass, const ClipGradient& call, c
     return gradient("clip_gradient", pass, call.to, tiles, 1, stream);
 }
 
-Error siglip_by(TilePass<GradientTiles> pass, const Rows& call, cudaStream_t stream) {
+Error siglip_by(TilePass<GradientTiles> pass, const LogitRows& call, cudaStream_t stream) {
     return gradient("siglip", pass, call, GradientTiles{}, call.ds == nullptr ? 1 : 3, stream);
 }
 

@@ -421,6 +421,8 @@ Error clip_forward(const ClipForward& call, cudaStream_t stream) {
 Error clip_gradient(const ClipGradient& call, cudaStream_t stream) {
     return clip_gradient_by({kTile, kTile, clip}, call, stream);
 }
-Error siglip(const Rows& call, cudaStream_t stream) { return siglip_by({kTile, kTile, siglip_tiles}, call, stream); }
+Error siglip(const LogitRows& call, cudaStream_t stream) {
+    return siglip_by({kTile, kTile, siglip_tiles}, call, stream);
+}
 
 }  // namespace mmk::cuda

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "emulator/emulator.h"
+
 using namespace mmk;
 using namespace mmk::cuda;
 
@@ -81,15 +83,15 @@ static Error run_passes(const Header& h, const Pairs& pairs, Results& results) {
         std::vector<char> workspace(gradient_workspace(pairs.count, chunk));
         watch(workspace, false);
         uint16_t* const ds = h.with_gradients ? results.ds.data() + row0 * h.ds_stride : nullptr;
-        const Rows to{pairs,
-                      static_cast<int>(row0),
-                      chunk,
-                      ds,
-                      h.ds_stride,
-                      totals.data(),
-                      results.means.data() + (h.siglip ? 0 : 1),
-                      workspace.data(),
-                      workspace.size()};
+        const LogitRows to{pairs,
+                           static_cast<int>(row0),
+                           chunk,
+                           ds,
+                           h.ds_stride,
+                           totals.data(),
+                           results.means.data() + (h.siglip ? 0 : 1),
+                           workspace.data(),
+                           workspace.size()};
         if (Error error =
                 h.siglip ? siglip(to, nullptr) : clip_gradient({to, smoothing, rows.data(), columns.data()}, nullptr)) {
             return error;
