@@ -13,6 +13,7 @@
 
 #ifdef __CUDACC__
 #include <cuda.h>
+#pragma nv_diag_suppress 177  // where bodies are left out, what only they use is unused
 #endif
 
 namespace mmk::cuda {

@@ -53,4 +53,17 @@ Error launch(const Launch& at, void (*kernel)(Parameters...), const std::common_
 #endif
 }
 
+// Blocks of a persistent kernel that keeps a multiprocessor to itself: one on each.
+inline Error count_multiprocessors(int& count) {
+#ifdef __CUDACC__
+    int device = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (status != cudaSuccess) return Error(std::string("no number of multiprocessors: ") + cudaGetErrorString(status));
+#else
+    count = 2;  // few, so that blocks of small cases have several tiles too
+#endif
+    return {};
+}
+
 }  // namespace mmk::cuda

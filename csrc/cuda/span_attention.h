@@ -30,6 +30,11 @@ struct SpanAttention {
 // out and lse from the rest; sm_80 and later. Sizes may be zero.
 Error span_attention_forward(const SpanAttention& call, cudaStream_t stream);
 
+// The same for Hopper alone (sm_90a), and only where q, k and v can be copied by TMA: their data and those of their
+// strides that matter lie at multiples of 16 bytes.
+bool span_attention_forward_sm90_serves(const SpanAttention& call);
+Error span_attention_forward_sm90(const SpanAttention& call, cudaStream_t stream);
+
 // The gradients of a call whose forward has run: of `forward` everything is read, out and lse too.
 struct SpanAttentionBackward {
     SpanAttention forward;

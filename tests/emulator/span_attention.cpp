@@ -1,5 +1,5 @@
-// Runs the cases of one file through span_attention_forward, each under three orders of threads, which have to give the
-// same bits, and writes out and lse of all to another. test_span_attention.py knows both files.
+// Runs the cases of one file through the forward kernel for "sm_80" or "sm_90a", each under three orders of threads,
+// which have to give the same bits, and writes out and lse of all to another. test_span_attention.py knows both files.
 #include "cuda/span_attention.h"
 
 #include <cstdio>
@@ -63,7 +63,29 @@ static void watch(const std::vector<T>& numbers, bool initialised) {
     emulator::watch(numbers.data(), numbers.size() * sizeof(T), initialised);
 }
 
-static void run_case(FILE* from, FILE* to, const Header& h) {
+// The two warpgroups of the kernel for Hopper issue their products in turns: group 1, as often group 2, and so on.
+static bool take_turns(const std::vector<int>& commits) {
+    int first = 0, second = 0;  // commits of the last turn of each
+    for (size_t i = 0; i < commits.size(); i++) {
+        if (commits[i] == 1 && second > 0) {
+            if (first != second) return false;
+            first = second = 0;
+        }
+        (commits[i] == 1 ? first : second)++;
+        if (first > 2 || second > first) return false;
+    }
+    return first == second;
+}
+
+static Error forward(bool hopper, const SpanAttention& call) {
+    if (!hopper) return span_attention_forward(call, nullptr);
+    emulator::counters().wgmma_commits.clear();
+    if (Error error = span_attention_forward_sm90(call, nullptr)) return error;
+    if (!take_turns(emulator::counters().wgmma_commits)) return Error("its warpgroups do not take turns");
+    return {};
+}
+
+static void run_case(bool hopper, FILE* from, FILE* to, const Header& h) {
     Storage q(from, h.q), k(from, h.k), v(from, h.v);
     const int64_t slices = (h.spans_by_batch ? h.batch : 1) * h.runs,
                   hulls_each = (h.queries + kHullRows - 1) / kHullRows;
@@ -102,7 +124,7 @@ static void run_case(FILE* from, FILE* to, const Header& h) {
         out.watch(false);
         watch(lse, false);
         try {
-            if (const Error error = span_attention_forward(call, nullptr)) fail(error.message());
+            if (const Error error = forward(hopper, call)) fail(error.message());
         } catch (const emulator::Error& error) {
             fail(error.what());
         }
@@ -118,14 +140,15 @@ static void run_case(FILE* from, FILE* to, const Header& h) {
 }
 
 int main(int, char** arguments) {
-    FILE *const from = fopen(arguments[1], "rb"), *const to = fopen(arguments[2], "wb");
+    const bool hopper = arguments[1] == std::string("sm_90a");
+    FILE *const from = fopen(arguments[2], "rb"), *const to = fopen(arguments[3], "wb");
     emulator::counters() = {};
     Header header;
     std::string name;
     for (int number = 0; fread(&header, sizeof header, 1, from) == 1; number++) {
         name = "case " + std::to_string(number);
         case_name = name.c_str();
-        run_case(from, to, header);
+        run_case(hopper, from, to, header);
     }
     fclose(to);
     if (emulator::counters().bank_conflicts != 0) fail("has bank conflicts");
