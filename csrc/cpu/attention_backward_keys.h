@@ -11,6 +11,7 @@
 #pragma once
 #include <numeric>
 
+#include "attention_ahead.h"
 #include "attention_backward_plan.h"
 #include "attention_backward_weights.h"
 
@@ -114,12 +115,14 @@ class KeyBlock {
     }
 
     template <class T>
-    void store_gradients(const Plan& plan, float scale, T* d_k, int64_t k_stride, T* d_v, int64_t v_stride) const {
+    void store_gradients(const Plan& plan, float scale, const GradientRows<T>& d_k, const GradientRows<T>& d_v) const {
         for (int64_t p = 0; p < panels_.count; p++) {
-            store_panel(plan, p, d_k_ + p * panel_size(dim_), dim_, scale, d_k, k_stride);
-            store_panel(plan, p, d_v_ + p * panel_size(value_dim_), value_dim_, 1.0f, d_v, v_stride);
+            store_panel(plan, p, d_k_ + p * panel_size(dim_), scale, d_k);
+            store_panel(plan, p, d_v_ + p * panel_size(value_dim_), 1.0f, d_v);
         }
     }
+
+    Ahead ahead;  // what memory is asked for while the products run
 
   private:
     static int64_t panel_size(int64_t dim) { return round_up(dim, kLanes) * kTileColumns; }
@@ -212,8 +215,8 @@ class KeyBlock {
     // finish(row, vector, product of a row of the tile with the lanes of keys). A chain of float32 additions loses
     // digits as it grows; one longer than longest_chain is cut.
     template <int kVectors, class Finish>
-    static MMK_INLINE void multiply_rows(const PackedRows<Operand>& rows, int64_t row, Lanes keys,
-                                         int64_t longest_chain, Finish&& finish) {
+    MMK_INLINE void multiply_rows(const PackedRows<Operand>& rows, int64_t row, Lanes keys, int64_t longest_chain,
+                                  Finish&& finish) {
         const uint32_t* a = rows.along(row);
         const int64_t units = rows.units(), chains = ceil_div(units, longest_chain);
         const auto zero = [](int, int) { return Vec{}; };
@@ -233,7 +236,8 @@ class KeyBlock {
             finish(r, v, chains > 1 ? load(before[r] + v * kLanes) + sum : sum);
         };
         micro_kernel<Operand, kTileRows, kVectors>(a + first, rows.stride, 1, keys.at + first * keys.stride,
-                                                   keys.stride, units - first, zero, total);
+                                                   keys.stride, units - first, zero, total,
+                                                   [&]() MMK_INLINE_LAMBDA { ahead.step(); });
     }
 
     // 2^(logit * scale - lse). The largest weights of a row have large logits and a power near zero: what a float
@@ -260,8 +264,8 @@ class KeyBlock {
                     d_v_ + p * panel_size(value_dim_) + lane);
         add_columns(rows.q, row + first, dim_, scores, range.count(), units, d_k_ + p * panel_size(dim_) + lane);
     }
-    static void add_columns(const PackedRows<Operand>& rows, int64_t row, int64_t dim, Lanes lanes, int64_t vectors,
-                            int64_t units, float* sums) {
+    void add_columns(const PackedRows<Operand>& rows, int64_t row, int64_t dim, Lanes lanes, int64_t vectors,
+                     int64_t units, float* sums) {
         switch (vectors) {
             case 1:
                 return add_columns<1>(rows, row, dim, lanes, units, sums);
@@ -272,8 +276,8 @@ class KeyBlock {
         }
     }
     template <int kVectors>
-    static void add_columns(const PackedRows<Operand>& rows, int64_t row, int64_t dim, Lanes lanes, int64_t units,
-                            float* sums) {
+    void add_columns(const PackedRows<Operand>& rows, int64_t row, int64_t dim, Lanes lanes, int64_t units,
+                     float* sums) {
         int64_t d = 0;
         for (; d + kTileRows / 2 < dim; d += kTileRows) {
             add_product<kTileRows, kVectors>({rows.across(row, d), 1, rows.across_stride}, lanes, units,
@@ -314,7 +318,7 @@ class KeyBlock {
                      rows.d_q + row * rows.d_q_stride + panels.first(p), rows.d_q_stride);
         }
     }
-    static void add_rows(Broadcast weights, Lanes keys, int64_t vectors, int64_t units, float* sums, int64_t stride) {
+    void add_rows(Broadcast weights, Lanes keys, int64_t vectors, int64_t units, float* sums, int64_t stride) {
         switch (vectors) {
             case 1:
                 return add_product<kTileRows, 1>(weights, keys, units, sums, stride);
@@ -327,26 +331,26 @@ class KeyBlock {
 
     // One of a.row and a.unit is 1.
     template <int kRows, int kVectors>
-    static MMK_INLINE void add_product(Broadcast a, Lanes b, int64_t units, float* sums, int64_t stride) {
+    MMK_INLINE void add_product(Broadcast a, Lanes b, int64_t units, float* sums, int64_t stride) {
         const auto zero = [](int, int) { return Vec{}; };
         const auto add = [&](int r, int v, Vec sum) {
             float* at = sums + r * stride + v * kLanes;
             store(at, load(at) + sum);
         };
+        const auto beside = [&]() MMK_INLINE_LAMBDA { ahead.step(); };
         if (a.unit == 1) {
-            micro_kernel<Operand, kRows, kVectors>(a.a, a.row, 1, b.at, b.stride, units, zero, add);
+            micro_kernel<Operand, kRows, kVectors>(a.a, a.row, 1, b.at, b.stride, units, zero, add, beside);
         } else {
-            micro_kernel<Operand, kRows, kVectors>(a.a, 1, a.unit, b.at, b.stride, units, zero, add);
+            micro_kernel<Operand, kRows, kVectors>(a.a, 1, a.unit, b.at, b.stride, units, zero, add, beside);
         }
     }
 
     // sums: [dim][kTileColumns] of panel p, to its keys' rows of a gradient.
     template <class T>
-    void store_panel(const Plan& plan, int64_t p, const float* sums, int64_t dim, float scale, T* gradient,
-                     int64_t stride) const {
+    void store_panel(const Plan& plan, int64_t p, const float* sums, float scale, const GradientRows<T>& to) const {
         for (int64_t l = 0; l < panels_.width(p); l += kLanes) {
             const int64_t first = panels_.first(p) + l, count = std::min<int64_t>(kLanes, count_ - first);
-            for (int64_t d = 0; d < dim; d += kLanes) {
+            for (int64_t d = 0; d < to.dim; d += kLanes) {
                 UVec block[kLanes];
                 MMK_UNROLL for (int i = 0; i < kLanes; i++) {
                     block[i] = as_bits(load(sums + (d + i) * kTileColumns + l) * splat(scale));
@@ -354,7 +358,7 @@ class KeyBlock {
                 transpose(block);
                 for (int64_t j = 0; j < count; j++) {
                     const Vec x = plan.seen(first_ + first + j) ? as_float(block[j]) : Vec{};
-                    store_up_to(gradient + (first_ + first + j) * stride + d, x, dim - d);
+                    to.put(first_ + first + j, d, x);
                 }
             }
         }

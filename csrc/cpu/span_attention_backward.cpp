@@ -108,8 +108,11 @@ class Backward {
             workspaces.push_back(workspace(carver));
         }
         for_each(call_.k.batch, threads, [&](int64_t b, int64_t) { clear_unseen(b); });
-        for_each(static_cast<int64_t>(tasks_.size()), threads,
-                 [&](int64_t i, int64_t worker) { run_task(tasks_[i], parts.get(), workspaces[worker]); });
+        for_each(static_cast<int64_t>(tasks_.size()), threads, [&](int64_t i, int64_t worker) {
+            const Task& next = tasks_[std::min(i + 1, num_tasks() - 1)];  // most likely, too
+            ask_for(tasks_[i], next, workspaces[worker].keys.ahead);
+            run_task(tasks_[i], parts.get(), workspaces[worker]);
+        });
         for_each(static_cast<int64_t>(splits_.size()), threads,
                  [&](int64_t i, int64_t) { add_parts(splits_[i], parts.get()); });
     }
@@ -162,6 +165,30 @@ class Backward {
         while (task.first_row < task.last_row && idle(task.last_row - 1)) task.last_row -= kTileRows;
     }
 
+    // What the next task reads, and where this one's gradients go.
+    void ask_for(const Task& task, const Task& next, Ahead& ahead) const {
+        ask_for_keys(next, {&call_.k, &call_.v}, ahead);
+        ask_for_queries(next, {&call_.q, &call_.d_out, &call_.out}, ahead);
+        if (GradientRows<T>(call_.d_q, 0, 0).streams) return;
+        ask_for_queries(task, {&call_.d_q}, ahead);
+        ask_for_keys(task, {&call_.d_k, &call_.d_v}, ahead);
+    }
+    void ask_for_keys(const Task& task, std::initializer_list<const Heads*> tensors, Ahead& ahead) const {
+        for (const Heads* x : tensors) {
+            const Head<const T> head(*x, task.batch, task.head);
+            ahead.add(head.token(task.first_key), head.stride, task.last_key - task.first_key, x->dim);
+        }
+    }
+    void ask_for_queries(const Task& task, std::initializer_list<const Heads*> tensors, Ahead& ahead) const {
+        if (task.first_row == task.last_row) return;
+        for (const Heads* x : tensors) {
+            const Head<const T> head(*x, task.batch, task.head * heads_);
+            const int64_t together = x->head_stride == x->dim ? heads_ : 1;  // heads that lie together
+            ahead.add(head.token(task.plan->rows[task.first_row].query), head.stride,
+                      (task.last_row - task.first_row) / heads_, together * x->dim);
+        }
+    }
+
     void run_task(const Task& task, float* parts, Workspace<Operand>& memory) const {
         QueryRows<Operand>& rows = memory.rows;
         const int64_t count = task.last_row - task.first_row;
@@ -172,14 +199,13 @@ class Backward {
         std::fill_n(mine.d_q, count * d_q_stride_, 0.0f);
         KeyBlock<Operand>& block = memory.keys;
         if (std::is_same_v<T, float> && count <= kFewRows && task.part < 0) normalize(task, mine, block);
-        const Head<T> d_k(call_.d_k, task.batch, task.head), d_v(call_.d_v, task.batch, task.head);
+        const GradientRows<T> d_k(call_.d_k, task.batch, task.head), d_v(call_.d_v, task.batch, task.head);
         for (int64_t key = task.first_key; key < task.last_key; key += kBlockKeys) {
             pack(task, key, block);
             for (int64_t row = 0; row < count; row += kBlockRows) {
                 block.meet(*task.plan, task.first_row + row, mine, row, std::min<int64_t>(kBlockRows, count - row));
             }
-            block.store_gradients(*task.plan, static_cast<float>(call_.scale), d_k.data, d_k.stride, d_v.data,
-                                  d_v.stride);
+            block.store_gradients(*task.plan, static_cast<float>(call_.scale), d_k, d_v);
         }
         if (task.part >= 0) return;
         for (int64_t r = 0; r < count; r++) {
@@ -241,11 +267,11 @@ class Backward {
     MMK_INLINE void write_query(const Task& task, int64_t plan_row, Sums&& sums) const {
         const Row row = task.plan->rows[plan_row];
         if (row.query < 0) return;
-        T* d_q = Head<T>(call_.d_q, task.batch, task.head * heads_ + row.head).token(row.query);
+        const GradientRows<T> d_q(call_.d_q, task.batch, task.head * heads_ + row.head);
         const Vec scale = splat(static_cast<float>(call_.scale));
         const bool idle = !task.plan->sees_anything(plan_row);  // its tile may have met a NaN that others see
         for (int64_t d = 0; d < call_.q.dim; d += kLanes) {
-            store_up_to(d_q + d, idle ? Vec{} : sums(d) * scale, call_.q.dim - d);
+            d_q.put(row.query, d, idle ? Vec{} : sums(d) * scale);
         }
     }
 

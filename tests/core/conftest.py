@@ -2,12 +2,13 @@
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-import mmkernels  # noqa: F401  (brings torch, whose threads the core works on)
 from mmkernels import _core
 
 CSRC = Path(__file__).parents[2] / "csrc" / "cpu"
@@ -28,6 +29,26 @@ def level(request, monkeypatch) -> str:
     monkeypatch.setenv("MMKERNELS_CPU_ISA", request.param)
     assert _core.isa() == request.param
     return request.param
+
+
+@pytest.fixture
+def same_for_any_threads() -> Callable[[Callable[[], Sequence[Tensor]]], None]:
+    """same_for_any_threads(compute): its tensors must not differ in a bit, whatever number of threads cuts the work."""
+
+    def check(compute: Callable[[], Sequence[Tensor]]) -> None:
+        before = torch.get_num_threads()
+        results = []
+        try:
+            for threads in (1, 2, 3, 5, 2):
+                torch.set_num_threads(threads)
+                results.append(compute())
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            for first, again in zip(results[0], other, strict=True):
+                assert torch.equal(first, again)
+
+    return check
 
 
 @pytest.fixture

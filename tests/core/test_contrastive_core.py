@@ -55,18 +55,9 @@ def test_sizes_around_every_tile(level, op, dtype, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pairs", [190, 701, 2501])  # tiles of 48 rows, of 144, and bands of two tiles
-def test_bitwise_the_same_for_any_number_of_threads(level, loss, dtype, pairs):
+def test_bitwise_the_same_for_any_number_of_threads(same_for_any_threads, level, loss, dtype, pairs):
     image, text = torch.randn(2, pairs, 40).div(6).to(dtype)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 5, 2):
-            torch.set_num_threads(threads)
-            results.append(evaluate(loss, image, text, 14.0))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    same_for_any_threads(lambda: evaluate(loss, image, text, 14.0))
 
 
 def test_tiles_computed_again_are_those_that_were_kept():

@@ -32,20 +32,10 @@ def gradients(images, weight, bias, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("batch", "size"), [(3, 49), (23, 49)], ids=["few rows", "many rows"])
-def test_bitwise_the_same_for_any_number_of_threads(level, dtype, batch, size):
+def test_bitwise_the_same_for_any_number_of_threads(same_for_any_threads, level, dtype, batch, size):
     images = torch.randn(batch, 3, size, size).to(dtype)
     weight, bias = torch.randn(70, 3, 7, 7).to(dtype), torch.randn(70).to(dtype)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 5, 2):
-            torch.set_num_threads(threads)
-            results.append(gradients(images, weight, bias))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for first, again in zip(results[0], other, strict=True):
-            assert torch.equal(first, again)
+    same_for_any_threads(lambda: gradients(images, weight, bias))
 
 
 def test_a_patch_does_not_depend_on_its_neighbours(level):

@@ -42,22 +42,32 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bitwise_the_same_for_any_number_of_threads(layout, dtype):
+def test_bitwise_the_same_for_any_number_of_threads(same_for_any_threads, layout, dtype):
     spans = LAYOUTS[layout]
     q = torch.randn(spans.num_queries, 4, 40).to(dtype).requires_grad_()
     k, v = (torch.randn(spans.num_keys, 2, 40).to(dtype).requires_grad_() for _ in range(2))
     out = span_attention(q, k, v, spans, backend="cpu")
     upstream = torch.randn_like(out)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 5, 2):
-            torch.set_num_threads(threads)
-            results.append(torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    same_for_any_threads(lambda: torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True))
+
+
+def test_large_gradients_are_those_of_their_parts():
+    """From 8 MB on they are written past the caches."""
+    lengths, dim = [60] * 40, 64
+    q, k, v, upstream = torch.randn(4, sum(lengths), 16, dim)
+    for x in (q, k, v):
+        x.requires_grad_()
+    assert q.nbytes >= 8 << 20
+    whole = gradients(q, k, v, upstream, lengths)
+    halves = [
+        gradients(*(x[part] for x in (q, k, v, upstream)), lengths[:20]) for part in (slice(1200), slice(1200, None))
+    ]
+    assert all(map(torch.equal, whole, map(torch.cat, zip(*halves, strict=True))))
+
+
+def gradients(q, k, v, upstream, lengths):
+    out = span_attention(q, k, v, documents(lengths), backend="cpu")
+    return torch.autograd.grad(out, (q, k, v), upstream)
 
 
 MEMORY = """

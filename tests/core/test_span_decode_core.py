@@ -49,21 +49,12 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [(6, 3), (17, 1)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bitwise_the_same_for_any_number_of_threads(level, layout, heads, dtype):
+def test_bitwise_the_same_for_any_number_of_threads(same_for_any_threads, level, layout, heads, dtype):
     spans = LAYOUTS[layout]
     batch = [spans.batch] if spans.batch else []
     q = torch.randn(*batch, spans.num_queries, heads[0], 72).to(dtype)
     k, v = torch.randn(2, *batch, spans.num_keys, heads[1], 72).to(dtype)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 5, 2):
-            torch.set_num_threads(threads)
-            results.append(span_attention(q, k, v, spans, return_lse=True, backend="cpu"))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    same_for_any_threads(lambda: span_attention(q, k, v, spans, return_lse=True, backend="cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
