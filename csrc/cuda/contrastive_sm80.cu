@@ -28,7 +28,7 @@ constexpr size_t kSharedBytes = sizeof(uint16_t) * kStages * 2 * kOperand;
 template <class T>
 struct Source {
     static constexpr int kChunks = kDepth / 8, kRows = kThreads / kChunks;
-    const T* first;
+    const T* first;  // of a tile that ends early it may lie beyond the matrix, and is not read
     int64_t stride;
     int present, left;  // rows from the thread's first one on, and numbers from its chunk on
     bool aligned;       // every eighth number of every row lies at 16 bytes
@@ -39,8 +39,7 @@ struct Source {
         aligned = reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && (stride | pairs.width) % 8 == 0;
         present = pairs.count - row0 - row;
         left = pairs.width - chunk * 8;
-        first = static_cast<const T*>(matrix.data);
-        if (present > 0 && left > 0) first += (row0 + row) * stride + chunk * 8;
+        first = static_cast<const T*>(matrix.data) + (row0 + row) * stride + chunk * 8;
         to = row * kDepth + (chunk ^ row / 2 % 4) * 8;
     }
 
@@ -48,8 +47,7 @@ struct Source {
         if (aligned) {
 #pragma unroll
             for (int i = 0; i < kTile; i += kRows) {
-                const bool inside = i < present && k0 < left;
-                cp_async<16>(slice + to + i * kDepth, inside ? first + i * stride + k0 : first, inside);
+                cp_async<16>(slice + to + i * kDepth, first + i * stride + k0, i < present && k0 < left);
             }
         } else {
 #pragma unroll 1
@@ -264,8 +262,8 @@ struct Clip {
     }
     MMK_DEVICE float slope(const Pair& pair, int i, int j) {
         const float x = rounded_product(pair.product, scale_);
-        float d = exp2_approx(x - row_[i].maximum) * row_[i].sum + exp2_approx(x - column_[j].maximum) * column_[j].sum;
-        d -= p_.off_target;
+        float d = exp2_approx(x - column_[j].maximum) * column_[j].sum - p_.off_target;
+        d = exp2_approx(x - row_[i].maximum) * row_[i].sum + d;
         if (pair.positive) d -= p_.on_target;
         sums[0] += pair.inside ? d * pair.product : 0.0f;
         return d;
@@ -275,7 +273,7 @@ struct Clip {
     // Maximum, and half the inverse of the sum.
     MMK_DEVICE Statistic weight(const float* statistics, int first, int at, int count) const {
         if (at >= count) return {0.0f, 0.0f};
-        return {statistics[first + at], 0.5f / statistics[int64_t{p_.pairs.count} + first + at]};
+        return {statistics[first + at], 0.5f * reciprocal_approx(statistics[int64_t{p_.pairs.count} + first + at])};
     }
 
     const GradientTiles& p_;
@@ -356,20 +354,14 @@ MMK_DEVICE void store_sums(const float (&x)[kSums], int used, const GradientTile
     p.sums[static_cast<int64_t>(thread) * tile.tiles_m * tile.tiles_n + number] = (of[0] + of[1]) + (of[2] + of[3]);
 }
 
-template <class T, class Loss>
-__global__ __launch_bounds__(kThreads, 2) void gradient_kernel(const GradientTiles p) {
-    MMK_DYNAMIC_SHARED(shared);
-    static_assert(Slopes<T>::kBytes + sizeof(float) * Loss::kSums * kThreads / kWarp <= kSharedBytes);
-    const Tile tile(p.pairs, p.row0, p.row_count);
-    const Place& place = tile.place;
-    Products<T> products;
-    products.compute(p.pairs, tile.i0, tile.j0, reinterpret_cast<T*>(shared), place);
-
-    Loss loss(p, tile);
-    Slopes<T> slopes(shared, place);
+// kPlain: every pair is there and none belongs together, as in nearly every tile.
+template <bool kPlain, class T, class Loss>
+MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, Loss& loss, Slopes<T>& slopes) {
+    // A loop that may end early is one that ptxas does not mix all turns of, and spill; by a shuffle, or it would know.
+    const int columns = __shfl_sync(kAllLanes, tile.columns - tile.place.warp % 2 * kHalf, 0);
 #pragma unroll
     for (int n = 0; n < 8; n++) {
-        if (place.warp % 2 * kHalf + 8 * n >= tile.columns) break;  // it also keeps the scheduler from mixing all n
+        if (8 * n >= columns) break;
         loss.turn_to(n);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -377,12 +369,30 @@ __global__ __launch_bounds__(kThreads, 2) void gradient_kernel(const GradientTil
             float slope[2];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const bool inside = tile.inside(row, column + j), positive = tile.positive(row, column + j);
+                const bool inside = kPlain || tile.inside(row, column + j);
+                const bool positive = !kPlain && tile.positive(row, column + j);
                 const float d = loss.slope({products.s[i / 2][n][i % 2 * 2 + j], inside, positive}, i, j);
                 slope[j] = inside ? d : 0.0f;
             }
             slopes.put(row, column, slope);
         }
+    }
+}
+
+template <class T, class Loss>
+__global__ __launch_bounds__(kThreads, 2) void gradient_kernel(const GradientTiles p) {
+    MMK_DYNAMIC_SHARED(shared);
+    static_assert(Slopes<T>::kBytes + sizeof(float) * Loss::kSums * kThreads / kWarp <= kSharedBytes);
+    const Tile tile(p.pairs, p.row0, p.row_count);
+    Products<T> products;
+    products.compute(p.pairs, tile.i0, tile.j0, reinterpret_cast<T*>(shared), tile.place);
+
+    Loss loss(p, tile);
+    Slopes<T> slopes(shared, tile.place);
+    if (tile.whole() && !tile.crosses_diagonal()) {
+        put_slopes<true>(products, tile, loss, slopes);
+    } else {
+        put_slopes<false>(products, tile, loss, slopes);
     }
     if (p.ds != nullptr) slopes.store(p, tile);
     store_sums(loss.sums, p.ds != nullptr ? Loss::kSums : 1, p, tile,
