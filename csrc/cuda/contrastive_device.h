@@ -55,9 +55,11 @@ struct Statistic {
     float maximum, sum;
 };
 
+// By one exponential: that of the higher one is 1.
 MMK_DEVICE Statistic merged(const Statistic& a, const Statistic& b) {
-    const float maximum = fmaxf(a.maximum, b.maximum);
-    return {maximum, a.sum * exp2_approx(a.maximum - maximum) + b.sum * exp2_approx(b.maximum - maximum)};
+    const float fade = exp2_approx(-fabsf(a.maximum - b.maximum));
+    const bool a_higher = a.maximum >= b.maximum;
+    return {fmaxf(a.maximum, b.maximum), (a_higher ? a.sum : b.sum) + (a_higher ? b.sum : a.sum) * fade};
 }
 
 // The tile of this block: kGroup rows of tiles go column by column, so that what runs at a time reads few rows of

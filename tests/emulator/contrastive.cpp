@@ -1,5 +1,6 @@
-// Runs the cases of one file through the passes of the contrastive losses, each under three orders of threads, which
-// have to give the same bits, and writes what they left to another. test_contrastive.py knows both files.
+// Runs the cases of one file through the passes of the contrastive losses for "sm_80" or "sm_90a", each under three
+// orders of threads, which have to give the same bits, and writes what they left to another. test_contrastive.py knows
+// both files.
 #include "cuda/contrastive.h"
 
 #include <cstdio>
@@ -47,6 +48,14 @@ static void watch(const std::vector<T>& numbers, bool initialised) {
     emulator::watch(numbers.data(), numbers.size() * sizeof(T), initialised);
 }
 
+// The passes of an architecture, for what it serves.
+struct Passes {
+    bool (*serves)(const Pairs&);
+    Error (*clip_forward)(const ClipForward&, cudaStream_t);
+    Error (*clip_gradient)(const ClipGradient&, cudaStream_t);
+    Error (*siglip)(const LogitRows&, cudaStream_t);
+};
+
 // What one run of a case leaves.
 struct Results {
     explicit Results(const Header& h)
@@ -59,7 +68,7 @@ struct Results {
     std::vector<float> means;  // CLIP: loss, d scale; SigLIP: loss, d scale, d bias
 };
 
-static Error run_passes(const Header& h, const Pairs& pairs, Results& results) {
+static Error run_passes(const Passes& passes, const Header& h, const Pairs& pairs, Results& results) {
     const auto count = static_cast<size_t>(h.count);
     std::vector<float> rows(2 * count), columns(2 * count), diagonal(count);
     std::vector<double> totals(3);
@@ -75,7 +84,7 @@ static Error run_passes(const Header& h, const Pairs& pairs, Results& results) {
         const ClipForward call{
             pairs, smoothing, rows.data(), columns.data(), diagonal.data(), results.means.data(), workspace.data(),
             bytes};
-        if (Error error = clip_forward(call, nullptr)) return error;
+        if (Error error = passes.clip_forward(call, nullptr)) return error;
     }
     if (!h.siglip && !h.with_gradients) return {};
     for (int64_t row0 = 0; row0 < h.count || row0 == 0; row0 += h.chunk) {
@@ -92,15 +101,15 @@ static Error run_passes(const Header& h, const Pairs& pairs, Results& results) {
                            results.means.data() + (h.siglip ? 0 : 1),
                            workspace.data(),
                            workspace.size()};
-        if (Error error =
-                h.siglip ? siglip(to, nullptr) : clip_gradient({to, smoothing, rows.data(), columns.data()}, nullptr)) {
+        const ClipGradient clip{to, smoothing, rows.data(), columns.data()};
+        if (Error error = h.siglip ? passes.siglip(to, nullptr) : passes.clip_gradient(clip, nullptr)) {
             return error;
         }
     }
     return {};
 }
 
-static void run_case(FILE* from, FILE* to, const Header& h) {
+static void run_case(const Passes& passes, FILE* from, FILE* to, const Header& h) {
     const auto image = read_matrix(from, h.image), text = read_matrix(from, h.text);
     const std::vector<float> scale(1, static_cast<float>(h.scale)), bias(1, static_cast<float>(h.bias));
     const Pairs pairs{{image.data() + h.image.offset, h.image.stride},
@@ -110,6 +119,7 @@ static void run_case(FILE* from, FILE* to, const Header& h) {
                       static_cast<int>(h.count),
                       static_cast<int>(h.width),
                       h.bfloat16 != 0};
+    if (!passes.serves(pairs)) return fail("is not served");
     std::vector<Results> all;
     for (const auto order : {emulator::Order::kLowestFirst, emulator::Order::kHighestFirst, emulator::Order::kRandom}) {
         emulator::options() = {order, 1};
@@ -117,7 +127,7 @@ static void run_case(FILE* from, FILE* to, const Header& h) {
         for (const auto* given : {&image, &text}) watch(*given, true);
         for (const auto* given : {&scale, &bias}) watch(*given, true);
         try {
-            if (const Error error = run_passes(h, pairs, all.back())) fail(error.message());
+            if (const Error error = run_passes(passes, h, pairs, all.back())) fail(error.message());
         } catch (const emulator::Error& error) {
             fail(error.what());
         }
@@ -129,14 +139,17 @@ static void run_case(FILE* from, FILE* to, const Header& h) {
 }
 
 int main(int, char** arguments) {
-    FILE *const from = fopen(arguments[1], "rb"), *const to = fopen(arguments[2], "wb");
+    const bool hopper = arguments[1] == std::string("sm_90a");
+    const Passes passes = hopper ? Passes{contrastive_sm90_serves, clip_forward_sm90, clip_gradient_sm90, siglip_sm90}
+                                 : Passes{[](const Pairs&) { return true; }, clip_forward, clip_gradient, siglip};
+    FILE *const from = fopen(arguments[2], "rb"), *const to = fopen(arguments[3], "wb");
     emulator::counters() = {};
     Header header;
     std::string name;
     for (int number = 0; fread(&header, sizeof header, 1, from) == 1; number++) {
         name = "case " + std::to_string(number);
         case_name = name.c_str();
-        run_case(from, to, header);
+        run_case(passes, from, to, header);
     }
     fclose(to);
     if (emulator::counters().bank_conflicts != 0) fail("has bank conflicts");
