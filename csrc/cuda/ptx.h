@@ -153,4 +153,15 @@ MMK_DEVICE float exp2_approx(float x) {
 #endif
 }
 
+// 1 / x to an ulp, without the branches of a division; inf gives 0.
+MMK_DEVICE float reciprocal_approx(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
+#endif
+}
+
 }  // namespace mmk::cuda

@@ -220,9 +220,9 @@ struct Factors {
         before = capped ? p.scale / p.softcap : p.scale;
         after = (capped ? p.softcap : plain ? p.scale : 1.0f) * kLog2E;
     }
-    MMK_DEVICE float apply(float score) const {
-        const float x = score * before;
-        return capped ? 1.0f - 2.0f / (1.0f + exp2_approx(x * (2 * kLog2E))) : x;
+    MMK_DEVICE float apply(float score) const { return capped ? cap(score) : score * before; }
+    MMK_DEVICE float cap(float score) const {  // tanh
+        return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(score * before * (2 * kLog2E)));
     }
 };
 

@@ -169,15 +169,15 @@ MMK_DEVICE void copy_tiles(const SpanAttention& p, const CUtensorMap* map_q, con
         const int key_head = tile.head / (p.heads / p.key_heads);
         Walk<Tile::kKeys> walk(tile);
         for (bool begun = false; walk.advance(p); at = at.after()) {
-            if (!begun) {
+            mbarrier_wait(&control.key_empty[at.stage], at.parity ^ 1);
+            load<kWidth, Tile::kKeys>(shared.keys + at.stage * Tile::kBytes, map_k, walk.key0, key_head, tile.batch,
+                                      &control.key_full[at.stage]);
+            if (!begun) {  // the last tile's are needed longer than some stage of the keys
                 mbarrier_wait(&control.query_empty, query.parity ^ 1);
                 load<kWidth, kRows>(shared.queries, map_q, tile.row0, tile.head, tile.batch, &control.query_full);
                 query = query.after();
                 begun = true;
             }
-            mbarrier_wait(&control.key_empty[at.stage], at.parity ^ 1);
-            load<kWidth, Tile::kKeys>(shared.keys + at.stage * Tile::kBytes, map_k, walk.key0, key_head, tile.batch,
-                                      &control.key_full[at.stage]);
             mbarrier_wait(&control.value_empty[at.stage], at.parity ^ 1);
             load<kWidth, Tile::kKeys>(shared.values + at.stage * Tile::kBytes, map_v, walk.key0, key_head, tile.batch,
                                       &control.value_full[at.stage]);
@@ -399,13 +399,13 @@ struct Consumer {
     using Tile = Tiling<kWidth>;
     const SpanAttention& p;
     const Shared<kWidth>& shared;
-    int group, warp, lane;  // `warp` of the warpgroup's four
+    int group, row, lane;  // row: the first of the two the thread holds, of the tile's
     Turns turns;
     Position<1> query;
     Position<Tile::kStages> at;  // of the step
 
-    MMK_DEVICE Consumer(const SpanAttention& p, const Shared<kWidth>& shared, int group, int warp, int lane)
-        : p(p), shared(shared), group(group), warp(warp), lane(lane), turns{group} {}
+    MMK_DEVICE Consumer(const SpanAttention& p, const Shared<kWidth>& shared, int warp, int lane)
+        : p(p), shared(shared), group(warp / 4), row(warp * 16 + lane / 4), lane(lane), turns{group} {}
 
     // Each warp for itself, since it has waited for its own reads only.
     MMK_DEVICE void release(uint64_t* empty) const {
@@ -418,7 +418,6 @@ struct Consumer {
     MMK_DEVICE void attend(const Queries& tile, const Factors& factors, Attention<T, kWidth>& attention) {
         Control<kWidth>& control = *shared.control;
         const uint32_t queries = shared_address(shared.queries) + group * kGroupRows * Tile::kPitch;
-        const int row = group * kGroupRows + warp * 16 + lane / 4;
         Walk<Tile::kKeys> walk(tile);
         Spans spans = walk.spans(p, row);  // mostly the first run is it: no need to wait for its hull first
         if (!walk.advance(p)) return;
@@ -433,7 +432,11 @@ struct Consumer {
         wgmma_wait<0>(attention.s);
         for (bool first = true;; first = false) {
             release(&control.key_empty[at.stage]);
-            if (!factors.plain) attention.each(lane, [&](float& s, int, int) { s = factors.apply(s); });
+            if (factors.capped) {
+                attention.each(lane, [&](float& s, int, int) { s = factors.cap(s); });
+            } else if (!factors.plain) {
+                attention.each(lane, [&](float& s, int, int) { s *= factors.before; });
+            }
             if (walk.masked()) {
                 attention.each(lane, [&](float& s, int i, int column) {
                     if (!spans.see(i, walk.key0 + column)) s = -INFINITY;
@@ -485,7 +488,7 @@ struct Consumer {
         each_tile(p, [&](const Queries& tile) {
             Attention<T, kWidth> attention;
             attend(tile, factors, attention);
-            const int row0 = tile.row0 + group * kGroupRows + warp * 16;
+            const int row0 = tile.row0 + row - lane / 4;
             const auto out = matrix<T>(p.out, p.value_size, tile.batch, row0, tile.head);
             float* const lse = p.lse + (static_cast<int64_t>(tile.batch) * p.heads + tile.head) * p.queries + row0;
             attention.store(out, lse, p.queries - row0, lane);
@@ -510,7 +513,7 @@ __global__ __launch_bounds__(kThreads,
 
     if (warp >= kWarpgroup / kWarp) {
         take_registers<kManyRegisters>();
-        Consumer<T, kWidth>(p, shared, warp / 4 - 1, warp % 4, lane).run();
+        Consumer<T, kWidth>(p, shared, warp - kWarpgroup / kWarp, lane).run();
         return;
     }
     release_registers<kFewRegisters>();
