@@ -24,8 +24,7 @@ bytes for each element of each copy; dX: dY + W + X.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -35,6 +34,7 @@ from torch import Tensor
 from .. import _triton
 from .._triton import STRIPS, Tile, dot, launch, rounded, strips_of
 from .geometry import PatchGeometry
+from .pixels import Pixels, weight_view
 
 IMAGE_DTYPES = (*_triton.DTYPES, torch.uint8)
 PROGRAMS = 256  # that a split of the weight gradient aims at: two for each multiprocessor of the largest GPUs
@@ -48,47 +48,6 @@ TILES = {
     "sm100": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 16, 8, 3)),
     "cdna": (Tile(128, 128, 64, 8, 2), Tile(128, 64, 32, 8, 2)),
 }
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """How the kernels walk the pixels of a patch: by address, as up to four nested loops of merged dimensions."""
-
-    order: tuple[int, ...]  # of (c, t, y, x), outermost first
-    sizes: tuple[int, ...]  # four, ones in front
-    strides: tuple[int, ...]
-    unit: bool  # the innermost stride is 1
-    vector: int  # the power of two that divides the length of a run, every stride above it and the first address
-    channel_inner: int  # pixels in a row that share a channel
-
-    @classmethod
-    def of(cls, tensor: Tensor, geometry: PatchGeometry) -> Pixels:
-        patch, strides = geometry.patch, geometry.patch_strides
-        # A dimension that is repeated (stride 0) goes outside, where it does not break the runs of neighbours.
-        order = sorted(range(4), key=lambda d: (patch[d] == 1, strides[d] == 0, strides[d]), reverse=True)
-        merged: list[tuple[int, int]] = []  # innermost first
-        for d in reversed(order):
-            if merged and strides[d] == math.prod(merged[-1]):
-                merged[-1] = (merged[-1][0] * patch[d], merged[-1][1])
-            elif patch[d] > 1:
-                merged.append((patch[d], strides[d]))
-        merged += [(1, 0)] * (4 - len(merged))
-        sizes, outer = zip(*reversed(merged), strict=True)
-        unit = outer[3] == 1
-        aligned = tensor.data_ptr() % 16 == 0 and unit
-        rows = (geometry.batch_stride, *geometry.grid_strides, *outer[:3])
-        vector = math.gcd(sizes[3], *rows, 16 // tensor.element_size()) if aligned else 1
-        inner = math.prod(patch[d] for d in order[order.index(0) + 1 :])
-        return cls(tuple(order), sizes, outer, unit, vector, inner)
-
-    def arguments(self, geometry: PatchGeometry) -> tuple[int, ...]:
-        """Strides of (b, gt, gy, gx) and of the four loops in units of the vector, and the sizes of the grid."""
-        strides = (geometry.batch_stride, *geometry.grid_strides, *self.strides)
-        innermost = 0 if self.unit else strides[-1]
-        return *(s // self.vector for s in strides[:-1]), innermost, geometry.patches, *geometry.grid[1:]
-
-    def meta(self) -> dict[str, object]:
-        return dict(SIZES=self.sizes, UNIT=self.unit, VECTOR=self.vector)
 
 
 def unsupported(images: Tensor, weight: Tensor) -> str | None:
@@ -115,7 +74,7 @@ def patch_embed(
     launch(
         embed, triton.cdiv(count, tile.BLOCK_M) * triton.cdiv(features, tile.BLOCK_N),
         images, rows, None if bias is None else bias.contiguous(), positions, *_normalisation(mean, std), tokens,
-        *pixels.arguments(geometry), rows.stride(0) // 8, count, num_prefix, skipped, geometry.pixels,
+        *_walk(pixels, geometry), rows.stride(0) // 8, count, num_prefix, skipped, geometry.pixels,
         E=features, K=geometry.pixels, WIDTH=rows.shape[1], **_channels(geometry, pixels),
         **_meta(weight, pixels, tile),
     )  # fmt: skip
@@ -161,7 +120,7 @@ def _write_images_grad(
     count = into.batch * into.patches
     launch(
         images_grad, triton.cdiv(count, tile.BLOCK_M) * triton.cdiv(into.pixels, tile.BLOCK_N),
-        grad, rows, d_images, *pixels.arguments(into),
+        grad, rows, d_images, *_walk(pixels, into),
         grad.stride(0) // 8, grad.stride(1) // 8, rows.stride(0) // 8, count, weight.shape[0],
         E=weight.shape[0], K=into.pixels, WIDTH=rows.shape[1], E_WIDTH=grad.shape[-1], **_meta(weight, pixels, tile),
     )  # fmt: skip
@@ -187,24 +146,25 @@ def _write_weight_grad(
     copies = weight.new_empty(splits, features, geometry.pixels, dtype=torch.float32)
     launch(
         weight_grad, splits * tiles,
-        grad, images, *_normalisation(mean, std), copies, *pixels.arguments(geometry),
+        grad, images, *_normalisation(mean, std), copies, *_walk(pixels, geometry),
         grad.stride(0) // 8, grad.stride(1) // 8, count, run,
         E=features, K=geometry.pixels, E_WIDTH=grad.shape[-1], **_channels(geometry, pixels),
         **_meta(weight, pixels, tile),
     )  # fmt: skip
     d_rows = copies[0] if splits == 1 else copies.sum(0)
-    _weight_view(d_weight, into, pixels.order).copy_(d_rows.view(features, *(geometry.patch[d] for d in pixels.order)))
+    weight_view(d_weight, into, pixels.order).copy_(d_rows.view(features, *(geometry.patch[d] for d in pixels.order)))
 
 
 def _weight_rows(weight: Tensor, geometry: PatchGeometry, pixels: Pixels) -> Tensor:
     """(E, K) in the order of the pixels, ready for the kernels."""
-    return _triton.aligned_rows(_weight_view(weight, geometry, pixels.order).reshape(weight.shape[0], geometry.pixels))
+    return _triton.aligned_rows(weight_view(weight, geometry, pixels.order).reshape(weight.shape[0], geometry.pixels))
 
 
-def _weight_view(weight: Tensor, geometry: PatchGeometry, order: tuple[int, ...]) -> Tensor:
-    sizes = (weight.shape[0], *(geometry.patch[d] for d in order))
-    strides = (geometry.weight_row_stride, *(geometry.weight_strides[d] for d in order))
-    return weight.as_strided(sizes, strides, weight.storage_offset())
+def _walk(pixels: Pixels, geometry: PatchGeometry) -> tuple[int, ...]:
+    """Strides of (b, gt, gy, gx) and of the four loops in units of the vector, and the sizes of the grid."""
+    strides = (geometry.batch_stride, *geometry.grid_strides, *pixels.strides)
+    innermost = 0 if pixels.unit else strides[-1]
+    return *(s // pixels.vector for s in strides[:-1]), innermost, geometry.patches, *geometry.grid[1:]
 
 
 def _normalisation(mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -217,7 +177,8 @@ def _channels(geometry: PatchGeometry, pixels: Pixels) -> dict[str, int]:
 
 
 def _meta(weight: Tensor, pixels: Pixels, tile: Tile) -> dict[str, object]:
-    return dict(PRECISION=_triton.precision(weight.dtype), **pixels.meta(), **tile.meta())
+    walk = dict(SIZES=pixels.sizes, UNIT=pixels.unit, VECTOR=pixels.vector)
+    return dict(PRECISION=_triton.precision(weight.dtype), **walk, **tile.meta())
 
 
 def _tile(weight: Tensor, two_blocks: bool) -> Tile:
