@@ -46,7 +46,7 @@ struct SpanAttentionBackward {
 //   RowTerms  (batch, heads, queries)
 //   KeyBlock  (batch or 1, runs, keys / kTableKeys up)
 constexpr int kTableKeys = 64;
-struct RowTerms {
+struct alignas(8) RowTerms {
     float lse;    // in units of log 2; 0 for a query that sees nothing
     float delta;  // sum of d_out * out
 };

@@ -87,6 +87,7 @@ template <int kWidth, class T>
 MMK_DEVICE void store_rows(T* through, const float (&rows)[kWidth / 8][4], const float (&factors)[2],
                            const Matrix<T>& to, int present, int lane) {
     constexpr int kPitch = Row<kWidth>::kPitch, kChunks = Row<kWidth>::kChunks;
+    __syncwarp();  // other lanes may have read what lay here as operands
 #pragma unroll
     for (int i = 0; i < 2; i++) {
 #pragma unroll
@@ -207,6 +208,19 @@ struct Spans {
     }
     MMK_DEVICE bool see(int i, int key) const { return lo[i] <= key && key < hi[i]; }
 };
+
+// ---- the backward's workspace
+
+struct Workspace {
+    RowTerms* terms;
+    KeyBlock* table;
+};
+
+MMK_DEVICE Workspace workspace_of(const SpanAttentionBackward& call) {
+    RowTerms* const terms = static_cast<RowTerms*>(call.workspace);
+    const SpanAttention& p = call.forward;
+    return {terms, reinterpret_cast<KeyBlock*>(terms + static_cast<int64_t>(p.batch) * p.heads * p.queries)};
+}
 
 // ---- scores
 

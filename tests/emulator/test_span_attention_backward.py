@@ -1,0 +1,117 @@
+"""The CUDA kernels of span attention's gradients in the emulator, against the reference in float64."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from emulator_build import CSRC, compiled_by_nvcc, needs_nvcc
+from span_attention_cases import Case, all_cases, documents, failures, packed_case, run_program
+from torch import Tensor
+
+from mmkernels.ops.span_attention import reference
+
+KERNELS = [CSRC / "cuda" / f"span_attention_{name}.cu" for name in ("backward", "prepare")]
+SOURCES = ["span_attention_backward.cpp", *map(str, KERNELS)]
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Backward:
+    """A case, what its forward gave, and the gradient of its result."""
+
+    case: Case
+    d_out: Tensor
+
+    @classmethod
+    def draw(cls, case: Case) -> Backward:
+        """What no query sees, and queries that see nothing, hold NaN."""
+        case, visible = case.draw(), case.spans.to_dense()
+        idle, unseen = ~visible.any(-1), ~visible.any(-2)
+        d_out = torch.randn(case.out_shape).to(case.dtype)
+        for x, rows in ((case.q, idle), (d_out, idle), (case.k, unseen), (case.v, unseen)):
+            x.masked_fill_(rows[..., None, None].expand(*x.shape[:2], 1, 1), torch.nan)
+        return cls(case, d_out)
+
+    def truth(self) -> Gradients:
+        """In float64."""
+        case, out, lse = self.case, *self.case.truth()
+        wide = (x.double() for x in (self.d_out, case.q, case.k, case.v))
+        spans = case.spans.with_axes()
+        return reference.span_attention_backward(*wide, out, lse, *spans, None, case.scale, case.softcap)
+
+    def plain(self) -> Gradients:
+        leaves = [x.detach().requires_grad_() for x in (self.case.q, self.case.k, self.case.v)]
+        out, _ = replace(self.case, q=leaves[0], k=leaves[1], v=leaves[2]).plain()
+        return torch.autograd.grad(out, leaves, self.d_out.view(out.shape))
+
+    def pack(self) -> bytes:
+        out, lse = self.case.truth()
+        shapes = [x.shape for x in (self.case.q, self.case.k, self.case.v)]
+        return packed_case(self.case, out.to(self.case.dtype), self.d_out, lse.float().flatten(), results=shapes)
+
+
+def run_cases(run, folder: Path, cases: list[Backward]) -> list[Gradients]:
+    inner = [each.case for each in cases]
+    results = run_program(run, folder, SOURCES, "sm_80", inner, [each.pack() for each in cases])
+    found = [tuple(results.heads(case, x.shape) for x in (case.q, case.k, case.v)) for case in inner]
+    assert not results.left
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_within_the_budget(run, seed, tmp_path, dtype):
+    """But of one token: its d_q and d_k are differences of equal numbers, and no rounding is a budget of nothing."""
+    every = (replace(case, dtype=dtype) for case in all_cases(random.Random(seed)))
+    cases = [Backward.draw(case) for case in every if case.name != "one token"]
+    results = run_cases(run, tmp_path, cases)
+    found = [
+        failure
+        for each, result in zip(cases, results, strict=True)
+        for failure in failures(each.case, "d_q d_k d_v", result, each.plain(), each.truth())
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_does_not_see_each_other_reaches_nothing(run, tmp_path, poison):
+    """To the bit; and a NaN reaches the gradients of all that see it, however late in the walk."""
+    spans = documents(20, 90, 13, padding=3)
+    clean = Backward.draw(Case("clean", spans, head_size=80))
+    sees, cases = spans.to_dense(), [clean]
+    for token in (3, 60, 108, 115):
+        for name in ("q", "k", "v", "d_out"):
+            case = replace(clean.case, name=f"{name} {token}", **{x: getattr(clean.case, x).clone() for x in "qkv"})
+            dirty = Backward(case, clean.d_out.clone())
+            getattr(dirty if name == "d_out" else case, name)[0, token, :, 7] = poison
+            cases.append(dirty)
+    expected, *results = run_cases(run, tmp_path, cases)
+    for each, gradients in zip(cases[1:], results, strict=True):
+        name, token = each.case.name.split()
+        touched = sees[:, int(token)] if name in "kv" else torch.arange(len(sees)) == int(token)
+        keys = sees[touched].any(0)
+        for what, ours, clean_one, may in zip("qkv", gradients, expected, (touched, keys, keys), strict=True):
+            assert torch.equal(ours[:, ~may], clean_one[:, ~may]), f"{each.case.name}: d_{what}"
+            # d_v does not depend on v, and exp(-inf) is a number.
+            spoilt = (name, what) != ("v", "v") and (poison != torch.inf or name in ("d_out", "v"))
+            assert not spoilt or not ours[:, may].isfinite().all(-1).any(), f"{each.case.name}: d_{what}"
+
+
+def test_keys_that_nobody_sees_and_queries_that_see_nothing_have_no_gradient(run, tmp_path):
+    spans = documents(0, 70, 40, padding=90, num_keys=230)
+    each = Backward.draw(Case("padding", spans, head_size=40))
+    d_q, d_k, d_v = run_cases(run, tmp_path, [each])[0]
+    visible = spans.to_dense()
+    assert not d_q[:, ~visible.any(1)].any()
+    assert not d_k[:, ~visible.any(0)].any() and not d_v[:, ~visible.any(0)].any()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.stem)
+def test_nvcc_compiles_the_same_source(kernel, architecture, tmp_path):
+    """Without a warning and without a spill."""
+    compiled_by_nvcc(kernel, architecture, tmp_path)
