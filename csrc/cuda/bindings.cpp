@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "contrastive.h"
 #include "span_attention.h"
 
 #ifdef MMK_EMULATED
@@ -90,6 +91,80 @@ void bind_span_attention(py::module_& module) {
         py::arg("stream"), "Fills out and lse.");
 }
 
+// ---- contrastive losses
+
+void bind_contrastive_calls(py::module_& module) {
+    py::class_<Pairs>(module, "Pairs", "Features, by address and row stride in elements, and their parameters.")
+        .def(py::init([](uintptr_t image, int64_t image_stride, uintptr_t text, int64_t text_stride, uintptr_t scale,
+                         uintptr_t bias, int count, int width, bool bfloat16) {
+                 return Pairs{{pointer<const void>(image), image_stride},
+                              {pointer<const void>(text), text_stride},
+                              pointer<const float>(scale),
+                              pointer<const float>(bias),
+                              count,
+                              width,
+                              bfloat16};
+             }),
+             py::kw_only(), py::arg("image"), py::arg("image_stride"), py::arg("text"), py::arg("text_stride"),
+             py::arg("scale"), py::arg("bias"), py::arg("count"), py::arg("width"), py::arg("bfloat16"));
+    py::class_<ClipForward>(module, "ClipForward", "A call: see contrastive.h.")
+        .def(py::init([](const Pairs& pairs, float label_smoothing, uintptr_t rows, uintptr_t columns,
+                         uintptr_t diagonal, uintptr_t loss, uintptr_t workspace, size_t workspace_bytes) {
+                 return ClipForward{pairs,
+                                    label_smoothing,
+                                    pointer<float>(rows),
+                                    pointer<float>(columns),
+                                    pointer<float>(diagonal),
+                                    pointer<float>(loss),
+                                    pointer<void>(workspace),
+                                    workspace_bytes};
+             }),
+             py::kw_only(), py::arg("pairs"), py::arg("label_smoothing"), py::arg("rows"), py::arg("columns"),
+             py::arg("diagonal"), py::arg("loss"), py::arg("workspace"), py::arg("workspace_bytes"));
+    py::class_<LogitRows>(module, "LogitRows", "Rows of the logits: see contrastive.h.")
+        .def(py::init([](const Pairs& pairs, int row0, int row_count, uintptr_t ds, int64_t ds_stride, uintptr_t totals,
+                         uintptr_t means, uintptr_t workspace, size_t workspace_bytes) {
+                 return LogitRows{pairs,
+                                  row0,
+                                  row_count,
+                                  pointer<void>(ds),
+                                  ds_stride,
+                                  pointer<double>(totals),
+                                  pointer<float>(means),
+                                  pointer<void>(workspace),
+                                  workspace_bytes};
+             }),
+             py::kw_only(), py::arg("pairs"), py::arg("row0"), py::arg("row_count"), py::arg("ds"),
+             py::arg("ds_stride"), py::arg("totals"), py::arg("means"), py::arg("workspace"),
+             py::arg("workspace_bytes"));
+    py::class_<ClipGradient>(module, "ClipGradient", "A call: see contrastive.h.")
+        .def(py::init([](const LogitRows& to, float label_smoothing, uintptr_t rows, uintptr_t columns) {
+                 return ClipGradient{to, label_smoothing, pointer<const float>(rows), pointer<const float>(columns)};
+             }),
+             py::kw_only(), py::arg("to"), py::arg("label_smoothing"), py::arg("rows"), py::arg("columns"));
+}
+
+template <class Call>
+void def_contrastive(py::module_& module, const char* name, Error (*launcher)(const Call&, cudaStream_t),
+                     const char* text) {
+    module.def(
+        name, [launcher](const Call& call, uintptr_t stream) { run(launcher, call, stream); }, py::arg("call"),
+        py::arg("stream"), text);
+}
+
+void bind_contrastive(py::module_& module) {
+    bind_contrastive_calls(module);
+    module.def("clip_forward_workspace", &clip_forward_workspace, py::arg("count"), "Bytes.");
+    module.def("gradient_workspace", &gradient_workspace, py::arg("count"), py::arg("row_count"), "Bytes.");
+    def_contrastive(module, "clip_forward", clip_forward, "Fills rows, columns, diagonal and loss.");
+    def_contrastive(module, "clip_gradient", clip_gradient, "Fills ds and means.");
+    def_contrastive(module, "siglip", siglip, "Fills ds, if there is one, and means.");
+    module.def("contrastive_sm90_serves", &contrastive_sm90_serves, py::arg("pairs"), "Whether those of Hopper do.");
+    def_contrastive(module, "clip_forward_sm90", clip_forward_sm90, "clip_forward on Hopper.");
+    def_contrastive(module, "clip_gradient_sm90", clip_gradient_sm90, "clip_gradient on Hopper.");
+    def_contrastive(module, "siglip_sm90", siglip_sm90, "siglip on Hopper.");
+}
+
 // ---- what was built, and what the machine has
 
 std::vector<std::string> architectures() {
@@ -130,4 +205,5 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("architectures") = py::tuple(py::cast(architectures()));  // "80": code; "120+ptx": PTX too
     module.def("versions", &versions, "(CUDA the driver supports, 0 without one, CUDA the kernels were built with).");
     bind_span_attention(module);
+    bind_contrastive(module);
 }

@@ -15,8 +15,8 @@ namespace mmk::cuda {
 
 constexpr float kGradientScale = 32768.0f;  // ds is count dS, at most 1, times this: float16 would lose small ones
 
-// (count, width) numbers of 16 bits with a unit stride in the last dimension; the other in numbers. LogitRows that do
-// not start at multiples of 16 bytes, or widths that are no multiple of 8, are slow.
+// (count, width) numbers of 16 bits with a unit stride in the last dimension; the other in numbers. Rows that do not
+// start at multiples of 16 bytes, or widths that are no multiple of 8, are slow.
 struct Features {
     const void* data;
     int64_t stride;

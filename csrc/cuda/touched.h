@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../emulator/emulator.h"
+#include "contrastive.h"
 #include "span_attention.h"
 
 namespace mmk::cuda {
@@ -68,5 +69,50 @@ inline Touched touched(const SpanAttention& call) {
     found.writes(call.lse, int64_t{call.batch} * call.heads * call.queries);
     return found;
 }
+
+// ---- contrastive losses
+
+inline Touched touched(const Pairs& pairs) {
+    Touched found;
+    for (const Features& x : {pairs.image, pairs.text}) {
+        const int64_t extent = pairs.count == 0 ? 0 : (pairs.count - 1) * x.stride + pairs.width;
+        found.reads(static_cast<const uint16_t*>(x.data), extent);
+    }
+    found.reads(pairs.scale, 1);
+    if (pairs.bias != nullptr) found.reads(pairs.bias, 1);
+    return found;
+}
+
+inline Touched touched(const ClipForward& call) {
+    Touched found = touched(call.pairs);
+    found.writes(call.rows, int64_t{2} * call.pairs.count);
+    found.writes(call.columns, int64_t{2} * call.pairs.count);
+    found.writes(call.diagonal, call.pairs.count);
+    found.writes(call.loss, 1);
+    found.writes(static_cast<const char*>(call.workspace), static_cast<int64_t>(call.workspace_bytes));
+    return found;
+}
+
+inline Touched touched(const LogitRows& call, int sums) {
+    Touched found = touched(call.pairs);
+    if (call.ds != nullptr) found.writes(static_cast<const uint16_t*>(call.ds), call.row_count * call.ds_stride);
+    if (call.row0 == 0) {
+        found.writes(call.totals, sums);
+    } else {
+        found.reads(call.totals, sums);
+    }
+    found.writes(call.means, sums);
+    found.writes(static_cast<const char*>(call.workspace), static_cast<int64_t>(call.workspace_bytes));
+    return found;
+}
+
+inline Touched touched(const ClipGradient& call) {
+    Touched found = touched(call.to, 1);
+    found.reads(call.rows, int64_t{2} * call.to.pairs.count);
+    found.reads(call.columns, int64_t{2} * call.to.pairs.count);
+    return found;
+}
+
+inline Touched touched(const LogitRows& siglip) { return touched(siglip, siglip.ds == nullptr ? 1 : 3); }
 
 }  // namespace mmk::cuda

@@ -37,12 +37,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from .._aligned_rows import aligned_rows
 from .._triton import STRIPS, Tile, dot, grouped_tile, launch, log1p_unit, rounded, strips_of
+from . import _feature_gradients
+from ._feature_gradients import feature_gradients
 
 # Bytes for the rows of dS, or of the partials, in work at a time. Small when interpreted, so that tests walk chunks.
 WORKSPACE = 2**10 if _triton.INTERPRET.value else 2**28
 GROUP_M = 8
-DS_SCALE = tl.constexpr(2.0**15)
+DS_SCALE = tl.constexpr(_feature_gradients.DS_SCALE)
 LOWEST = tl.constexpr(-3.4e38)  # stands for no logit at all; finite, for -inf - -inf is NaN
 FOLD = dict(BLOCK_T=16, BLOCK_L=128)
 LOSS_BLOCK = 1024
@@ -65,13 +68,13 @@ def unsupported(image: Tensor, text: Tensor) -> str | None:
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
-    image, text = _triton.aligned_rows(image), _triton.aligned_rows(text)
+    image, text = aligned_rows(image), aligned_rows(text)
     return _clip_loss(image, text, scale, label_smoothing, *_clip_stats(image, text, scale))
 
 
 def clip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
     n, width = image.shape
-    image, text = _triton.aligned_rows(image), _triton.aligned_rows(text)
+    image, text = aligned_rows(image), aligned_rows(text)
     row_stats, column_stats, diagonal = _clip_stats(image, text, scale)
     loss = _clip_loss(image, text, scale, label_smoothing, row_stats, column_stats, diagonal)
     off_target, on_target = label_smoothing / n, 1.0 - label_smoothing
@@ -86,7 +89,7 @@ def clip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, label_smoot
 
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    image, text = _triton.aligned_rows(image), _triton.aligned_rows(text)
+    image, text = aligned_rows(image), aligned_rows(text)
     n, tile = len(image), _tile(image, SIGLIP)
     total = torch.zeros((), dtype=torch.float64, device=image.device)
     for row0, rows in _chunks(n, 4 * triton.cdiv(n, tile.BLOCK_N), tile.BLOCK_M):
@@ -98,7 +101,7 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Ten
 
 def siglip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     n, width = image.shape
-    image, text = _triton.aligned_rows(image), _triton.aligned_rows(text)
+    image, text = aligned_rows(image), aligned_rows(text)
     tile = _tile(image, SIGLIP)
 
     def write_rows(ds: Tensor, sums: Tensor, row0: int, rows: int) -> None:
@@ -154,33 +157,16 @@ def _gradients(
 
     write_rows(ds, sums, row0, rows) writes the rows of N dS from row0 on, times DS_SCALE, and its tiles' sums.
     """
-    n, pitch = len(image), triton.cdiv(len(image), 8) * 8
-    factor = scale.detach().float().reshape(()) / (n * DS_SCALE.value)
-    d_image, d_text = image.new_empty(n, width), text.new_empty(n, width)
+    n = len(image)
     totals = torch.zeros(num_sums, dtype=torch.float64, device=image.device)
-    d_text_sum = None
-    for row0, rows in _chunks(n, pitch * image.element_size(), tile.BLOCK_M):
-        ds = image.new_empty(rows, pitch)
-        sums = image.new_empty(num_sums, _tiles(rows, n, tile), dtype=torch.float32)
-        write_rows(ds, sums, row0, rows)
-        ds = ds[:, :n]
-        totals += sums.sum(1, dtype=torch.float64)
-        torch.mul(_product(ds, text)[:, :width], factor, out=d_image[row0 : row0 + rows])
-        part = _product(ds.T, image[row0 : row0 + rows])
-        d_text_sum = part if d_text_sum is None else d_text_sum.add_(part)
-    torch.mul(d_text_sum[:, :width], factor, out=d_text)
-    return d_image, d_text, totals
 
+    def write_and_add(ds: Tensor, row0: int) -> None:
+        sums = image.new_empty(num_sums, _tiles(len(ds), n, tile), dtype=torch.float32)
+        write_rows(ds, sums, row0, len(ds))
+        totals.add_(sums.sum(1, dtype=torch.float64))
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed in, and returned as, float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads():
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (
-        a.float() @ b.float()
-    )  # torch before 2.8, ROCm and the CPU have no product of half types with a float32 result
+    step = _rows_at_once(-(-n // 8) * 8 * image.element_size(), tile.BLOCK_M)
+    return *feature_gradients(write_and_add, image, text, scale, width, step), totals
 
 
 def _launch_tiles(kernel, tile: Tile, image: Tensor, text: Tensor, row0: int, rows: int, *args) -> None:
@@ -201,9 +187,13 @@ def _tiles(rows: int, n: int, tile: Tile) -> int:
 
 def _chunks(n: int, bytes_per_row: int, block: int) -> Iterator[tuple[int, int]]:
     """(first row, rows) of the chunks that fit into the workspace, of whole tiles but for the last one."""
-    step = max(WORKSPACE // bytes_per_row // block, 1) * block
+    step = _rows_at_once(bytes_per_row, block)
     for row0 in range(0, n, step):
         yield row0, min(step, n - row0)
+
+
+def _rows_at_once(bytes_per_row: int, block: int) -> int:
+    return max(WORKSPACE // bytes_per_row // block, 1) * block
 
 
 def _mean_like(total: Tensor, n: int, parameter: Tensor) -> Tensor:

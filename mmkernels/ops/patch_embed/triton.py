@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from .._aligned_rows import aligned_rows
 from .._triton import STRIPS, Tile, dot, launch, rounded, strips_of
 from .geometry import PatchGeometry
 from .pixels import Pixels, weight_view
@@ -105,7 +106,7 @@ def patch_embed_backward(
         torch.sum(grad, (0, 1), out=d_bias)
     if d_images is None and d_weight is None:
         return
-    grad = _triton.aligned_rows(grad)
+    grad = aligned_rows(grad)
     if d_images is not None:
         _write_images_grad(grad, weight, geometry, d_images, into)
     if d_weight is not None:
@@ -157,7 +158,7 @@ def _write_weight_grad(
 
 def _weight_rows(weight: Tensor, geometry: PatchGeometry, pixels: Pixels) -> Tensor:
     """(E, K) in the order of the pixels, ready for the kernels."""
-    return _triton.aligned_rows(weight_view(weight, geometry, pixels.order).reshape(weight.shape[0], geometry.pixels))
+    return aligned_rows(weight_view(weight, geometry, pixels.order).reshape(weight.shape[0], geometry.pixels))
 
 
 def _walk(pixels: Pixels, geometry: PatchGeometry) -> tuple[int, ...]:
