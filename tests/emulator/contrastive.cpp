@@ -5,9 +5,11 @@
 
 #include <cstdio>
 #include <cstring>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "cuda/contrastive_device.h"
 #include "emulator/emulator.h"
 
 using namespace mmk;
@@ -138,7 +140,24 @@ static void run_case(const Passes& passes, FILE* from, FILE* to, const Header& h
     fwrite(all[0].ds.data(), sizeof(uint16_t), all[0].ds.size(), to);
 }
 
+// Every tile has its turn, of more rows than a group has, too.
+static void check_grouped_tiles() {
+    for (int rows = 1; rows < 9; rows++) {
+        for (int columns = 1; columns < 5; columns++) {
+            std::set<std::pair<int, int>> seen;
+            for (int i = 0; i < rows * columns; i++) {
+                const TileAt at = grouped_tile<3>(i, rows, columns);
+                if (at.row >= 0 && at.row < rows && at.column >= 0 && at.column < columns) {
+                    seen.insert({at.row, at.column});
+                }
+            }
+            if (seen.size() != static_cast<size_t>(rows) * columns) fail("leaves out tiles");
+        }
+    }
+}
+
 int main(int, char** arguments) {
+    check_grouped_tiles();
     const bool hopper = arguments[1] == std::string("sm_90a");
     const Passes passes = hopper ? Passes{contrastive_sm90_serves, clip_forward_sm90, clip_gradient_sm90, siglip_sm90}
                                  : Passes{[](const Pairs&) { return true; }, clip_forward, clip_gradient, siglip};

@@ -171,7 +171,7 @@ def all_cases(rng: random.Random) -> list[Case]:
         Case("clip_loss", 300, 8, with_gradients=False, workspace=2 * row_of_tiles(300) + 4),
         Case("clip_loss", 5, 0),
         Case("siglip_loss", 1, 1),
-        Case("siglip_loss", 37, 165, bias=5.0),
+        Case("siglip_loss", 37, 165, bias=5.0, gaps=(3, 0)),
         Case("siglip_loss", 131, 64, scale=100.0, chunk=100, gaps=(0, 16)),
         Case("siglip_loss", some, 24, aligned=True, scale=100.0, bias=-90.0, gaps=(1, 0)),
         Case("siglip_loss", 260, 16, with_gradients=False, chunk=130),
