@@ -19,16 +19,6 @@ MMK_DEVICE float rounded_product(float a, float b) {
 #endif
 }
 
-MMK_DEVICE float reciprocal_approx(float x) {  // to 1 ulp
-#ifdef __CUDACC__
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return 1.0f / x;
-#endif
-}
-
 // log(1 + x) on [0, 1], relative error 1.5e-7: x (1 + x q(x)), q minimax of degree 7.
 MMK_DEVICE float log1p_unit(float x) {
     constexpr float kQ[] = {0.005364824552088976f, -0.03006579354405403f, 0.07920453697443008f, -0.13753803074359894f,
