@@ -65,8 +65,8 @@ Error clip_gradient(const ClipGradient& call, cudaStream_t stream);
 // means: loss, d scale, d bias. Without ds only the loss, and only the first of totals and means is touched.
 Error siglip(const LogitRows& call, cudaStream_t stream);
 
-// The same for Hopper alone (sm_90a), and only where TMA can read the features: their data and their strides lie at
-// multiples of 16 bytes.
+// The same for Hopper alone (sm_90a), and only where TMA can read the features: their data and their strides are
+// multiples of 16 bytes, and rows do not overlap.
 bool contrastive_sm90_serves(const Pairs& pairs);
 Error clip_forward_sm90(const ClipForward& call, cudaStream_t stream);
 Error clip_gradient_sm90(const ClipGradient& call, cudaStream_t stream);

@@ -249,6 +249,7 @@ def test_what_cannot_be_right_is_refused(run, kernel, tmp_path, case, why):
         Case("siglip_loss", 5, 16, gaps=(0, 4)),
         Case("clip_loss", 5, 16, offsets=(4, 0)),
         Case("siglip_loss", 5, 0),
+        Case("clip_loss", 5, 16, gaps=(0, -8)),
     ],
 )
 def test_what_tma_cannot_read_is_not_served(run, tmp_path, case):
