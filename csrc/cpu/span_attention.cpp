@@ -27,6 +27,7 @@
 #include "attention_logits.h"
 #include "attention_pack.h"
 #include "attention_plan.h"
+#include "attention_stretches.h"
 #include "span_decode.h"
 #include "span_short.h"
 #include "tasks.h"
@@ -34,7 +35,6 @@
 namespace mmk::MMK_ISA {
 namespace {
 
-constexpr int64_t kKeyBlock = 256;  // keys between two updates of the softmax: half-empty caches below, full ones above
 constexpr int64_t kKeyPanel = 2048;  // keys packed at once
 
 // ---- what a block of queries keeps between blocks of keys
@@ -66,52 +66,6 @@ struct KeyPanel {
 };
 
 // ---- a block of keys
-
-// Keys [first, first + count) of a block, of which the same vectors of lanes see some.
-struct Stretch {
-    int first, count;
-    int vector, vectors;
-};
-
-class Stretches {
-  public:
-    // Of the keys [key, key + count), in groups of kTileRows.
-    Stretches(const LaneSpans& spans, int vectors, int64_t key, int count) {
-        const Span block{static_cast<int32_t>(key), static_cast<int32_t>(key + count)};
-        bool all = true;
-        for (int v = 0; v < vectors; v++) all &= spans.inner[v].lo <= block.lo && spans.inner[v].hi >= block.hi;
-        if (all) {
-            add({0, count, 0, vectors});
-            return;
-        }
-        for (int at = 0; at < count; at += kTileRows) {
-            const auto first = static_cast<int32_t>(key + at);
-            const Span group{first, first + kTileRows};
-            int begin = 0, end = vectors;
-            while (begin < end && !spans.outer[begin].meets(group)) begin++;
-            while (begin < end && !spans.outer[end - 1].meets(group)) end--;
-            if (begin < end) add({at, kTileRows, begin, end - begin});
-        }
-    }
-
-    const Stretch* begin() const { return stretches_; }
-    const Stretch* end() const { return stretches_ + count_; }
-
-  private:
-    void add(Stretch next) {
-        Stretch* last = stretches_ + count_ - 1;
-        const bool same = count_ > 0 && last->first + last->count == next.first && last->vector == next.vector &&
-                          last->vectors == next.vectors;
-        if (same) {
-            last->count += next.count;
-        } else {
-            stretches_[count_++] = next;
-        }
-    }
-
-    Stretch stretches_[kKeyBlock / kTileRows];
-    int count_ = 0;
-};
 
 // scores[key][lane] of one group; the highest of each lane is raised.
 template <class Operand, int kVectors>
@@ -483,12 +437,12 @@ void span_attention(const SpanAttention& call) {
     std::vector<RowSegment> few, brief, others;
     for (int64_t b = 0; b < plans; b++) {
         for (const Segment& segment : segments(SpanTable(call.spans, b, call.k.tokens))) {
-            const bool decoding = decodes(call, segment);
-            if (!decoding && !is_short(call, segment)) {
+            const bool one_block = is_short(call, segment);
+            if (!one_block && !decodes(call, segment)) {
                 others.push_back({b, segment});
                 continue;
             }
-            for (int64_t copy = 0; copy < copies; copy++) (decoding ? few : brief).push_back({b + copy, segment});
+            for (int64_t copy = 0; copy < copies; copy++) (one_block ? brief : few).push_back({b + copy, segment});
         }
     }
     if (!few.empty()) span_decode(call, few);
