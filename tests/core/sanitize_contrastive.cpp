@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "bounded_memory.h"
 #include "contrastive.cpp"
 #include "openmp_on_threads.h"
 
@@ -25,10 +26,10 @@ struct Tensor {
                  layout == kColumns ? 1 : columns + (layout == kPaddedRows ? 3 : 0),
                  layout == kColumns ? rows : 1},
           bytes_(static_cast<size_t>(index(rows - 1, columns - 1) + 1) * (dtype == DType::kFloat32 ? 4 : 2)) {
-        matrix.data = malloc(bytes_);
+        matrix.data = take_bounded(bytes_);
         memset(matrix.data, 0xff, bytes_);  // NaN
     }
-    ~Tensor() { free(matrix.data); }
+    ~Tensor() { drop_bounded(matrix.data, bytes_); }
     Tensor(const Tensor&) = delete;
 
     void fill() {

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "bounded_memory.h"
 #include "openmp_on_threads.h"
 #include "patch_embed.cpp"
 #include "patch_embed_backward.cpp"
@@ -28,11 +29,10 @@ struct Tensor {
     DType dtype;
     int64_t count;
     void* data;
-    Tensor(DType dtype, int64_t count) : dtype(dtype), count(count), data(nullptr) {
-        if (posix_memalign(&data, 64, count * size_of(dtype)) != 0) std::abort();
+    Tensor(DType dtype, int64_t count) : dtype(dtype), count(count), data(take_bounded(count * size_of(dtype), 64)) {
         for (int64_t i = 0; i < count; i++) set(i, static_cast<float>((i * 7 + i / 5) % 9 - 4) / 4);
     }
-    ~Tensor() { std::free(data); }
+    ~Tensor() { drop_bounded(data, count * size_of(dtype)); }
     Tensor(const Tensor&) = delete;
     void set(int64_t i, float x) {
         if (dtype == DType::kFloat32) static_cast<float*>(data)[i] = x;

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import bounds, races
 
 from mmkernels import clip_loss, siglip_loss
 from mmkernels.check import run_case, select
@@ -128,11 +129,12 @@ def test_memory_of_32768_pairs(tmp_path):
     assert int(run.stdout) < 512e6
 
 
-def test_in_bounds_and_defined(level, passes_under):
+@pytest.mark.parametrize("program", bounds("sanitize_contrastive.cpp"), ids=str)
+def test_in_bounds_and_defined(program, passes):
     """With sizes that are multiples of nothing and tensors that end where their memory ends."""
-    passes_under("sanitize_contrastive.cpp", level, "address,undefined")
+    passes(program)
 
 
-def test_tasks_without_a_barrier_do_not_race(passes_under):
-    """The order of the tasks is the same at every level."""
-    passes_under("sanitize_contrastive.cpp", "portable", "thread")
+@pytest.mark.parametrize("program", races("sanitize_contrastive.cpp"), ids=str)
+def test_tasks_without_a_barrier_do_not_race(program, passes):
+    passes(program)

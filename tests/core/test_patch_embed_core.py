@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from programs import bounds
 
 from mmkernels import patch_embed
 from mmkernels.check import run_case, select
@@ -75,6 +76,7 @@ def test_nothing_to_embed(level):
     assert not weight.grad.any() and not bias.grad.any()
 
 
-def test_in_bounds_and_defined(level, passes_under):
+@pytest.mark.parametrize("program", bounds("sanitize_patch_embed.cpp"), ids=str)
+def test_in_bounds_and_defined(program, passes):
     """With sizes that are multiples of nothing and tensors that end where their memory ends."""
-    passes_under("sanitize_patch_embed.cpp", level, "address,undefined")
+    passes(program)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import bounds, races
 
 from mmkernels import RowSpans, span_attention
 from mmkernels.check import run_case, select
@@ -99,11 +100,12 @@ def test_memory_of_32768_tokens(tmp_path):
     assert float(run.stdout) < 24
 
 
-def test_in_bounds_and_defined(level, passes_under):
+@pytest.mark.parametrize("program", bounds("sanitize_span_attention_backward.cpp"), ids=str)
+def test_in_bounds_and_defined(program, passes):
     """With sizes that are multiples of nothing, spans beyond the keys and tensors that end where their memory ends."""
-    passes_under("sanitize_span_attention_backward.cpp", level, "address,undefined")
+    passes(program)
 
 
-def test_tasks_do_not_race(passes_under):
-    """The tasks are the same at every level."""
-    passes_under("sanitize_span_attention_backward.cpp", "portable", "thread")
+@pytest.mark.parametrize("program", races("sanitize_span_attention_backward.cpp"), ids=str)
+def test_tasks_do_not_race(program, passes):
+    passes(program)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import bounds, races
 
 from mmkernels import RowSpans, span_attention
 from mmkernels.check import run_case, select
@@ -85,11 +86,12 @@ def test_memory_of_16384_tokens(tmp_path):
     assert int(run.stdout) < 16e6
 
 
-def test_in_bounds_and_defined(level, passes_under):
+@pytest.mark.parametrize("program", bounds("sanitize_span_attention.cpp"), ids=str)
+def test_in_bounds_and_defined(program, passes):
     """With sizes that are multiples of nothing, spans beyond the keys and tensors that end where their memory ends."""
-    passes_under("sanitize_span_attention.cpp", level, "address,undefined")
+    passes(program)
 
 
-def test_tasks_do_not_race(passes_under):
-    """The tasks are the same at every level."""
-    passes_under("sanitize_span_attention.cpp", "portable", "thread")
+@pytest.mark.parametrize("program", races("sanitize_span_attention.cpp"), ids=str)
+def test_tasks_do_not_race(program, passes):
+    passes(program)
