@@ -61,12 +61,12 @@ def link(build: str, objects: list[Path], program: Path, *flags: str) -> Path:
 
 def link_module(build: str, objects: list[Path], into: Path) -> Path:
     """mmkernels._cuda for tensors on the CPU: the bindings, every kernel, and the emulator's `objects`."""
-    python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
-    own = compile_all(build, sorted((CSRC / "cuda").glob("*.cu")), into)
-    own += compile_all(
-        build, [CSRC / "cuda" / "bindings.cpp"], into, *python, "-DMMK_EMULATED", '-DMMK_CUDA_ARCHITECTURES="80 90a"'
-    )
-    return link(build, objects + own, into / "_cuda.so", "-shared")
+    kernels = compile_all(build, sorted((CSRC / "cuda").glob("*.cu")), into)
+    include = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+    defined = ["-DMMK_EMULATED", '-DMMK_CUDA_ARCHITECTURES="80 90a"']
+    # Bindings touch no tensor: no build needs them watched, and all share one object.
+    bindings = compile_all("plain", [CSRC / "cuda" / "bindings.cpp"], into.parent / "bindings", *include, *defined)
+    return link(build, objects + kernels + bindings, into / "_cuda.so", "-shared")
 
 
 def run_emulated(build: str, module: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,128 @@
+"""What nvcc made of the CUDA kernels, read from the module that was built: one compilation serves every gate.
+
+The disassembler comes with the triton wheel. Which instructions a kernel has to hold is said of its name, so that a new
+kernel is a product, held to tensor cores and asynchronous copies, until it is listed otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+# Kernels that multiply no matrices.
+WITHOUT_PRODUCTS = {"fold_statistics", "clip_loss", "add_tile_sums"}
+
+LOCAL_MEMORY = ("LDL", "STL")
+HOPPER = "sm_90a"  # *_sm90.cu, and nothing else
+
+
+class Kernel:
+    """Machine code of one kernel for one architecture."""
+
+    def __init__(self, architecture: str, name: str, code: str, usage: str):
+        self.architecture, self.name, self.code = architecture, name, code
+        self.registers, self.stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
+
+    def __str__(self) -> str:
+        return f"{self.name} for {self.architecture}"
+
+    @property
+    def multiplies(self) -> bool:
+        return re.search(r"(\w+)_kernel", self.name).group(1) not in WITHOUT_PRODUCTS
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(rf"\b{instruction}", self.code))
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    spec = importlib.util.find_spec("mmkernels._cuda")
+    if spec is None:
+        missing = shutil.which("nvcc") is None or os.environ.get("MMKERNELS_CUDA") == "0"
+        assert missing, "nvcc is here, but pip install (or python setup.py build_ext --inplace) made no mmkernels._cuda"
+        pytest.skip("needs mmkernels._cuda, which nvcc builds")
+    return Path(spec.origin)
+
+
+@pytest.fixture(scope="module")
+def kernels(built, tmp_path_factory) -> list[Kernel]:
+    folder = tmp_path_factory.mktemp("cubins")
+    run("cuobjdump", "-xelf", "all", str(built), cwd=folder)
+    with ThreadPoolExecutor(2) as pool:
+        return [kernel for found in pool.map(kernels_of, sorted(folder.glob("*.cubin"))) for kernel in found]
+
+
+def kernels_of(cubin: Path) -> list[Kernel]:
+    architecture = re.search(r"\.(sm_\w+)\.cubin", cubin.name).group(1)
+    usage = dict(re.findall(r"Function (\S+):\n\s*(.+)", run("cuobjdump", "-res-usage", str(cubin))))
+    code = dict(re.findall(r"(?ms)^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", run("nvdisasm", "-c", str(cubin))))
+    assert set(usage) == set(code)
+    names = subprocess.run(["c++filt", *usage], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [
+        Kernel(architecture, name, code[symbol], usage[symbol]) for name, symbol in zip(names, usage, strict=True)
+    ]  # fmt: skip
+
+
+def run(tool: str, *arguments: str, cwd: Path | None = None) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([path, *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_kernel_is_there_for_every_architecture(kernels):
+    from mmkernels import _cuda
+
+    built = {re.sub("[af]$", "", name.removesuffix("+ptx")) for name in _cuda.architectures}
+    general = {kernel.architecture for kernel in kernels} - {HOPPER}
+    assert general == {f"sm_{number}" for number in built}
+    for architecture in general:
+        names = {kernel.name for kernel in kernels if kernel.architecture == architecture}
+        assert names == {kernel.name for kernel in kernels if kernel.architecture == min(general)}, architecture
+
+
+def test_no_kernel_spills(kernels):
+    """No local memory either, which an array indexed at run time would take."""
+    spilt = [f"{kernel}: {kernel.registers} registers, {kernel.stack} bytes of stack" for kernel in kernels
+             if kernel.stack or any(map(kernel.count, LOCAL_MEMORY))]  # fmt: skip
+    assert not spilt, "\n".join(spilt)
+
+
+def test_no_kernel_adds_floats_in_the_order_of_arrival(kernels):
+    found = [str(kernel) for kernel in kernels if kernel.count(r"(?:RED|ATOM[GS]?)\.\S*\bF(?:16|32|64|BF16)")]
+    assert not found, "\n".join(found)
+
+
+def test_products_use_tensor_cores_and_asynchronous_copies(kernels):
+    wanted = ("HMMA", "LDSM", "LDGSTS")
+    lacking = [
+        f"{kernel} has no {instruction}"
+        for kernel in kernels
+        for instruction in wanted
+        if kernel.architecture != HOPPER and kernel.multiplies and not kernel.count(instruction)
+    ]
+    assert not lacking, "\n".join(lacking)
+
+
+def test_hopper_uses_its_own_instructions_and_none_is_serialised(kernels):
+    failures = []
+    for kernel in kernels:
+        if kernel.architecture != HOPPER or not kernel.multiplies:
+            continue
+        products, waits = kernel.count("HGMMA"), kernel.count(r"WARPGROUP\.DEPBAR")
+        if not products or not kernel.count("UTMALDG"):
+            failures.append(f"{kernel}: {products} HGMMA, {kernel.count('UTMALDG')} UTMALDG")
+        if kernel.count("HMMA"):
+            failures.append(f"{kernel} fell back to HMMA")
+        if waits * 2 > products:  # ptxas, in doubt about an accumulator, waits after every product
+            failures.append(f"{kernel} is serialised: {waits} waits for {products} products")
+        if kernel.count(r"BRA\.U\.ANY"):  # a copy in `if (lane == 0)` instead of elect_one()
+            failures.append(f"{kernel} loops over lanes around a copy")
+    assert not failures, "\n".join(failures)
