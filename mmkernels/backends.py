@@ -180,7 +180,13 @@ def _candidates(op: str, requested: str, *tensors: torch.Tensor) -> Explanation:
 
 
 def _reason(op: str, name: str, *tensors: torch.Tensor) -> str | None:
-    return missing(name) or _load(op, name).unsupported(*tensors)
+    return missing(name) or _unwritten(op, name) or _load(op, name).unsupported(*tensors)
+
+
+@functools.cache
+def _unwritten(op: str, name: str) -> str | None:
+    there = importlib.util.find_spec(f"mmkernels.ops.{op}.{name}") is not None
+    return None if there else f"it has no kernels of {op}"
 
 
 @functools.cache

@@ -141,7 +141,7 @@ struct Attention {
 };
 
 template <class T, int kWidth>
-__global__ __launch_bounds__(kThreads) void span_attention_forward_kernel(const SpanAttention p) {
+__global__ __launch_bounds__(kThreads, 2) void span_attention_forward_kernel(const SpanAttention p) {
     constexpr int kKeys = Tile<kWidth>::kKeys, kPitch = Row<kWidth>::kPitch;
     MMK_DYNAMIC_SHARED(shared);
     MMK_SHARED(int, spoilt, 2 * kKeys);  // by turns: one half is cleared while the other is in use

@@ -1,0 +1,27 @@
+"""The one equivalence suite on the CUDA kernels, by way of their bindings and of mmkernels/ops/*/cuda.py; the emulator
+takes the place of the GPU. Each call runs under another order of threads, so that the suite's second run, which has to
+give the same bits, shows what depends on it."""
+
+import json
+
+import pytest
+from emulator_build import CSRC, run_emulated
+
+OPS = {folder.parent.name for folder in (CSRC.parent / "mmkernels" / "ops").glob("*/cuda.py")}
+NAMES = {"contrastive": ("clip_loss", "siglip_loss")}  # of ops whose folder is called otherwise
+HOPPER = list((CSRC / "cuda").glob("*_sm90.cu"))
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0"] if HOPPER else ["8.0"])
+def test_every_kernel_equals_its_reference(build, module, capability, seed, tmp_path):
+    """In float16 and float32 only where nothing slows the kernels down; they are the same templates."""
+    file = tmp_path / "outcomes.json"
+    command = ["check", "--backend", "cuda", "--device", "cpu", "--quick", "--seed", str(seed), "--json", str(file)]
+    command += [] if build == "plain" else ["--dtype", "bfloat16"]
+    ran = run_emulated(build, module, *command, MMKERNELS_EMULATED_CAPABILITY=capability)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    outcomes = json.loads(file.read_text())["outcomes"]
+    served = {outcome["op"] for outcome in outcomes if not outcome["unsupported"]}
+    assert served == {name for op in OPS for name in NAMES.get(op, (op,))}
+    unserved = {outcome["dtype"] for outcome in outcomes if outcome["unsupported"] and outcome["op"] in served}
+    assert unserved <= {"float32"}
