@@ -6,6 +6,7 @@ MMKERNELS_CUDA=0 leaves the CUDA kernels out; MMKERNELS_CUDA_ARCHS="80;90a" name
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,20 +74,17 @@ class CMakeBuild(build_ext):
 
 
 def cuda_options() -> list[str]:
-    return [
-        f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
-        f"-DMMKERNELS_CUDA_ARCHS={os.environ.get('MMKERNELS_CUDA_ARCHS', '').replace(',', ';').replace(' ', ';')}",
-    ]
+    archs = re.findall(r"[^\s,;]+", os.environ.get("MMKERNELS_CUDA_ARCHS", ""))
+    return [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DMMKERNELS_CUDA_ARCHS={';'.join(archs)}"]
 
 
 def find_nvcc() -> str:
-    """CUDACXX decides, as it does in CMake; then the toolkit that CUDA_HOME names, PATH, and the usual place."""
+    """What CUDACXX names, as CMake has it, or the toolkit that CUDA_HOME names; else in PATH or the usual place."""
     if os.environ.get("CUDACXX"):
         return os.environ["CUDACXX"]
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    for folder in (*(f"{home}/bin" for home in homes), None, "/usr/local/cuda/bin"):
-        found = shutil.which("nvcc", path=folder)
-        if found:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for folder in [f"{home}/bin"] if home else [None, "/usr/local/cuda/bin"]:
+        if found := shutil.which("nvcc", path=folder):
             return found
     raise FileNotFoundError(2, "not found", "nvcc")
 

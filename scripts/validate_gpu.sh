@@ -4,10 +4,13 @@
 #
 #   scripts/validate_gpu.sh [--device cuda|cpu] PHASE...
 #
-#   install           build and install into build/validate (the machine's own packages stay as they are)
+#   install           build and install into build/validate (the machine's own packages stay as they are), the CUDA
+#                     kernels too where nvcc is
 #   info              versions, GPU, which backends are there
 #   check             check-clip_loss, check-siglip_loss, check-patch_embed and check-span_attention, each a phase of
 #                     its own
+#   sanitize          sanitize-memcheck, sanitize-racecheck and sanitize-synccheck, each a phase of its own: the CUDA
+#                     kernels on small cases under compute-sanitizer, where that is
 #   test              the tests that run on the device
 #   bench             bench-bfloat16 and bench-float32, for span attention bench-span_attention-bfloat16 and
 #                     bench-span_attention-float32, each a phase of its own
@@ -15,7 +18,8 @@
 #   all               all of them (default)
 #
 # Each phase takes 8 minutes at most, installs first where nothing is installed, and can run alone; a phase that fails
-# does not stop the next, but the exit code is 1 then. Results go to $OUT (default gpu-results), at most 8 files.
+# does not stop the next, but the exit code is 1 then. Results go to $OUT, at most 8 files; by default to
+# benchmarks/results/<name of the GPU>, without one to gpu-results.
 # --device cpu rehearses every step without a GPU: Triton's kernels interpreted, quick sizes.
 set -euo pipefail
 
@@ -27,7 +31,8 @@ limit=480 # seconds a phase
 phases=()
 checks=(check-clip_loss check-siglip_loss check-patch_embed check-span_attention)
 benches=(bench-bfloat16 bench-float32 bench-span_attention-bfloat16 bench-span_attention-float32)
-everything=(install info "${checks[@]}" test "${benches[@]}" summary)
+sanitizes=(sanitize-memcheck sanitize-racecheck sanitize-synccheck)
+everything=(install info "${checks[@]}" "${sanitizes[@]}" test "${benches[@]}" summary)
 
 usage() {
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
@@ -40,10 +45,11 @@ while (($#)); do
         --device=*) device=${1#*=} ;;
         check) phases+=("${checks[@]}") ;;
         bench) phases+=("${benches[@]}") ;;
+        sanitize) phases+=("${sanitizes[@]}") ;;
         all) phases=() ;;
         install | info | test | summary) phases+=("$1") ;;
-        check-* | bench-*)
-            [[ " ${checks[*]} ${benches[*]} " == *" $1 "* ]] || usage
+        check-* | bench-* | sanitize-*)
+            [[ " ${checks[*]} ${benches[*]} ${sanitizes[*]} " == *" $1 "* ]] || usage
             phases+=("$1") ;;
         *) usage ;;
     esac
@@ -52,7 +58,10 @@ done
 [[ $device == cuda || $device == cpu ]] || { echo "--device is '$device'; accepted are cuda and cpu" >&2; exit 2; }
 ((${#phases[@]})) || phases=("${everything[@]}")
 
-out=${OUT:-gpu-results}
+gpu=
+[[ $device == cpu ]] || gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || true
+out=${OUT:-${gpu:+$repo/benchmarks/results/${gpu// /-}}}
+out=${out:-gpu-results}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 log=$out/log.txt
@@ -69,7 +78,10 @@ cd "$elsewhere"
 
 bounded() { timeout --signal=TERM --kill-after=30 "$limit" "$@"; }
 
+has_nvcc() { [[ -n ${CUDACXX:-} ]] || PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v nvcc >/dev/null; }
+
 install() {
+    has_nvcc || { echo "no nvcc here: the CUDA kernels are left out"; export MMKERNELS_CUDA=0; }
     MMKERNELS_NATIVE=require bounded "$python" -m pip install --no-build-isolation --no-deps --upgrade \
         --no-warn-script-location --target "$site" "$repo"
 }
@@ -88,6 +100,8 @@ if sys.argv[1] == "cuda":
     assert torch.cuda.is_available(), "torch sees no GPU"
     x = torch.randn(512, 512, device="cuda")
     assert torch.isfinite(x @ x).all(), "a matrix product on the GPU fails"
+    built = "left out" not in (backends.missing("cuda") or "")  # by the phase before, which said so
+    assert not built or backends.missing("cuda") is None, backends.missing("cuda")
 assert backends.missing("triton") is None, backends.missing("triton")
 PY
 }
@@ -149,6 +163,17 @@ sys.exit(any(record["failures"] for record in records))
 PY
 }
 
+# Without torch's cache, whose blocks are larger than the tensors in them. What is measured is only whether a kernel errs:
+# the results were judged by the phase before.
+sanitize() { # TOOL
+    local tool
+    [[ $device == cuda ]] || { echo "needs a GPU"; return; }
+    tool=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v compute-sanitizer) ||
+        { echo "no compute-sanitizer here: nothing is checked by it"; return; }
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 bounded "$tool" --tool "$1" --target-processes all --error-exitcode 9 \
+        --print-limit 20 "$python" -m mmkernels check --backend cuda --device cuda --quick --dtype bfloat16
+}
+
 # On a GPU that is the equivalence suite once more, from another seed, and whatever else takes a device; but for span
 # attention, whose cases are many. Interpreted, it takes minutes and was the phase before. Tests of compilation need no
 # GPU.
@@ -200,6 +225,7 @@ phase() { # NAME
         install) install ;;
         info) info ;;
         check-*) check "${1#check-}" ;;
+        sanitize-*) sanitize "${1#sanitize-}" ;;
         test) run_tests ;;
         bench-*) bench "${1#bench-}" ;;
         summary) summarize | tee "$out/summary.txt" ;;

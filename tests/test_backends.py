@@ -1,5 +1,6 @@
 """Which implementation serves a call: explicit choices never fall back, and every choice is explained."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -60,6 +61,42 @@ def test_a_named_backend_raises_instead_of_falling_back():
 def test_an_old_triton_is_named_with_what_mends_it(monkeypatch):
     monkeypatch.setattr("triton.__version__", "3.2.0")
     assert backends.missing.__wrapped__("triton") == ("triton is 3.2.0; the kernels need 3.4: take torch 2.8 or later")
+
+
+class Built:
+    """Stands for mmkernels._cuda."""
+
+    architectures = ("80", "90a", "120+ptx")
+
+    def __init__(self, driver: int):
+        self.driver = driver
+
+    def versions(self) -> tuple[int, int]:
+        return self.driver, 13000
+
+
+@pytest.mark.parametrize(
+    ("driver", "torch_cuda", "gpu", "reason"),
+    [
+        (13000, None, False, r"torch .* is a build without CUDA; mend: install one"),
+        (0, "13.0", False, r"there is no NVIDIA driver; mend: install one, of CUDA 13 or later"),
+        (12040, "12.4", True, r"the driver is of CUDA 12\.4; mend: update the driver, or reinstall"),
+        (13010, "13.0", False, r"torch sees no GPU; mend: look at nvidia-smi"),
+    ],
+)
+def test_what_keeps_the_cuda_kernels_from_running_is_named(monkeypatch, driver, torch_cuda, gpu, reason):
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    found = backends._unusable_gpu(Built(driver))
+    assert re.match(r"built for sm_80, sm_90a, sm_120\+ptx by CUDA 13\.0, but " + reason, found)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends._unusable_gpu(Built(13010)) is None
+
+
+def test_an_op_without_kernels_of_a_backend_says_so():
+    assert backends._unwritten("patch_embed", "cpu") is None
+    assert backends._unwritten("patch_embed", "tpu") == "it has no kernels of patch_embed"
 
 
 def test_unknown_names_are_refused_with_what_is_accepted(monkeypatch):

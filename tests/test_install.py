@@ -1,6 +1,8 @@
-"""Installing without a compiler: the package works from its reference and says what is missing."""
+"""Installing without a compiler, or without nvcc: the package works from what it has and says what is missing."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +55,68 @@ def test_native_required_turns_a_missing_compiler_into_an_error(tmp_path):
     done = install(tmp_path, CXX="/nowhere/c++", MMKERNELS_NATIVE="require")
     assert done.returncode != 0
     assert not (tmp_path / "site" / "mmkernels").exists()
+
+
+# ---- the CUDA kernels, by a cmake that only writes down what it was asked, and fails on them if it is told to
+
+
+def install_with_recorder(folder: Path, fails: bool = False, **environment: str) -> subprocess.CompletedProcess:
+    (folder / "bin").mkdir()
+    cmake = folder / "bin" / "cmake"
+    cmake.write_text(f'#!/bin/sh\necho "$@" >>{folder}/calls\ncase "$*" in *csrc/cuda*) exit {int(fails)};; esac\n')
+    cmake.chmod(0o755)
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    path = f"{folder}/bin:{os.environ['PATH']}"
+    return install(folder, **({"PATH": path, "CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": ""} | environment))
+
+
+def record(folder: Path) -> dict[str, dict[str, str]]:
+    return json.loads((folder / "site" / "mmkernels" / "_build.json").read_text())
+
+
+def test_the_cuda_kernels_are_built_where_nvcc_is(tmp_path):
+    done = install_with_recorder(tmp_path, MMKERNELS_CUDA_ARCHS="80, 90a")
+    assert done.returncode == 0, done.stderr
+    core, _, cuda, _ = (tmp_path / "calls").read_text().splitlines()
+    assert "csrc/cuda" not in core
+    assert f"-DCMAKE_CUDA_COMPILER={tmp_path}/bin/nvcc -DMMKERNELS_CUDA_ARCHS=80;90a" in cuda
+    assert record(tmp_path) == {"core": {}, "cuda": {}}
+
+
+def test_kernels_that_do_not_compile_leave_the_core_unharmed(tmp_path):
+    done = install_with_recorder(tmp_path, fails=True)
+    assert done.returncode == 0, done.stderr
+    found = record(tmp_path)
+    assert found["core"] == {}
+    assert found["cuda"]["reason"].startswith("the CUDA kernels were not built: Command") and found["cuda"]["mend"]
+    assert found["cuda"]["reason"] in run(tmp_path, "from mmkernels import backends; print(backends.missing('cuda'))")
+
+
+def test_native_required_turns_kernels_that_do_not_compile_into_an_error(tmp_path):
+    assert install_with_recorder(tmp_path, fails=True, MMKERNELS_NATIVE="require").returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"MMKERNELS_CUDA": "0", "MMKERNELS_NATIVE": "require"}, "left out by MMKERNELS_CUDA=0 at install"),
+        ({"CUDA_HOME": "/nowhere"}, "the CUDA kernels were not built: no nvcc was found"),
+    ],
+)
+def test_without_nvcc_or_on_purpose_only_the_core_is_built(tmp_path, environment, reason):
+    done = install_with_recorder(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "csrc/cuda" not in (tmp_path / "calls").read_text()
+    assert record(tmp_path)["cuda"]["reason"] == reason
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_an_architecture_that_no_kernel_serves_is_refused(tmp_path):
+    import pybind11
+
+    options = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    command = ["cmake", "-S", ROOT / "csrc" / "cuda", "-B", tmp_path, *options, "-DMMKERNELS_CUDA_ARCHS=75;80"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "'75' is no architecture that the kernels serve" in done.stderr
