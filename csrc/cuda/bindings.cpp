@@ -89,6 +89,11 @@ void bind_span_attention(py::module_& module) {
         "span_attention_forward",
         [](const SpanAttention& call, uintptr_t stream) { run(span_attention_forward, call, stream); }, py::arg("call"),
         py::arg("stream"), "Fills out and lse.");
+    module.def("span_attention_forward_sm90_serves", &span_attention_forward_sm90_serves);
+    module.def(
+        "span_attention_forward_sm90",
+        [](const SpanAttention& call, uintptr_t stream) { run(span_attention_forward_sm90, call, stream); },
+        py::arg("call"), py::arg("stream"), "The same on Hopper, of what it serves.");
 }
 
 // ---- contrastive losses

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _cuda
-from .._cuda_tensors import launch, unserved
+from .._cuda_tensors import has_hopper_kernels, launch, unserved
 from .reference import span_attention_backward  # noqa: F401  # until its kernels are there
 
 MAX_HEAD = 256
@@ -27,7 +27,9 @@ def span_attention(
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     lo, hi, hulls = lo.contiguous(), hi.contiguous(), hulls.contiguous()
     call = _call(q, k, v, out, lo, hi, hulls, lse, scale, softcap)
-    launch(_cuda.span_attention_forward, call, q=q, k=k, v=v, lo=lo, hi=hi, hulls=hulls)
+    hopper = has_hopper_kernels(q.device) and _cuda.span_attention_forward_sm90_serves(call)
+    launcher = _cuda.span_attention_forward_sm90 if hopper else _cuda.span_attention_forward
+    launch(launcher, call, q=q, k=k, v=v, lo=lo, hi=hi, hulls=hulls)
     return out, lse
 
 
