@@ -87,11 +87,22 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 NVCC = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
 
 
-def compiled_by_nvcc(source: Path, architecture: str, folder: Path) -> None:
-    """Fails at a warning, and at a register that was spilt."""
+def compiled_by_nvcc(source: Path, architecture: str, folder: Path) -> Path:
+    """Fails at a warning, and at a register that was spilt. Returns the object."""
     command = [*NVCC, f"-arch={architecture}", "-Xptxas", "-v", "-c", source, "-o", folder / "object"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     spills = [line for line in ran.stderr.splitlines() if "spill stores" in line]
     assert spills and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), ran.stderr
     assert "serialized" not in ran.stderr  # ptxas says so where it had to wait for a wgmma earlier than the source does
+    return folder / "object"
+
+
+def disassembled(compiled: Path) -> list[str]:
+    """The instructions of each kernel; of none without cuobjdump."""
+    beside_triton = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "bin"
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside_triton)
+    if cuobjdump is None:
+        return []
+    listing = subprocess.run([cuobjdump, "-sass", compiled], capture_output=True, text=True, check=True).stdout
+    return listing.split("Function : ")[1:]

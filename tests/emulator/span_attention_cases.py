@@ -67,6 +67,8 @@ def strides_of(shape: torch.Size, place: str) -> tuple[tuple[int, int, int, int]
     _, tokens, heads, width = shape
     if place == "heads first":
         return (heads * tokens * width, width, tokens * width, 1), 0
+    if place == "one row":  # of the batch: nobody steps along it
+        return (1, heads * width, width, 1), 0
     gap, row_gap, offset = {"dense": (0, 0, 0), "gaps": (8 + -width % 8, 8, 0), "odd": (3, 3, 1)}[place]
     row = heads * (width + gap) + row_gap
     return (tokens * row, row, width + gap, 1), offset

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from emulator_build import CSRC, compiled_by_nvcc, needs_nvcc
+from emulator_build import CSRC, compiled_by_nvcc, disassembled, needs_nvcc
 from span_attention_cases import Case, all_cases, documents, failures, packed_case, readable_by_tma, run_program
 from torch import Tensor
+
+from mmkernels import RowSpans
 
 KERNELS = {
     "sm_80": CSRC / "cuda" / "span_attention_forward.cu",
@@ -39,10 +43,7 @@ def run_cases(run, kernel: str, folder: Path, cases: list[Case]) -> list[tuple[T
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_results_are_within_the_budget(run, kernel, seed, tmp_path, dtype):
-    cases = [replace(case, dtype=dtype).draw() for case in all_cases(random.Random(seed))]
-    results = run_cases(run, kernel, tmp_path, cases)
+def assert_within_the_budget(cases: list[Case], results: list[tuple[Tensor, Tensor]]) -> None:
     found = [
         failure
         for case, result in zip(cases, results, strict=True)
@@ -51,12 +52,35 @@ def test_results_are_within_the_budget(run, kernel, seed, tmp_path, dtype):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_within_the_budget(run, kernel, seed, tmp_path, dtype):
+    cases = [replace(case, dtype=dtype).draw() for case in all_cases(random.Random(seed))]
+    assert_within_the_budget(cases, run_cases(run, kernel, tmp_path, cases))
+
+
+def runs_that_no_query_has(queries: int, keys: int) -> RowSpans:
+    """Between, before and after those that all have."""
+    lo = torch.tensor([9, 3, 150, 150, 0], dtype=torch.int32)
+    hi = torch.tensor([9, 140, 20, keys, 0], dtype=torch.int32)
+    return RowSpans(*(x[:, None].repeat(1, queries) for x in (lo, hi)), keys)
+
+
+def test_walks_of_many_steps(run, tmp_path):
+    """A step of the kernel for Hopper is 128 keys: more of them than stages, cut on the left, and run after run."""
+    cases = [
+        Case("many steps", RowSpans.full(130, 900), 2, 1, 64, place="one row").draw(),
+        Case("long window", documents(280, window=150), 1, 1, 128).draw(),
+        Case("runs that no query has", runs_that_no_query_has(40, 300), 2, 1, 80).draw(),
+    ]
+    assert_within_the_budget(cases, run_cases(run, "sm_90a", tmp_path, cases))
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_what_a_query_does_not_see_reaches_it_in_no_way(run, kernel, tmp_path, poison):
     """To the bit; and what it sees, however late in the walk, does."""
     clean = Case("documents", documents(20, 90, 13, padding=3), head_size=80).draw()
     mask, cases = clean.spans.to_dense(), [clean]
-    for key in (3, 60, 100, 115):
+    for key in (3, 40, 100, 115):  # of all three warps that look through the values for Hopper
         for name, column in (("k", slice(None)), ("v", 7)):
             dirty = replace(clean, name=f"{name} {key}", k=clean.k.clone(), v=clean.v.clone())
             getattr(dirty, name)[0, key, :, column] = poison
@@ -85,4 +109,18 @@ def test_a_query_that_is_not_a_number_spoils_itself_alone(run, kernel, tmp_path)
 @pytest.mark.parametrize(("kernel", "architecture"), [("sm_80", "sm_80"), ("sm_80", "sm_90a"), ("sm_90a", "sm_90a")])
 def test_nvcc_compiles_the_same_source(kernel, architecture, tmp_path):
     """Without a warning and without a spill."""
-    compiled_by_nvcc(KERNELS[kernel], architecture, tmp_path)
+    compiled = compiled_by_nvcc(KERNELS[kernel], architecture, tmp_path)
+    if kernel == "sm_90a":
+        for listing in disassembled(compiled):
+            assert_overlap(listing)
+
+
+def assert_overlap(listing: str) -> None:
+    """What ptxas may undo without a word: the softmax's exponentials lie between the wait for scores and that for the
+    sum of values, whose product is issued before them."""
+    found = re.findall(r"HGMMA|DEPBAR.LE gsb0, 0x[01]|MUFU.EX2|UTMALDG|HMMA|LDL|STL", listing)
+    order = [name for name, _ in itertools.groupby(x for x in found if x != "UTMALDG")]
+    wait, wait_but_one, product, softmax = "DEPBAR.LE gsb0, 0x0", "DEPBAR.LE gsb0, 0x1", "HGMMA", "MUFU.EX2"
+    loop = [softmax, wait, product, wait_but_one]
+    assert order == [product, wait, *loop, product, wait]
+    assert "UTMALDG" in found
