@@ -205,7 +205,9 @@ def complaints(case: Case, ours: Result) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_results_are_within_the_budget(run, kernel, seed, tmp_path, dtype):
+def test_results_are_within_the_budget(build, run, kernel, seed, tmp_path, dtype):
+    if build != "plain" and dtype == torch.float16:
+        pytest.skip("the same templates, and the instrumented builds are slow")
     cases = {"sm_80": all_cases, "sm_90a": cases_for_hopper}[kernel](random.Random(seed))
     cases = [replace(case, dtype=dtype).draw() for case in cases]
     results = run_cases(run, kernel, tmp_path, cases)
