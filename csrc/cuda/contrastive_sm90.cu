@@ -154,9 +154,12 @@ struct SoftmaxWeight {
 
     MMK_DEVICE float of(float s) const { return exp2_approx(s - maximum) * weight; }
 };
-MMK_DEVICE SoftmaxWeight softmax_weight(const float* statistics, int i, int count) {
-    if (i >= count) return {0, 0};
-    return {statistics[i], 0.5f * kGradientScale * reciprocal_approx(statistics[int64_t{count} + i])};
+MMK_DEVICE Statistic statistic_at(const float* statistics, int i, int count) {
+    if (i >= count) return {0.0f, 1.0f};
+    return {statistics[i], statistics[int64_t{count} + i]};
+}
+MMK_DEVICE SoftmaxWeight softmax_weight(const Statistic& of) {
+    return {of.maximum, 0.5f * kGradientScale * reciprocal_approx(of.sum)};
 }
 
 template <class T>
@@ -171,7 +174,7 @@ struct ClipGradientPass {
     SoftmaxWeight* columns;  // of the tile, for this group
     float* sums;
     float factor;
-    SoftmaxWeight row[2], column[kTileColumns / kWarpgroup];  // of the tile to come; columns: the thread's share
+    Statistic row[2], column[kTileColumns / kWarpgroup];  // of the tile that is multiplied; columns: the thread's share
 
     MMK_DEVICE ClipGradientPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap* ds)
         : call(call),
@@ -181,20 +184,23 @@ struct ClipGradientPass {
           sums(reinterpret_cast<float*>(shared + kStripsBytes + kGroups * kWeightsBytes)),
           factor(log2_scale(call.pairs)) {}
 
+    // Loads only: nothing waits for them before the products are done.
     MMK_DEVICE void prepare(const Tile& tile) {
         const int count = call.pairs.count;
 #pragma unroll
-        for (int j = 0; j < 2; j++) row[j] = softmax_weight(call.rows, tile.row0 + place.row + 8 * j, count);
+        for (int j = 0; j < 2; j++) row[j] = statistic_at(call.rows, tile.row0 + place.row + 8 * j, count);
 #pragma unroll
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
-            column[i] = softmax_weight(call.columns, tile.column0 + i * kWarpgroup + place.thread, count);
+            column[i] = statistic_at(call.columns, tile.column0 + i * kWarpgroup + place.thread, count);
         }
     }
 
     MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
         named_barrier_sync(kGroup + place.group, kWarpgroup);  // nobody reads those of the tile before
 #pragma unroll
-        for (int i = 0; i < kTileColumns / kWarpgroup; i++) columns[i * kWarpgroup + place.thread] = column[i];
+        for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
+            columns[i * kWarpgroup + place.thread] = softmax_weight(column[i]);
+        }
         named_barrier_sync(kGroup + place.group, kWarpgroup);
 
         float total[1] = {0};
@@ -212,6 +218,7 @@ struct ClipGradientPass {
     template <bool kPlain>
     MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float& total) const {
         const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
+        const SoftmaxWeight weights[2] = {softmax_weight(row[0]), softmax_weight(row[1])};
         const float off_target = call.off_target * kGradientScale, on_target = call.on_target * kGradientScale;
 #pragma unroll
         for (int strip = 0; strip < kTileColumns / kStrip; strip++) {
@@ -226,7 +233,7 @@ struct ClipGradientPass {
                 for (int i = 0; i < 4; i++) {
                     const float product = d[right / 2 + i], s = rounded_product(product, factor);
                     const int e = i % 2, j = i / 2;
-                    ds[i] = row[j].of(s) + (pair[e].of(s) - off_target);
+                    ds[i] = weights[j].of(s) + (pair[e].of(s) - off_target);
                     if (!kPlain && right + e == bounds.diagonal + 8 * j) ds[i] -= on_target;
                     if (!kPlain && right + e >= bounds.ends[j]) ds[i] = 0;
                     total += ds[i] * product;
