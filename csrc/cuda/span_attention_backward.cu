@@ -130,8 +130,10 @@ MMK_DEVICE void query_weights(float (&s)[kStep / 8][4], float (&ds)[kStep / 8][4
     if (factors.capped) each<kStep>(lane, [&](int n, int e, int, int) { ds[n][e] *= 1.0f - s[n][e] * s[n][e]; });
 }
 
+// Of narrow heads ptxas would rather hold three blocks than every register.
 template <class T, int kWidth>
-__global__ __launch_bounds__(kThreads) void span_attention_query_gradient_kernel(const SpanAttentionBackward call) {
+__global__ __launch_bounds__(kThreads, kWidth <= 32 ? 2 : 1) void span_attention_query_gradient_kernel(
+    const SpanAttentionBackward call) {
     using Tile = QueryTile<kWidth>;
     constexpr int kStep = Tile::kStep, kPitch = Row<kWidth>::kPitch, kStage = 2 * kStep * kPitch;
     MMK_DYNAMIC_SHARED(shared);
@@ -168,10 +170,7 @@ __global__ __launch_bounds__(kThreads) void span_attention_query_gradient_kernel
     }
     cp_async_commit();
     for (int i = thread; i < kFlags * kStep; i += kThreads) spoilt[i] = 0;
-    cp_async_wait<0>();
-    __syncthreads();  // q, d_out, the terms and the flags are here
-    if constexpr (!Tile::kOneBuffer) d_out.keep(lane);
-    q.keep(lane);
+    __syncthreads();  // the flags are here, q is under way
 
     float d_q[kWidth / 8][4] = {};
     int turn = 0;
@@ -195,6 +194,10 @@ __global__ __launch_bounds__(kThreads) void span_attention_query_gradient_kernel
             cp_async_wait<0>();
             if (masked) make_finite<kWidth, kStep, kThreads>(keys, flags);
             __syncthreads();  // the tiles of this step are here, and nobody needs those of the last
+            if (turn == 0) {
+                if constexpr (!Tile::kOneBuffer) d_out.keep(lane);
+                q.keep(lane);
+            }
             turn++;
             if (hull.end - j0 > kStep) load(j0 + kStep, hull.end);
             if (thread < kStep) spoilt[(turn + 1) % kFlags * kStep + thread] = 0;
@@ -214,6 +217,8 @@ __global__ __launch_bounds__(kThreads) void span_attention_query_gradient_kernel
         }
     }
 
+    cp_async_wait<0>();
+    __syncthreads();  // without any step, queries are still on their way
     const float scales[2] = {p.scale, p.scale};
     store_rows<kWidth>(queries + warp * 16 * kPitch, d_q, scales,
                        matrix<T>(call.d_q, p.head_size, batch, warp_row0, head), p.queries - warp_row0, lane);
@@ -317,87 +322,87 @@ __global__ __launch_bounds__(kThreads) void span_attention_key_gradient_kernel(c
     const Workspace workspace = workspace_of(call);
     const Factors factors(p);
 
+    Rows<T, kWidth, Tile::kKeepKeys> k{keys + warp * 16 * kPitch, {}};
+    Rows<T, kWidth, false> v{values + warp * 16 * kPitch, {}};
+    const auto load_values = [&] {
+        load_rows<kWidth, kRows, kThreads>(values, matrix<T>(p.v, p.value_size, batch, key0, key_head), 0,
+                                           p.keys - key0);
+    };
+    load_rows<kWidth, kRows, kThreads>(keys, matrix<T>(p.k, p.head_size, batch, key0, key_head), 0, p.keys - key0);
+    if constexpr (kWantKeys && !Tile::kOneBuffer) load_values();
+    cp_async_commit();
+
+    int turn = 0;
     Walk<kStep> walk(p, workspace.table, batch, key0, key_head);
+    const auto load = [&] {
+        T* const queries = stages + turn % 2 * kStage;
+        const int present = p.queries - walk.row0;
+        const auto q = matrix<T>(p.q, p.head_size, batch, walk.row0, walk.head);
+        const auto d_out = matrix<T>(call.d_out, p.value_size, batch, walk.row0, walk.head);
+        load_rows<kWidth, kStep, kThreads>(queries, q, 0, present);
+        load_rows<kWidth, kStep, kThreads>(queries + kStep * kPitch, d_out, 0, present);
+        if (thread < kStep) {
+            StepRows<kStep>& rows = step_rows[turn % 2];
+            const bool inside = thread < present;
+            const int64_t row = inside ? walk.row0 + thread : 0;
+            const int64_t line = (static_cast<int64_t>(batch) * p.heads + walk.head) * p.queries + row;
+            cp_async<8>(reinterpret_cast<RowTerms*>(rows.terms) + thread, workspace.terms + line, inside);
+            cp_async<4>(&rows.lo[thread], p.lo + walk.slice * p.queries + row, inside);
+            cp_async<4>(&rows.hi[thread], p.hi + walk.slice * p.queries + row, inside);
+        }
+    };
     bool more = walk.next();
-    float d_k[kWantKeys ? kWidth / 8 : 1][4] = {}, d_v[kWantValues ? kWidth / 8 : 1][4] = {};
-    if (more) {
-        int turn = 0;
-        const auto load = [&] {
-            T* const queries = stages + turn % 2 * kStage;
-            const int present = p.queries - walk.row0;
-            const auto q = matrix<T>(p.q, p.head_size, batch, walk.row0, walk.head);
-            const auto d_out = matrix<T>(call.d_out, p.value_size, batch, walk.row0, walk.head);
-            load_rows<kWidth, kStep, kThreads>(queries, q, 0, present);
-            load_rows<kWidth, kStep, kThreads>(queries + kStep * kPitch, d_out, 0, present);
-            if (thread < kStep) {
-                StepRows<kStep>& rows = step_rows[turn % 2];
-                const bool inside = thread < present;
-                const int64_t row = inside ? walk.row0 + thread : 0;
-                const int64_t line = (static_cast<int64_t>(batch) * p.heads + walk.head) * p.queries + row;
-                cp_async<8>(reinterpret_cast<RowTerms*>(rows.terms) + thread, workspace.terms + line, inside);
-                cp_async<4>(&rows.lo[thread], p.lo + walk.slice * p.queries + row, inside);
-                cp_async<4>(&rows.hi[thread], p.hi + walk.slice * p.queries + row, inside);
-            }
-            cp_async_commit();
-        };
-        Rows<T, kWidth, Tile::kKeepKeys> k{keys + warp * 16 * kPitch, {}};
-        Rows<T, kWidth, false> v{values + warp * 16 * kPitch, {}};
-        load_rows<kWidth, kRows, kThreads>(keys, matrix<T>(p.k, p.head_size, batch, key0, key_head), 0, p.keys - key0);
+    if (more) load();
+    cp_async_commit();
+    for (int i = thread; i < kFlags * kStep; i += kThreads) spoilt[i] = 0;
+    cp_async_wait<1>();
+    __syncthreads();  // k and the flags are here
+    k.keep(lane);
+    if constexpr (kWantKeys && Tile::kOneBuffer) {
+        __syncthreads();  // and k is in registers
+        load_values();
         cp_async_commit();
-        if constexpr (Tile::kOneBuffer) {
-            cp_async_wait<0>();
-            __syncthreads();  // k is here
-            k.keep(lane);
-            __syncthreads();  // and in registers
-        }
-        if constexpr (kWantKeys) {
-            load_rows<kWidth, kRows, kThreads>(values, matrix<T>(p.v, p.value_size, batch, key0, key_head), 0,
-                                               p.keys - key0);
-        }
-        load();
-        for (int i = thread; i < kFlags * kStep; i += kThreads) spoilt[i] = 0;
-        if constexpr (!Tile::kOneBuffer) {
-            cp_async_wait<1>();
-        }
-        __syncthreads();  // the flags are here, and k
-        if constexpr (!Tile::kOneBuffer) k.keep(lane);
-
-        while (more) {
-            T *const queries = stages + turn % 2 * kStage, *const d_outs = queries + kStep * kPitch;
-            int* const flags = spoilt + turn % kFlags * kStep;
-            const StepRows<kStep>& rows = step_rows[turn % 2];
-            const bool masked = walk.masked;
-            cp_async_wait<0>();
-            if (masked) {
-                make_finite<kWidth, kStep, kThreads>(queries, flags);
-                make_finite<kWidth, kStep, kThreads>(d_outs, flags);
-            }
-            __syncthreads();  // the tiles of this step are here, and nobody needs those of the last
-            turn++;
-            more = walk.next();
-            if (more) load();
-            if (thread < kStep) spoilt[(turn + 1) % kFlags * kStep + thread] = 0;
-
-            float s[kStep / 8][4], ds[kStep / 8][4] = {};
-            multiply<kWidth, kStep>(s, k, queries, lane);
-            if constexpr (kWantKeys) multiply<kWidth, kStep>(ds, v, d_outs, lane);
-            if (factors.capped) {
-                key_weights<kStep, true>(s, ds, factors, rows, lane);
-            } else {
-                key_weights<kStep, false>(s, ds, factors, rows, lane);
-            }
-            if (masked) {
-                each<kStep>(lane, [&](int n, int e, int i, int column) {
-                    const int key = warp_key0 + lane / 4 + 8 * i;
-                    if (flags[column] != 0) s[n][e] = ds[n][e] = NAN;
-                    if (key < rows.lo[column] || key >= rows.hi[column]) s[n][e] = ds[n][e] = 0;
-                });
-            }
-            if constexpr (kWantValues) add_product<kWidth, kStep>(d_v, s, d_outs, lane);
-            if constexpr (kWantKeys) add_product<kWidth, kStep>(d_k, ds, queries, lane);
-        }
     }
 
+    float d_k[kWantKeys ? kWidth / 8 : 1][4] = {}, d_v[kWantValues ? kWidth / 8 : 1][4] = {};
+    while (more) {
+        T *const queries = stages + turn % 2 * kStage, *const d_outs = queries + kStep * kPitch;
+        int* const flags = spoilt + turn % kFlags * kStep;
+        const StepRows<kStep>& rows = step_rows[turn % 2];
+        const bool masked = walk.masked;
+        more = walk.next();  // reads hulls, while copies are under way
+        cp_async_wait<0>();
+        if (masked) {
+            make_finite<kWidth, kStep, kThreads>(queries, flags);
+            make_finite<kWidth, kStep, kThreads>(d_outs, flags);
+        }
+        __syncthreads();  // the tiles of this step are here, and nobody needs those of the last
+        turn++;
+        if (more) load();
+        cp_async_commit();
+        if (thread < kStep) spoilt[(turn + 1) % kFlags * kStep + thread] = 0;
+
+        float s[kStep / 8][4], ds[kStep / 8][4] = {};
+        multiply<kWidth, kStep>(s, k, queries, lane);
+        if constexpr (kWantKeys) multiply<kWidth, kStep>(ds, v, d_outs, lane);
+        if (factors.capped) {
+            key_weights<kStep, true>(s, ds, factors, rows, lane);
+        } else {
+            key_weights<kStep, false>(s, ds, factors, rows, lane);
+        }
+        if (masked) {
+            each<kStep>(lane, [&](int n, int e, int i, int column) {
+                const int key = warp_key0 + lane / 4 + 8 * i;
+                if (flags[column] != 0) s[n][e] = ds[n][e] = NAN;
+                if (key < rows.lo[column] || key >= rows.hi[column]) s[n][e] = ds[n][e] = 0;
+            });
+        }
+        if constexpr (kWantValues) add_product<kWidth, kStep>(d_v, s, d_outs, lane);
+        if constexpr (kWantKeys) add_product<kWidth, kStep>(d_k, ds, queries, lane);
+    }
+
+    cp_async_wait<0>();
+    __syncthreads();  // without any step, values may still be on their way
     const int present = p.keys - warp_key0;
     if constexpr (kWantKeys) {
         const float scales[2] = {p.scale, p.scale};
