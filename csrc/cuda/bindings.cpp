@@ -94,6 +94,18 @@ void bind_span_attention(py::module_& module) {
         "span_attention_forward_sm90",
         [](const SpanAttention& call, uintptr_t stream) { run(span_attention_forward_sm90, call, stream); },
         py::arg("call"), py::arg("stream"), "The same on Hopper, of what it serves.");
+    py::class_<SpanAttentionBackward>(module, "SpanAttentionBackward", "A call: see span_attention.h.")
+        .def(py::init([](const SpanAttention& forward, const Heads& d_out, const Heads& d_q, const Heads& d_k,
+                         const Heads& d_v, uintptr_t workspace) {
+                 return SpanAttentionBackward{forward, d_out, d_q, d_k, d_v, pointer<void>(workspace)};
+             }),
+             py::kw_only(), py::arg("forward"), py::arg("d_out"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"),
+             py::arg("workspace"));
+    module.def("span_attention_backward_bytes", &span_attention_backward_bytes, "Of the workspace.");
+    module.def(
+        "span_attention_backward",
+        [](const SpanAttentionBackward& call, uintptr_t stream) { run(span_attention_backward, call, stream); },
+        py::arg("call"), py::arg("stream"), "Fills d_q, d_k and d_v.");
 }
 
 // ---- contrastive losses

@@ -55,18 +55,38 @@ inline int64_t extent(const Heads& x, int64_t batch, int64_t rows, int64_t heads
     return (batch - 1) * x.batch + (rows - 1) * x.row + (heads - 1) * x.head + width;
 }
 
-inline Touched touched(const SpanAttention& call) {
-    const auto numbers = [](const Heads& x) { return static_cast<const uint16_t*>(x.data); };
-    const int64_t slices = int64_t{call.spans_by_batch ? call.batch : 1} * call.runs;
-    Touched found;
+inline const uint16_t* numbers(const Heads& x) { return static_cast<const uint16_t*>(x.data); }
+
+inline int64_t slices(const SpanAttention& call) { return int64_t{call.spans_by_batch ? call.batch : 1} * call.runs; }
+
+inline void read_inputs(Touched& found, const SpanAttention& call) {
     found.reads(numbers(call.q), extent(call.q, call.batch, call.queries, call.heads, call.head_size));
     found.reads(numbers(call.k), extent(call.k, call.batch, call.keys, call.key_heads, call.head_size));
     found.reads(numbers(call.v), extent(call.v, call.batch, call.keys, call.key_heads, call.value_size));
-    found.reads(call.lo, slices * call.queries);
-    found.reads(call.hi, slices * call.queries);
-    found.reads(call.hulls, slices * ((call.queries + kHullRows - 1) / kHullRows) * 4);
+    found.reads(call.lo, slices(call) * call.queries);
+    found.reads(call.hi, slices(call) * call.queries);
+    found.reads(call.hulls, slices(call) * ((call.queries + kHullRows - 1) / kHullRows) * 4);
+}
+
+inline Touched touched(const SpanAttention& call) {
+    Touched found;
+    read_inputs(found, call);
     found.writes(numbers(call.out), extent(call.out, call.batch, call.queries, call.heads, call.value_size));
     found.writes(call.lse, int64_t{call.batch} * call.heads * call.queries);
+    return found;
+}
+
+inline Touched touched(const SpanAttentionBackward& call) {
+    const SpanAttention& f = call.forward;
+    Touched found;
+    read_inputs(found, f);
+    found.reads(numbers(f.out), extent(f.out, f.batch, f.queries, f.heads, f.value_size));
+    found.reads(f.lse, int64_t{f.batch} * f.heads * f.queries);
+    found.reads(numbers(call.d_out), extent(call.d_out, f.batch, f.queries, f.heads, f.value_size));
+    found.writes(numbers(call.d_q), extent(call.d_q, f.batch, f.queries, f.heads, f.head_size));
+    found.writes(numbers(call.d_k), extent(call.d_k, f.batch, f.keys, f.key_heads, f.head_size));
+    found.writes(numbers(call.d_v), extent(call.d_v, f.batch, f.keys, f.key_heads, f.value_size));
+    found.writes(static_cast<const char*>(call.workspace), static_cast<int64_t>(span_attention_backward_bytes(f)));
     return found;
 }
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import _cuda
+from ...spans import RowSpans
 from .._cuda_tensors import has_hopper_kernels, launch, unserved
-from .reference import span_attention_backward  # noqa: F401  # until its kernels are there
 
 MAX_HEAD = 256
 
@@ -20,17 +20,53 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def span_attention(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, hulls: Tensor, scale: float, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, hulls: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     out = q.new_empty((batch, queries, heads, v.shape[3]))
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
-    lo, hi, hulls = lo.contiguous(), hi.contiguous(), hulls.contiguous()
+    lo, hi, hulls = _spans(lo, hi, hulls, k.shape[1])
     call = _call(q, k, v, out, lo, hi, hulls, lse, scale, softcap)
     hopper = has_hopper_kernels(q.device) and _cuda.span_attention_forward_sm90_serves(call)
     launcher = _cuda.span_attention_forward_sm90 if hopper else _cuda.span_attention_forward
     launch(launcher, call, q=q, k=k, v=v, lo=lo, hi=hi, hulls=hulls)
     return out, lse
+
+
+def span_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    hulls: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    lo, hi, hulls = _spans(lo, hi, hulls, k.shape[1])
+    lse = lse.contiguous()
+    forward = _call(q, k, v, out, lo, hi, hulls, lse, scale, softcap)
+    workspace = q.new_empty(_cuda.span_attention_backward_bytes(forward), dtype=torch.uint8)
+    call = _cuda.SpanAttentionBackward(
+        forward=forward,
+        d_out=_heads(d_out),
+        d_q=_heads(d_q),
+        d_k=_heads(d_k),
+        d_v=_heads(d_v),
+        workspace=workspace.data_ptr(),
+    )
+    launch(_cuda.span_attention_backward, call, d_out=d_out, q=q, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi, hulls=hulls)
+    return d_q, d_k, d_v
+
+
+def _spans(lo: Tensor, hi: Tensor, hulls: Tensor | None, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    if hulls is None:
+        hulls = RowSpans(lo, hi, keys).hulls()
+    return lo.contiguous(), hi.contiguous(), hulls.contiguous()
 
 
 def _call(q, k, v, out, lo, hi, hulls, lse, scale: float, softcap: float) -> _cuda.SpanAttention:
