@@ -3,7 +3,7 @@
 Strides reach a kernel in units of 8 elements and are multiplied back there. The compiler knows of an argument only
 whether 16 divides it; a multiplication by 8 that it can see is what proves every row to start at a 16 byte boundary,
 and without that proof the copies are no longer asynchronous and the software pipeline is silently gone. Rows that do
-not start there are copied once (`aligned_rows`): O(N D) bytes beside a kernel that does far more work than that.
+not start there are copied once (`_aligned_rows.py`): O(N D) bytes beside a kernel that does far more work than that.
 
 No integer argument is specialised on its value, so one compiled kernel serves every batch.
 """

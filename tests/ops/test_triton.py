@@ -13,6 +13,7 @@ from mmkernels.ops.patch_embed.geometry import patch_geometry
 triton = pytest.importorskip("triton", reason="the Triton backend needs triton, which has wheels for Linux only")
 
 from mmkernels.ops import _triton  # noqa: E402
+from mmkernels.ops._aligned_rows import aligned_rows  # noqa: E402
 from mmkernels.ops.contrastive import triton as contrastive  # noqa: E402
 from mmkernels.ops.patch_embed import triton as patch_embed  # noqa: E402
 
@@ -44,7 +45,7 @@ def test_float32_is_exact_unless_the_user_allows_tf32():
 @pytest.mark.parametrize("offset", [0, 1])
 def test_rows_that_the_kernels_cannot_load_are_copied(width, offset):
     x = torch.randn(5, 16, dtype=torch.float64).float()[:, offset : offset + width]
-    rows = _triton.aligned_rows(x)
+    rows = aligned_rows(x)
     assert (rows is x) == (width == 8 and offset == 0)
     assert rows.stride(0) % 8 == 0 and rows.stride(1) == 1 and rows.data_ptr() % 16 == 0
     assert torch.equal(rows[:, :width], x) and not rows[:, width:].any()

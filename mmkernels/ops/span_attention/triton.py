@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ...spans import RowSpans
 from .. import _triton
+from .._aligned_rows import aligned_rows
 from .._triton import Tile, launch
 from .triton_backward import key_grads, key_table, query_grad
 from .triton_forward import forward, merge
@@ -179,7 +180,7 @@ def _part_sizes(parts: int, *results: Tensor) -> list[int]:
 
 def _rows(x: Tensor, packed: bool = False) -> Tensor:
     """x as the kernels read it, (B, T, H, multiple of 8): rows at 16 bytes, tiles within 32 bits of their first row."""
-    x = _triton.aligned_rows(x)
+    x = aligned_rows(x)
     step = max(x.stride()[1:3]) if packed else x.stride(1)
     return x if step * LARGEST_BLOCK < 2**31 else x.contiguous()
 
