@@ -58,6 +58,11 @@ size_t span_attention_backward_bytes(const SpanAttention& forward);
 // d_q, d_k and d_v from the rest; sm_80 and later. Sizes may be zero.
 Error span_attention_backward(const SpanAttentionBackward& call, cudaStream_t stream);
 
+// The same for Hopper alone (sm_90a), for heads of up to 128 numbers, where TMA can read and write every tensor: their
+// data and those of their strides that matter lie at multiples of 16 bytes, and no size is zero.
+bool span_attention_backward_sm90_serves(const SpanAttentionBackward& call);
+Error span_attention_backward_sm90(const SpanAttentionBackward& call, cudaStream_t stream);
+
 // Fills the workspace, the first step of every backward. call.forward's sizes have to be right.
 Error span_attention_prepare(const SpanAttentionBackward& call, cudaStream_t stream);
 

@@ -94,7 +94,8 @@ def compiled_by_nvcc(source: Path, architecture: str, folder: Path) -> Path:
     assert ran.returncode == 0, ran.stderr
     spills = [line for line in ran.stderr.splitlines() if "spill stores" in line]
     assert spills and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), ran.stderr
-    assert "serialized" not in ran.stderr  # ptxas says so where it had to wait for a wgmma earlier than the source does
+    # Where ptxas had to wait for a wgmma earlier than the source does, or could not keep to a number of registers.
+    assert "Potential Performance Loss" not in ran.stderr, ran.stderr
     return folder / "object"
 
 

@@ -1,4 +1,5 @@
-// Runs the cases of one file through span_attention_backward and writes d_q, d_k and d_v of all to another.
+// Runs the cases of one file through the backward kernels for "sm_80" or "sm_90a" and writes d_q, d_k and d_v of all to
+// another.
 #include "span_attention_case.h"
 
 using namespace mmk;
@@ -9,7 +10,12 @@ struct Header {
     Place q, k, v, out, d_out, d_q, d_k, d_v;
 };
 
-static void run_case(const std::string&, FILE* from, FILE* to, const Header& h) {
+static Error backward(const std::string& kernel, const SpanAttentionBackward& call) {
+    if (kernel == "sm_90a") return span_attention_backward_sm90(call, nullptr);
+    return span_attention_backward(call, nullptr);
+}
+
+static void run_case(const std::string& kernel, FILE* from, FILE* to, const Header& h) {
     Storage q(from, h.q), k(from, h.k), v(from, h.v), out(from, h.out), d_out(from, h.d_out);
     auto lse = read<float>(from, h.sizes.batch * h.sizes.heads * h.sizes.queries);
     const SpansOfCase spans(from, h.sizes);
@@ -26,7 +32,7 @@ static void run_case(const std::string&, FILE* from, FILE* to, const Header& h) 
         watch(lse, true);
         for (const Storage* storage : {&d_q, &d_k, &d_v}) storage->watch(false);
         watch(workspace, false);
-        complain_of([&] { return span_attention_backward(call, nullptr); });
+        complain_of([&] { return backward(kernel, call); });
         const Storage* gradients[] = {&d_q, &d_k, &d_v};
         for (int i = 0; i < 3; i++) {
             if (first) expected[i] = gradients[i]->numbers;

@@ -1,0 +1,299 @@
+// What the two kernels of span attention's backward on Hopper have in common: tiles, the ring in which steps go round,
+// scores, and what they are launched with. span_attention_backward_sm90.cu says how they work.
+#pragma once
+#include "span_attention_device.h"
+#include "tensor_map.h"
+#include "wgmma.h"
+
+namespace mmk::cuda::sm90 {
+
+constexpr int kGroups = 2;  // warpgroups that compute
+constexpr int kGroupRows = 64, kBlockRows = kGroups * kGroupRows;
+constexpr int kThreads = (1 + kGroups) * kWarpgroup;
+constexpr int kHelperWarps = 3;
+constexpr int kBoxRows = 64;  // of a tile, that come and go at a time
+
+// A block has the registers it is launched with, 168 a thread, to share out: with more, taking them waits for ever.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kProducerRegisters + kGroups * kConsumerRegisters <= 3 * 168);
+
+// ---- tiles
+
+// Where rows lie in a tensor, from the first on.
+struct Place {
+    int row, head, batch;
+};
+
+// kRows rows of kWidth numbers in shared memory: slabs as wide as a swizzle, one after the other.
+template <int kWidth, int kRows>
+struct alignas(1024) Tile {
+    static constexpr int kColumns = kWidth % 64 == 0 ? 64 : kWidth % 32 == 0 ? 32 : 16;  // of a slab
+    static constexpr int kPitch = 2 * kColumns, kSlab = kRows * kPitch;
+    static constexpr Swizzle kSwizzle = kPitch == 128 ? Swizzle::k128 : kPitch == 64 ? Swizzle::k64 : Swizzle::k32;
+    static constexpr int kBytes = 2 * kWidth * kRows;
+
+    unsigned char bytes[kBytes];
+
+    MMK_DEVICE void load(const CUtensorMap& map, const Place& from, uint64_t* barrier) {
+#pragma unroll
+        for (int column = 0; column < kWidth; column += kColumns) {
+#pragma unroll
+            for (int i = 0; i < kRows; i += kBoxRows) {
+                tensor_load(bytes + column / kColumns * kSlab + i * kPitch, &map,
+                            {column, from.head, from.row + i, from.batch}, barrier);
+            }
+        }
+    }
+
+    // Operand of a product over columns, of which these are 16 k and up: rows from `row` on.
+    MMK_DEVICE uint64_t over_columns(int row, int k) const {
+        const int at = row * kPitch + k * 16 / kColumns * kSlab + k * 16 % kColumns * 2;
+        return matrix_descriptor(shared_address(bytes) + at, 16, 8 * kPitch, kSwizzle);
+    }
+    // Right operand of a product over rows, of which these are 16 k and up: all columns.
+    MMK_DEVICE uint64_t over_rows(int k) const {
+        return matrix_descriptor(shared_address(bytes) + k * 16 * kPitch, kSlab, 8 * kPitch, kSwizzle);
+    }
+
+    // Where two numbers lie: `column` is even.
+    MMK_DEVICE uint32_t* at(int row, int column) {
+        const int flat = row * kPitch + column % kColumns * 2;
+        const int offset = flat ^ (flat >> 7 & (kPitch / 16 - 1)) << 4;
+        return reinterpret_cast<uint32_t*>(bytes + column / kColumns * kSlab + offset);
+    }
+};
+
+// d = rows of left, from `row` on, times the rows of right transposed.
+template <class T, int kWidth, int kLeft, int kRight>
+MMK_DEVICE void multiply(float (&d)[kRight / 2], const Tile<kWidth, kLeft>& left, int row,
+                         const Tile<kWidth, kRight>& right) {
+#pragma unroll
+    for (int k = 0; k < kWidth / 16; k++) {
+        wgmma<T, Major::kK, Major::kK>(d, left.over_columns(row, k), right.over_columns(0, k), k > 0);
+    }
+    wgmma_commit();
+}
+
+// d += left times the rows of right.
+template <class T, int kWidth, int kRows>
+MMK_DEVICE void add_product(float (&d)[kWidth / 2], const uint32_t (&left)[kRows / 16][4],
+                            const Tile<kWidth, kRows>& right) {
+#pragma unroll
+    for (int k = 0; k < kRows / 16; k++) wgmma<T, Major::kOther>(d, left[k], right.over_rows(k), true);
+    wgmma_commit();
+}
+
+// The warpgroup's rows of a gradient, by way of its rows of a tile that nobody reads any more.
+template <class T, int kWidth>
+MMK_DEVICE void store(const float (&d)[kWidth / 2], float factor, Tile<kWidth, kBlockRows>& through, int group,
+                      const CUtensorMap& map, const Place& to) {
+    using Through = Tile<kWidth, kBlockRows>;
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % kWarp;
+    const int own = group * kGroupRows + thread / kWarp * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; i += 2) {
+        *through.at(own + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2) = pack2<T>(d[i] * factor, d[i + 1] * factor);
+    }
+    async_proxy_fence();
+    named_barrier_sync(1 + group, kWarpgroup);
+    if (__shfl_sync(kAllLanes, thread / kWarp, 0) != 0 || !elect_one()) return;
+#pragma unroll
+    for (int column = 0; column < kWidth; column += Through::kColumns) {
+        tensor_store(
+            &map, {column, to.head, to.row + group * kGroupRows, to.batch},
+            through.bytes + column / Through::kColumns * Through::kSlab + group * kGroupRows * Through::kPitch);
+    }
+    bulk_store_commit();
+    bulk_store_wait_read<0>();
+}
+
+// ---- steps, and the ring in which they go round
+
+// What a warpgroup's rows and the rows of a step have to do with each other.
+enum How { kNothing, kEverything, kMasked };
+
+// Of queries with this hull and keys from `first` to `end`.
+MMK_DEVICE int how(const Hull& hull, int first, int end) {
+    if (hull.end <= first || end <= hull.first) return kNothing;
+    return hull.common_first <= first && end <= hull.common_end ? kEverything : kMasked;
+}
+
+constexpr int kNoRun = -1;  // the run of the step after the last
+
+struct Step {
+    int run;
+    Place rows;  // of the step after the last, the block's own
+    int how[kGroups];
+
+    MMK_DEVICE bool concerns_anyone() const { return how[0] != kNothing || how[1] != kNothing; }
+    MMK_DEVICE bool is_masked() const { return how[0] == kMasked || how[1] == kMasked; }
+};
+
+template <int kStages>
+struct Turn {
+    int stage = 0, parity = 0;
+
+    MMK_DEVICE void advance() {
+        parity ^= stage == kStages - 1;
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+};
+
+template <int kStages>
+struct Ring {
+    uint64_t own;              // the block's own rows are here
+    uint64_t posted[kStages];  // the step is known
+    uint64_t full[kStages];    // its tiles are here
+    uint64_t ready[kStages];   // the helpers are done with it
+    uint64_t empty[kStages];   // no warp needs the stage
+    Step steps[kStages];
+
+    MMK_DEVICE void init() {
+        mbarrier_init(&own, 1);
+        for (int stage = 0; stage < kStages; stage++) {
+            mbarrier_init(&posted[stage], 1);
+            mbarrier_init(&full[stage], 1);
+            mbarrier_init(&ready[stage], kHelperWarps);
+            mbarrier_init(&empty[stage], kGroups * kWarpgroup / kWarp);
+        }
+        mbarrier_init_fence();
+    }
+
+    // By the lane that copies, when the stage may be filled.
+    MMK_DEVICE void post(Turn<kStages> turn, const Step& step) {
+        mbarrier_wait(&empty[turn.stage], turn.parity ^ 1);
+        steps[turn.stage] = step;
+        mbarrier_arrive(&posted[turn.stage]);
+    }
+    // By the helpers: f(stage, step) of every step.
+    template <class F>
+    MMK_DEVICE void help(const F& f) {
+        for (Turn<kStages> turn;; turn.advance()) {
+            mbarrier_wait(&posted[turn.stage], turn.parity);
+            const Step& step = steps[turn.stage];
+            const bool last = step.run == kNoRun;
+            if (!last) f(turn, step);
+            __syncwarp();
+            if (threadIdx.x % kWarp == 0) mbarrier_arrive(&ready[turn.stage]);
+            if (last) break;
+        }
+    }
+    // By the warps that compute: f(turn, step) of every step that concerns their group. Returns the block's own rows.
+    template <class F>
+    MMK_DEVICE Place compute(int group, const F& f) {
+        for (Turn<kStages> turn;; turn.advance()) {
+            mbarrier_wait(&ready[turn.stage], turn.parity);
+            const Step& step = steps[turn.stage];
+            if (step.run == kNoRun) return step.rows;
+            if (step.how[group] != kNothing) {
+                wait_for_tiles(turn);
+                f(turn, step);
+            }
+            __syncwarp();
+            if (threadIdx.x % kWarp == 0) mbarrier_arrive(&empty[turn.stage]);
+        }
+    }
+    MMK_DEVICE void wait_for_tiles(Turn<kStages> turn) { mbarrier_wait(&full[turn.stage], turn.parity); }
+};
+
+// One chunk of a tile, made finite; was it not?
+template <class T>
+MMK_DEVICE bool make_finite(unsigned char* at) {
+    constexpr uint32_t kExponents = std::is_same_v<T, BFloat16> ? 0x7F807F80 : 0x7C007C00;
+    constexpr uint32_t kOne = std::is_same_v<T, BFloat16> ? 0x00800080 : 0x04000400, kCarries = 0x80008000;
+    const uint4 was = *reinterpret_cast<const uint4*>(at);
+    const auto carries = [](uint32_t both) { return (both & kExponents) + kOne; };  // where an exponent is all ones
+    if (((carries(was.x) | carries(was.y) | carries(was.z) | carries(was.w)) & kCarries) == 0) return false;
+    *reinterpret_cast<uint4*>(at) = {finite<T>(was.x), finite<T>(was.y), finite<T>(was.z), finite<T>(was.w)};
+    return true;
+}
+
+// ---- scores
+
+// Made on the host: the kernel has them in its parameters rather than in registers.
+struct Scores {
+    float before, after;
+    bool capped;
+
+    explicit Scores(const SpanAttention& p) : capped(p.softcap > 0) {
+        before = capped ? p.scale / p.softcap * 2 * kLog2E : 0;
+        after = (capped ? p.softcap : p.scale) * kLog2E;
+    }
+
+    // The weight of a score, which itself becomes the weight times the slope of the cap.
+    template <bool kCapped>
+    MMK_DEVICE float weigh(float& score, float lse) const {
+        if constexpr (!kCapped) return score = exp2_approx(score * after - lse);
+        const float bounded = 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(score * before));  // tanh
+        const float weight = exp2_approx(bounded * after - lse);
+        score = weight * (1.0f - bounded * bounded);
+        return weight;
+    }
+};
+
+struct Call : SpanAttentionBackward {
+    explicit Call(const SpanAttentionBackward& call) : SpanAttentionBackward(call), scores(call.forward) {}
+    Scores scores;
+};
+
+// ---- launching
+
+struct Maps {
+    CUtensorMap q, k, v, d_out, d_q, d_k, d_v;
+};
+
+template <class T, int kWidth>
+Error encode_heads(CUtensorMap& map, const char* kernel, const Heads& x, int batch, int rows, int heads, int width) {
+    constexpr int kColumns = Tile<kWidth, kBoxRows>::kColumns;
+    const auto stride = [](int64_t elements, int size) {  // of a dimension of size 1 it may be anything
+        return size == 1 ? uint64_t{16} : static_cast<uint64_t>(elements) * sizeof(T);
+    };
+    return encode<T>(map, kernel,
+                     TensorLayout<4>{x.data,
+                                     {static_cast<uint64_t>(width), static_cast<uint64_t>(heads),
+                                      static_cast<uint64_t>(rows), static_cast<uint64_t>(batch)},
+                                     {stride(x.head, heads), stride(x.row, rows), stride(x.batch, batch)},
+                                     {kColumns, 1, kBoxRows, 1},
+                                     static_cast<RowSwizzle>(2 * kColumns)});
+}
+
+template <class T, int kWidth>
+Error encode_all(Maps& maps, const char* kernel, const Call& call) {
+    const SpanAttention& p = call.forward;
+    const auto of_queries = [&](CUtensorMap& map, const Heads& x, int width) {
+        return encode_heads<T, kWidth>(map, kernel, x, p.batch, p.queries, p.heads, width);
+    };
+    const auto of_keys = [&](CUtensorMap& map, const Heads& x, int width) {
+        return encode_heads<T, kWidth>(map, kernel, x, p.batch, p.keys, p.key_heads, width);
+    };
+    if (Error error = of_queries(maps.q, p.q, p.head_size)) return error;
+    if (Error error = of_queries(maps.d_q, call.d_q, p.head_size)) return error;
+    if (Error error = of_queries(maps.d_out, call.d_out, p.value_size)) return error;
+    if (Error error = of_keys(maps.k, p.k, p.head_size)) return error;
+    if (Error error = of_keys(maps.d_k, call.d_k, p.head_size)) return error;
+    if (Error error = of_keys(maps.v, p.v, p.value_size)) return error;
+    return of_keys(maps.d_v, call.d_v, p.value_size);
+}
+
+// Calls f(a number of the call's type, std::integral_constant<int, kWidth>()), of the widths that the kernels are
+// compiled for the first that holds the call's heads.
+template <class F>
+Error with_type_and_width(const SpanAttention& call, const F& f) {
+    const auto with_width = [&](auto type) {
+        const int width = std::max(call.head_size, call.value_size);
+        if (width <= 64) return f(type, std::integral_constant<int, 64>());
+        if (width <= 80) return f(type, std::integral_constant<int, 80>());
+        if (width <= 96) return f(type, std::integral_constant<int, 96>());
+        return f(type, std::integral_constant<int, 128>());
+    };
+    return call.bfloat16 ? with_width(BFloat16()) : with_width(Float16());
+}
+
+inline unsigned count_blocks(int rows, int heads, int batch) {
+    return static_cast<unsigned>((rows + kBlockRows - 1) / kBlockRows * heads * batch);
+}
+
+Error launch_query_grad(const Call& call, cudaStream_t stream);
+Error launch_key_grads(const Call& call, cudaStream_t stream);
+
+}  // namespace mmk::cuda::sm90
