@@ -4,11 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "contrastive.h"
+#include "patch_embed.h"
 #include "span_attention.h"
 
 #ifdef MMK_EMULATED
@@ -182,6 +185,101 @@ void bind_contrastive(py::module_& module) {
     def_contrastive(module, "siglip_sm90", siglip_sm90, "siglip on Hopper.");
 }
 
+// ---- patch_embed
+
+void bind_patch_operands(py::module_& module) {
+    py::enum_<PixelType>(module, "PixelType")
+        .value("float32", PixelType::kFloat32)
+        .value("bfloat16", PixelType::kBFloat16)
+        .value("float16", PixelType::kFloat16)
+        .value("uint8", PixelType::kUint8);
+    py::class_<Patches>(module, "Patches", "The patches of a tensor of images, by address: see patch_embed.h.")
+        .def(
+            py::init([](uintptr_t data, PixelType type, int batch, std::array<int, 3> grid, int64_t batch_stride,
+                        std::array<int64_t, 3> grid_strides, std::array<int, 4> sizes, std::array<int64_t, 4> strides) {
+                Patches patches{pointer<void>(data), type, batch, {}, batch_stride, {}, {}, {}};
+                std::copy(grid.begin(), grid.end(), patches.grid);
+                std::copy(grid_strides.begin(), grid_strides.end(), patches.grid_strides);
+                std::copy(sizes.begin(), sizes.end(), patches.sizes);
+                std::copy(strides.begin(), strides.end(), patches.strides);
+                return patches;
+            }),
+            py::kw_only(), py::arg("data"), py::arg("type"), py::arg("batch"), py::arg("grid"), py::arg("batch_stride"),
+            py::arg("grid_strides"), py::arg("sizes"), py::arg("strides"));
+    py::class_<Normalisation>(module, "Normalisation", "Addresses of mean and std, and where channels are.")
+        .def(py::init([](uintptr_t mean, uintptr_t std_dev, int channels, int pixels_inside) {
+            return Normalisation{pointer<const float>(mean), pointer<const float>(std_dev), channels, pixels_inside};
+        }));
+    py::class_<Rows>(module, "Rows", "Aligned rows: address and stride in elements.")
+        .def(py::init([](uintptr_t data, int64_t stride) { return Rows{pointer<const void>(data), stride}; }));
+    py::class_<TokenGrad>(module, "TokenGrad", "(B, N, E): address, and the strides of the first two in elements.")
+        .def(py::init([](uintptr_t data, int64_t batch, int64_t row) {
+            return TokenGrad{pointer<const void>(data), batch, row};
+        }));
+}
+
+void bind_patch_calls(py::module_& module) {
+    py::class_<PatchEmbed>(module, "PatchEmbed", "A call: see patch_embed.h.")
+        .def(py::init([](const Patches& images, const Normalisation& normalisation, const Rows& weight, PixelType type,
+                         bool tf32, uintptr_t bias, uintptr_t positions, uintptr_t prefix, uintptr_t tokens,
+                         int features, int prefix_rows, int position_rows) {
+                 return PatchEmbed{images,
+                                   normalisation,
+                                   weight,
+                                   type,
+                                   tf32,
+                                   pointer<const void>(bias),
+                                   pointer<const void>(positions),
+                                   pointer<const void>(prefix),
+                                   pointer<void>(tokens),
+                                   features,
+                                   prefix_rows,
+                                   position_rows};
+             }),
+             py::kw_only(), py::arg("images"), py::arg("normalisation"), py::arg("weight"), py::arg("type"),
+             py::arg("tf32"), py::arg("bias"), py::arg("positions"), py::arg("prefix"), py::arg("tokens"),
+             py::arg("features"), py::arg("prefix_rows"), py::arg("position_rows"));
+    py::class_<PatchWeightGrad>(module, "PatchWeightGrad", "A call: see patch_embed.h.")
+        .def(py::init([](const TokenGrad& grad, const Patches& images, const Normalisation& normalisation,
+                         PixelType type, bool tf32, int features, uintptr_t d_weight, int64_t d_weight_stride,
+                         std::array<int, 4> d_weight_sizes, std::array<int64_t, 4> d_weight_strides) {
+                 PatchWeightGrad call{
+                     grad, images, normalisation, type, tf32, features, pointer<void>(d_weight), d_weight_stride,
+                     {},   {},     nullptr};
+                 std::copy(d_weight_sizes.begin(), d_weight_sizes.end(), call.d_weight_sizes);
+                 std::copy(d_weight_strides.begin(), d_weight_strides.end(), call.d_weight_strides);
+                 return call;
+             }),
+             py::kw_only(), py::arg("grad"), py::arg("images"), py::arg("normalisation"), py::arg("type"),
+             py::arg("tf32"), py::arg("features"), py::arg("d_weight"), py::arg("d_weight_stride"),
+             py::arg("d_weight_sizes"), py::arg("d_weight_strides"))
+        .def_property_readonly("workspace_bytes", &patch_weight_grad_workspace)
+        .def("use_workspace",
+             [](PatchWeightGrad& call, uintptr_t workspace) { call.workspace = pointer<void>(workspace); });
+    py::class_<PatchImagesGrad>(module, "PatchImagesGrad", "A call: see patch_embed.h.")
+        .def(py::init(
+                 [](const TokenGrad& grad, const Rows& weight, PixelType type, bool tf32, int features,
+                    const Patches& d_images) { return PatchImagesGrad{grad, weight, type, tf32, features, d_images}; }),
+             py::kw_only(), py::arg("grad"), py::arg("weight"), py::arg("type"), py::arg("tf32"), py::arg("features"),
+             py::arg("d_images"));
+}
+
+void bind_patch_embed(py::module_& module) {
+    bind_patch_operands(module);
+    bind_patch_calls(module);
+    module.def(
+        "patch_embed", [](const PatchEmbed& call, uintptr_t stream) { run(patch_embed, call, stream); },
+        py::arg("call"), py::arg("stream"), "Fills tokens.");
+    module.def(
+        "patch_weight_grad",
+        [](const PatchWeightGrad& call, uintptr_t stream) { run(patch_weight_grad, call, stream); }, py::arg("call"),
+        py::arg("stream"), "Fills d_weight.");
+    module.def(
+        "patch_images_grad",
+        [](const PatchImagesGrad& call, uintptr_t stream) { run(patch_images_grad, call, stream); }, py::arg("call"),
+        py::arg("stream"), "Fills the patches of d_images.");
+}
+
 // ---- what was built, and what the machine has
 
 std::vector<std::string> architectures() {
@@ -221,6 +319,7 @@ PYBIND11_MODULE(_cuda, module) {
 #endif
     module.attr("architectures") = py::tuple(py::cast(architectures()));  // "80": code; "120+ptx": PTX too
     module.def("versions", &versions, "(CUDA the driver supports, 0 without one, CUDA the kernels were built with).");
+    bind_patch_embed(module);
     bind_span_attention(module);
     bind_contrastive(module);
 }

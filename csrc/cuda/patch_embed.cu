@@ -185,7 +185,7 @@ Error run(const PatchEmbed& call, cudaStream_t stream) {
 
 Error patch_embed(const PatchEmbed& call, cudaStream_t stream) {
     if (Error error = check("patch_embed", call.images, call.normalisation)) return error;
-    if (Error error = check("patch_embed", "weight", call.weight)) return error;
+    if (Error error = check("patch_embed", call.weight, call.features)) return error;
     if (call.features < 0 || call.features > INT_MAX - kTile || call.prefix_rows < 0) {
         return Error("patch_embed: negative or too many features or prefixes");
     }

@@ -254,10 +254,6 @@ Error run(const char* kernel, const Call& call, cudaStream_t stream) {
     if (call.features < 0 || call.features > INT_MAX - kTile) {
         return Error(std::string(kernel) + ": negative or too many features");
     }
-    if (!is_aligned(call.grad.data) || call.grad.batch % 8 != 0 || call.grad.row % 8 != 0) {
-        return Error(std::string(kernel) +
-                     ": the rows of grad have to be aligned to 16 bytes, 8 numbers or a multiple apart");
-    }
     switch (call.type) {
         case PixelType::kBFloat16:
             return run<BFloat16, false>(call, stream);
@@ -281,13 +277,15 @@ size_t patch_weight_grad_workspace(const PatchWeightGrad& call) {
 
 Error patch_weight_grad(const PatchWeightGrad& call, cudaStream_t stream) {
     if (Error error = check("patch_weight_grad", call.images, call.normalisation)) return error;
+    if (Error error = check("patch_weight_grad", call.grad, call.images)) return error;
     return run("patch_weight_grad", call, stream);
 }
 
 Error patch_images_grad(const PatchImagesGrad& call, cudaStream_t stream) {
     if (call.d_images.type == PixelType::kUint8) return Error("patch_images_grad: uint8 images have no gradient");
     if (Error error = check("patch_images_grad", call.d_images, {})) return error;
-    if (Error error = check("patch_images_grad", "weight", call.weight)) return error;
+    if (Error error = check("patch_images_grad", call.weight, call.features)) return error;
+    if (Error error = check("patch_images_grad", call.grad, call.d_images)) return error;
     return run("patch_images_grad", call, stream);
 }
 

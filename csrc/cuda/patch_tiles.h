@@ -350,10 +350,20 @@ MMK_DEVICE void copy_tile(T* tile, const Rows& source, const Offset& offset, int
 // The width of rows that zeros fill up.
 MMK_DEVICE int filled(int width) { return (width + 7) / 8 * 8; }
 
-inline Error check(const std::string& kernel, const char* name, const Rows& rows) {
-    if (is_aligned(rows.data) && rows.stride % 8 == 0) return {};
+// Strides of one row alone may be any.
+inline Error check(const std::string& kernel, const char* name, const void* data, bool multiples_of_8) {
+    if (is_aligned(data) && multiples_of_8) return {};
     return Error(kernel + ": the rows of " + name +
-                 " have to be aligned to 16 bytes, and 8 numbers apart or a multiple");
+                 " have to be aligned to 16 bytes, and 8 numbers or a multiple apart");
+}
+
+inline Error check(const std::string& kernel, const Rows& weight, int features) {
+    return check(kernel, "weight", weight.data, features < 2 || weight.stride % 8 == 0);
+}
+
+inline Error check(const std::string& kernel, const TokenGrad& grad, const Patches& images) {
+    const bool rows = images.grid[0] * images.grid[1] * images.grid[2] < 2 || grad.row % 8 == 0;
+    return check(kernel, "grad", grad.data, rows && (images.batch < 2 || grad.batch % 8 == 0));
 }
 
 }  // namespace mmk::cuda::tiles

@@ -161,12 +161,17 @@ class MmaProduct {
     float c_[4][4][4] = {};
 };
 
-// ---- exactly. Threads are 16 x 16, those of a warp 4 x 8, and each has 8 x 8 sums.
+// ---- exactly. Threads are 16 x 16, those of a warp 4 x 8, and each has 8 x 8 sums. Long sums are sums of short ones,
+// whose errors stay small.
 
 template <Layout kLeft, Layout kRight>
 class FmaProduct {
   public:
     MMK_DEVICE void add(const float* left, const float* right) {
+        if (++steps_ % kSteps == 0) {
+#pragma unroll
+            for (int i = 0; i < 64; i++) sums_[i] += c_[i / 8][i % 8], c_[i / 8][i % 8] = 0;
+        }
 #pragma unroll
         for (int k = 0; k < kDepth<float>; k += 4) {
             float a[4][8], b[4][8];
@@ -188,7 +193,8 @@ class FmaProduct {
         for (int i = 0; i < 8; i++) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                sums[place<kLeft>(thread_row_, i) * kSumsPitch + place<kRight>(thread_column_, j)] = c_[i][j];
+                sums[place<kLeft>(thread_row_, i) * kSumsPitch + place<kRight>(thread_column_, j)] =
+                    sums_[8 * i + j] + c_[i][j];
             }
         }
     }
@@ -225,7 +231,9 @@ class FmaProduct {
 
     const int lane_ = static_cast<int>(threadIdx.x) % kWarp, warp_ = static_cast<int>(threadIdx.x) / kWarp;
     const int thread_row_ = warp_ / 2 * 4 + lane_ / 8, thread_column_ = warp_ % 2 * 8 + lane_ % 8;
-    float c_[8][8] = {};
+    static constexpr int kSteps = 8;  // of a short sum
+    float c_[8][8] = {}, sums_[64] = {};
+    int steps_ = 0;
 };
 
 // kExact: no tensor cores; float32 only.

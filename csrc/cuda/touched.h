@@ -7,6 +7,7 @@
 
 #include "../emulator/emulator.h"
 #include "contrastive.h"
+#include "patch_embed.h"
 #include "span_attention.h"
 
 namespace mmk::cuda {
@@ -134,5 +135,77 @@ inline Touched touched(const ClipGradient& call) {
 }
 
 inline Touched touched(const LogitRows& siglip) { return touched(siglip, siglip.ds == nullptr ? 1 : 3); }
+
+// ---- patch_embed
+
+inline int64_t size_of_pixel(PixelType type) {
+    return type == PixelType::kFloat32 ? 4 : type == PixelType::kUint8 ? 1 : 2;
+}
+
+// Bytes from the first pixel to the last.
+inline int64_t extent(const Patches& x) {
+    int64_t last = (x.batch - 1) * x.batch_stride, count = x.batch;
+    for (int i = 0; i < 3; i++) last += (x.grid[i] - 1) * x.grid_strides[i], count *= x.grid[i];
+    for (int i = 0; i < 4; i++) last += (x.sizes[i] - 1) * x.strides[i], count *= x.sizes[i];
+    return count == 0 ? 0 : (last + 1) * size_of_pixel(x.type);
+}
+
+inline int64_t pixels_of(const Patches& x) { return int64_t{x.sizes[0]} * x.sizes[1] * x.sizes[2] * x.sizes[3]; }
+inline int64_t patches_of(const Patches& x) { return int64_t{x.grid[0]} * x.grid[1] * x.grid[2]; }
+inline int64_t filled(int64_t width) { return (width + 7) / 8 * 8; }
+inline const char* bytes_at(const void* data) { return static_cast<const char*>(data); }
+
+inline void reads_weight(Touched& found, const Rows& weight, int64_t features, int64_t pixels, PixelType type) {
+    if (features > 0) {
+        found.reads(bytes_at(weight.data), ((features - 1) * weight.stride + filled(pixels)) * size_of_pixel(type));
+    }
+}
+
+inline void reads_grad(Touched& found, const TokenGrad& grad, const Patches& images, int features, PixelType type) {
+    if (int64_t{images.batch} * patches_of(images) == 0) return;
+    const int64_t last = (images.batch - 1) * grad.batch + (patches_of(images) - 1) * grad.row;
+    found.reads(bytes_at(grad.data), (last + filled(features)) * size_of_pixel(type));
+}
+
+inline void reads_pixels(Touched& found, const Patches& images, const Normalisation& normalisation) {
+    found.reads(bytes_at(images.data), extent(images));
+    if (images.type == PixelType::kUint8) {
+        found.reads(normalisation.mean, normalisation.channels);
+        found.reads(normalisation.std_dev, normalisation.channels);
+    }
+}
+
+inline Touched touched(const PatchEmbed& call) {
+    const int64_t row = call.features * size_of_pixel(call.type);
+    Touched found;
+    reads_pixels(found, call.images, call.normalisation);
+    reads_weight(found, call.weight, call.features, pixels_of(call.images), call.type);
+    if (call.bias != nullptr) found.reads(bytes_at(call.bias), row);
+    if (call.positions != nullptr) found.reads(bytes_at(call.positions), call.position_rows * row);
+    found.reads(bytes_at(call.prefix), call.prefix_rows * row);
+    found.writes(bytes_at(call.tokens), call.images.batch * (call.prefix_rows + patches_of(call.images)) * row);
+    return found;
+}
+
+inline Touched touched(const PatchWeightGrad& call) {
+    int64_t last = (call.features - 1) * call.d_weight_stride;
+    for (int i = 0; i < 4; i++) last += (call.d_weight_sizes[i] - 1) * call.d_weight_strides[i];
+    Touched found;
+    reads_pixels(found, call.images, call.normalisation);
+    reads_grad(found, call.grad, call.images, call.features, call.type);
+    if (call.features * pixels_of(call.images) != 0) {
+        found.writes(bytes_at(call.d_weight), (last + 1) * size_of_pixel(call.type));
+    }
+    found.writes(bytes_at(call.workspace), static_cast<int64_t>(patch_weight_grad_workspace(call)));
+    return found;
+}
+
+inline Touched touched(const PatchImagesGrad& call) {
+    Touched found;
+    reads_weight(found, call.weight, call.features, pixels_of(call.d_images), call.type);
+    reads_grad(found, call.grad, call.d_images, call.features, call.type);
+    found.writes(bytes_at(call.d_images.data), extent(call.d_images));
+    return found;
+}
 
 }  // namespace mmk::cuda

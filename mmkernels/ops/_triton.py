@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._precision import tf32_is_allowed
+
 # A module-level constexpr: part of the cache key, and the branches on it fold away when compiled.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -64,10 +66,7 @@ def family(device: torch.device) -> str:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied: exactly, unless the user allows TF32 for matrix products."""
-    matmul = torch.backends.cuda.matmul
-    # The older flag raises when the newer one was set, so it is asked only where the newer one does not exist.
-    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if dtype == torch.float32 and tf32 and torch.version.hip is None else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_is_allowed() and torch.version.hip is None else "ieee"
 
 
 def launch(kernel, programs: int, *args, **meta) -> None:

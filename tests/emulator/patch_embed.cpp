@@ -1,8 +1,9 @@
-// Runs the cases of one file through the kernels of patch embedding, each under three orders of threads, which have to
-// give the same bits, and writes what they made to another. test_patch_embed.py knows both files.
+// Runs the cases of one file through the kernels of patch embedding, each under several orders of threads, which have
+// to give the same bits, and writes what they made to another. test_patch_embed.py knows both files.
 #include "cuda/patch_embed.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -11,6 +12,9 @@
 
 using namespace mmk;
 using namespace mmk::cuda;
+
+constexpr emulator::Order kOrders[] = {emulator::Order::kRandom, emulator::Order::kLowestFirst,
+                                       emulator::Order::kHighestFirst};
 
 enum Op { kForward, kWeightGrad, kImagesGrad };
 struct Blob {  // bytes of a tensor from its first number to its last; `offset` bytes behind an address that is aligned
@@ -62,7 +66,7 @@ static Patches patches_of(const Header& h, void* data) {
     return p;
 }
 
-static void run_case(FILE* from, FILE* to, const Header& h) {
+static void run_case(FILE* from, FILE* to, const Header& h, int orders) {
     Storage images(h.images, from), weight(h.weight, from), mean(h.mean, from), std_dev(h.std_dev, from);
     Storage bias(h.bias, from), positions(h.positions, from), prefix(h.prefix, from), grad(h.grad, from);
     Storage first(h.out, nullptr);
@@ -71,8 +75,8 @@ static void run_case(FILE* from, FILE* to, const Header& h) {
                                       small(h.channels), small(h.pixels_inside)};
     const auto type = static_cast<PixelType>(h.type);
     const TokenGrad tokens_grad{grad.data(), h.grad_batch, h.grad_row};
-    for (const auto order : {emulator::Order::kLowestFirst, emulator::Order::kHighestFirst, emulator::Order::kRandom}) {
-        emulator::options() = {order, 1};
+    for (int i = 0; i < orders; i++) {
+        emulator::options() = {kOrders[i], 1};
         Storage out(h.out, nullptr);
         PatchEmbed forward{patches_of(h, images.data()),
                            normalisation,
@@ -97,9 +101,9 @@ static void run_case(FILE* from, FILE* to, const Header& h) {
                                     {},
                                     {},
                                     nullptr};
-        for (int i = 0; i < 4; i++) {
-            weight_grad.d_weight_sizes[i] = small(h.out_sizes[i]);
-            weight_grad.d_weight_strides[i] = h.out_strides[i];
+        for (int d = 0; d < 4; d++) {
+            weight_grad.d_weight_sizes[d] = small(h.out_sizes[d]);
+            weight_grad.d_weight_strides[d] = h.out_strides[d];
         }
         const PatchImagesGrad images_grad{tokens_grad,       {weight.data(), h.weight_stride}, type, h.tf32 != 0,
                                           small(h.features), patches_of(h, out.data())};
@@ -120,7 +124,7 @@ static void run_case(FILE* from, FILE* to, const Header& h) {
             fail(error.what());
         }
         emulator::forget_watched();
-        if (order == emulator::Order::kLowestFirst) {
+        if (i == 0) {
             first = out;
         } else if (!(first == out)) {
             fail("depends on the order of threads");
@@ -135,7 +139,7 @@ int main(int, char** arguments) {
     Header header;
     for (int number = 0; fread(&header, sizeof header, 1, from) == 1; number++) {
         case_name = "case " + std::to_string(number);
-        run_case(from, to, header);
+        run_case(from, to, header, atoi(arguments[3]));
     }
     fclose(to);
     if (emulator::counters().bank_conflicts != 0) fail("has bank conflicts");
