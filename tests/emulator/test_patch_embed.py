@@ -185,10 +185,11 @@ CONVERTED = named("float32 images", "bfloat16 images", "float16 images")
 BYTES = named("uint8, P7", "uint8, channels_last", "uint8, rows, tchw", "uint8, crop, one channel")
 LARGE = PatchCase("several tiles", (2, 3, 64, 84), (152, 3, 7, 7), positions=108, prefix=2)
 DEEP = named("rows, chw, Conv3d")
+ODD_RUNS = PatchCase("odd runs, even strides", (2, 3, 14, 8), (19, 3, 7, 7))
 
 
 def test_bfloat16_is_within_the_budget(run, build, seed, tmp_path):
-    cases = [*BY_LINES, *BY_WORDS, *BY_NUMBER, *CONVERTED, *BYTES[:3]]
+    cases = [*BY_LINES, *BY_WORDS, *BY_NUMBER, ODD_RUNS, *CONVERTED, *BYTES[:3]]
     check(run, build, tmp_path, [Drawn.of(case, torch.bfloat16, seed) for case in cases])
 
 
