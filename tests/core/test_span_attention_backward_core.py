@@ -52,9 +52,10 @@ def test_bitwise_the_same_for_any_number_of_threads(same_for_any_threads, layout
     same_for_any_threads(lambda: torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True))
 
 
-def test_large_gradients_are_those_of_their_parts():
-    """From 8 MB on they are written past the caches."""
-    lengths, dim = [60] * 40, 64
+@pytest.mark.parametrize("dim", [64, 72])
+def test_large_gradients_are_those_of_their_parts(dim):
+    """From 8 MB on they are written past the caches, if rows are whole lines."""
+    lengths = [60] * 40
     q, k, v, upstream = torch.randn(4, sum(lengths), 16, dim)
     for x in (q, k, v):
         x.requires_grad_()
