@@ -105,7 +105,7 @@ def test_what_does_not_see_each_other_reaches_nothing(run, kernel, tmp_path, poi
     spans = documents(20, 90, 13, padding=3)
     clean = Backward.draw(Case("clean", spans, head_size=80))
     sees, cases = spans.to_dense(), [clean]
-    for token in (3, 60, 108, 115):
+    for token in (3, 70, 108, 115):
         for name in ("q", "k", "v", "d_out"):
             case = replace(clean.case, name=f"{name} {token}", **{x: getattr(clean.case, x).clone() for x in "qkv"})
             dirty = Backward(case, clean.d_out.clone())
