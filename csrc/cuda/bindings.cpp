@@ -109,6 +109,11 @@ void bind_span_attention(py::module_& module) {
         "span_attention_backward",
         [](const SpanAttentionBackward& call, uintptr_t stream) { run(span_attention_backward, call, stream); },
         py::arg("call"), py::arg("stream"), "Fills d_q, d_k and d_v.");
+    module.def("span_attention_backward_sm90_serves", &span_attention_backward_sm90_serves);
+    module.def(
+        "span_attention_backward_sm90",
+        [](const SpanAttentionBackward& call, uintptr_t stream) { run(span_attention_backward_sm90, call, stream); },
+        py::arg("call"), py::arg("stream"), "The same on Hopper, of what it serves.");
 }
 
 // ---- contrastive losses

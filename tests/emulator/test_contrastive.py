@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator_build import CSRC, compiled_by_nvcc, needs_nvcc
+from emulator_build import CSRC
 from torch import Tensor
 
 from mmkernels.check import plain
@@ -257,11 +257,3 @@ def test_what_cannot_be_right_is_refused(run, kernel, tmp_path, case, why):
 )
 def test_what_tma_cannot_read_is_not_served(run, tmp_path, case):
     assert "is not served" in run_passes(run, "sm_90a", tmp_path, [case.draw()])
-
-
-@needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("source", [COMMON, *KERNELS.values()], ids=lambda source: source.stem)
-def test_nvcc_compiles_the_same_source(source, architecture, tmp_path):
-    """Without a warning and without a spill; code for sm_90a is left out elsewhere, not wrong."""
-    compiled_by_nvcc(source, architecture, tmp_path)

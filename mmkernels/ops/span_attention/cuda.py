@@ -59,7 +59,9 @@ def span_attention_backward(
         d_v=_heads(d_v),
         workspace=workspace.data_ptr(),
     )
-    launch(_cuda.span_attention_backward, call, d_out=d_out, q=q, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi, hulls=hulls)
+    hopper = has_hopper_kernels(q.device) and _cuda.span_attention_backward_sm90_serves(call)
+    launcher = _cuda.span_attention_backward_sm90 if hopper else _cuda.span_attention_backward
+    launch(launcher, call, d_out=d_out, q=q, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi, hulls=hulls)
     return d_q, d_k, d_v
 
 
