@@ -20,8 +20,9 @@ def build(request) -> str:
 
 @pytest.fixture(scope="session")
 def objects(build, tmp_path_factory) -> Path:
-    """Where the objects of this build are, each compiled once."""
-    return tmp_path_factory.mktemp(build)
+    """Where the objects of this build are, each compiled once; mutants.py names a place that outlives the tests."""
+    kept = os.environ.get("MMKERNELS_EMULATOR_OBJECTS")
+    return Path(kept, build) if kept else tmp_path_factory.mktemp(build)
 
 
 @pytest.fixture(scope="session")

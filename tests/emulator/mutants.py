@@ -1,0 +1,126 @@
+"""Breaks the CUDA kernels one line at a time and sees which build of the emulator notices.
+
+    python tests/emulator/mutants.py [--only TEXT] [--all-builds] [--table FILE]
+
+A mutant is noticed when the kernel's own tests fail in a build, tried in the order of BUILDS; without --all-builds the
+first that does ends its trial. Exit code 1 if one survives. The table of the last run is in docs/mutants.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulator_build import BUILDS
+from mutations import MUTATIONS, Mutation
+from rich.console import Console
+from rich.progress import track
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`noticed`: by build, whether its tests failed; builds that were not run are missing."""
+
+    mutation: Mutation
+    noticed: dict[str, bool]
+
+    @property
+    def survived(self) -> bool:
+        return not any(self.noticed.values())
+
+
+class Workshop:
+    """A copy of the tree, and for each build the objects of the unbroken one, which a mutant mostly shares."""
+
+    def __init__(self, folder: Path):
+        self._tree, self._whole = folder / "tree", folder / "objects"
+        shutil.copytree(ROOT / "csrc", self._tree / "csrc")
+        shutil.copytree(ROOT / "tests", self._tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("mmkernels", "pyproject.toml"):
+            (self._tree / name).symlink_to(ROOT / name)
+        self._log = ""
+
+    def build_whole(self, tests: set[str]) -> None:
+        """Compile everything once; tests that fail already would notice any mutant."""
+        for build in BUILDS:
+            if self._fails(build, self._whole, *sorted(tests)):
+                raise SystemExit(f"the tests fail before anything is broken, in the build {build}:\n{self._log}")
+
+    def try_out(self, mutation: Mutation, all_builds: bool) -> Trial:
+        source = self._tree / "csrc" / "cuda" / mutation.file
+        text = source.read_text()
+        if text.count(mutation.old) < 1:
+            raise SystemExit(f"{mutation.file} does not contain {mutation.old!r}: bring the mutation up to date")
+        source.write_text(text.replace(mutation.old, mutation.new, 1))
+        noticed = {}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                objects = Path(folder) / "objects"
+                subprocess.run(["cp", "-rl", self._whole, objects], check=True)
+                # A header may be in any of them.
+                stale = f"*-{mutation.file}.o" if source.suffix == ".cu" else "*.o"
+                for build in BUILDS:
+                    for path in (objects / build).glob(stale):
+                        if source.suffix == ".cu" or not path.name.startswith("emulator-"):
+                            path.unlink()
+                    noticed[build] = self._fails(build, objects, mutation.tests)
+                    if noticed[build] and not all_builds:
+                        break
+        finally:
+            source.write_text(text)
+        return Trial(mutation, noticed)
+
+    def _fails(self, build: str, objects: Path, *tests: str) -> bool:
+        paths = [self._tree / "tests" / "emulator" / name for name in tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", build, "--rootdir", self._tree, *paths]
+        environment = os.environ | {"MMKERNELS_EMULATOR_OBJECTS": str(objects), "PYTHONPATH": str(ROOT)}
+        ran = subprocess.run(command, cwd=self._tree, env=environment, capture_output=True, text=True)
+        self._log = ran.stdout + ran.stderr
+        if ran.returncode not in (0, 1):
+            raise SystemExit(f"{' '.join(map(str, command))} ended with {ran.returncode}:\n{self._log}")
+        if " error" in ran.stdout.splitlines()[-1]:
+            raise SystemExit(f"what is broken does not compile:\n{self._log}")
+        return ran.returncode == 1
+
+
+def table(trials: list[Trial]) -> str:
+    lines = ["| kernel | what is broken | " + " | ".join(BUILDS) + " |", "|---" * (2 + len(BUILDS)) + "|"]
+    for trial in trials:
+        cells = [{True: "noticed", False: "passed", None: ""}[trial.noticed.get(build)] for build in BUILDS]
+        lines.append(f"| `{trial.mutation.file}` | {trial.mutation.what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="mutations whose file or description contains this")
+    parser.add_argument("--all-builds", action="store_true", help="also the builds after the first that notices")
+    parser.add_argument("--table", type=Path, help="write the table, in Markdown, there")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if options.only in m.file or options.only in m.what]
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(Path(folder))
+        console.print("compiling and testing the unbroken kernels")
+        workshop.build_whole({m.tests for m in chosen})
+        trials = [workshop.try_out(m, options.all_builds) for m in track(chosen, "breaking", console=console)]
+    survivors = [trial for trial in trials if trial.survived]
+    console.print(table(trials), markup=False)
+    for trial in survivors:
+        console.print(f"[red]nothing noticed[/]: {trial.mutation.file}: {trial.mutation.what}")
+    console.print(f"{len(trials) - len(survivors)} of {len(trials)} mutants were noticed")
+    if options.table:
+        options.table.write_text(table(trials))
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
