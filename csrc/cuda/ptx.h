@@ -164,4 +164,13 @@ MMK_DEVICE float reciprocal_approx(float x) {
 #endif
 }
 
+// x, of which the compiler knows nothing any more: what follows from it is computed where it is needed, rather than
+// once and kept in registers.
+MMK_DEVICE int opaque(int x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 }  // namespace mmk::cuda

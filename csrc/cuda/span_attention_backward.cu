@@ -176,8 +176,9 @@ __global__ __launch_bounds__(kThreads, kWidth <= 32 ? 2 : 1) void span_attention
     int turn = 0;
     const auto load = [&](int j0, int end) {
         T* const keys = stages + turn % 2 * kStage;
-        const auto k = matrix<T>(p.k, p.head_size, batch, j0, key_head);
-        const auto v = matrix<T>(p.v, p.value_size, batch, j0, key_head);
+        const int its_head = kWidth > 192 ? opaque(key_head) : key_head;  // the widest heads have no register to spare
+        const auto k = matrix<T>(p.k, p.head_size, batch, j0, its_head);
+        const auto v = matrix<T>(p.v, p.value_size, batch, j0, its_head);
         load_rows<kWidth, kStep, kThreads>(keys, k, 0, end - j0);
         load_rows<kWidth, kStep, kThreads>(keys + kStep * kPitch, v, 0, end - j0);
         cp_async_commit();
@@ -303,7 +304,8 @@ MMK_DEVICE void key_weights(float (&s)[kStep / 8][4], float (&ds)[kStep / 8][4],
 }
 
 template <class T, int kWidth, bool kWantKeys, bool kWantValues>
-__global__ __launch_bounds__(kThreads) void span_attention_key_gradient_kernel(const SpanAttentionBackward call) {
+__global__ __launch_bounds__(kThreads, kWidth <= 32 ? 2 : 1) void span_attention_key_gradient_kernel(
+    const SpanAttentionBackward call) {
     using Tile = KeyTile<kWidth>;
     constexpr int kStep = Tile::kStep, kPitch = Row<kWidth>::kPitch, kStage = 2 * kStep * kPitch;
     static_assert(kRows == kTableKeys);
@@ -336,16 +338,16 @@ __global__ __launch_bounds__(kThreads) void span_attention_key_gradient_kernel(c
     Walk<kStep> walk(p, workspace.table, batch, key0, key_head);
     const auto load = [&] {
         T* const queries = stages + turn % 2 * kStage;
-        const int present = p.queries - walk.row0;
-        const auto q = matrix<T>(p.q, p.head_size, batch, walk.row0, walk.head);
-        const auto d_out = matrix<T>(call.d_out, p.value_size, batch, walk.row0, walk.head);
+        const int present = p.queries - walk.row0, its_batch = kWidth > 192 ? opaque(batch) : batch;
+        const auto q = matrix<T>(p.q, p.head_size, its_batch, walk.row0, walk.head);
+        const auto d_out = matrix<T>(call.d_out, p.value_size, its_batch, walk.row0, walk.head);
         load_rows<kWidth, kStep, kThreads>(queries, q, 0, present);
         load_rows<kWidth, kStep, kThreads>(queries + kStep * kPitch, d_out, 0, present);
         if (thread < kStep) {
             StepRows<kStep>& rows = step_rows[turn % 2];
             const bool inside = thread < present;
             const int64_t row = inside ? walk.row0 + thread : 0;
-            const int64_t line = (static_cast<int64_t>(batch) * p.heads + walk.head) * p.queries + row;
+            const int64_t line = (static_cast<int64_t>(its_batch) * p.heads + walk.head) * p.queries + row;
             cp_async<8>(reinterpret_cast<RowTerms*>(rows.terms) + thread, workspace.terms + line, inside);
             cp_async<4>(&rows.lo[thread], p.lo + walk.slice * p.queries + row, inside);
             cp_async<4>(&rows.hi[thread], p.hi + walk.slice * p.queries + row, inside);

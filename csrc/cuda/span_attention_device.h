@@ -63,13 +63,25 @@ MMK_DEVICE Matrix<T> matrix(const Heads& x, int width, int64_t batch, int64_t ro
     return {static_cast<T*>(x.data) + batch * x.batch + row * x.row + head * x.head, x.row, width, aligned};
 }
 
+// Calls f(row, column) of the thread's own chunks of eight numbers in kCount rows. The widest heads need every register
+// for their sums, and have none for chunks side by side.
+template <int kWidth, int kCount, int kThreads, class F>
+MMK_DEVICE void each_chunk(const F& f) {
+    constexpr int kChunks = Row<kWidth>::kChunks;
+    const int thread = static_cast<int>(threadIdx.x);
+    if constexpr (kWidth > 192) {
+#pragma unroll 1
+        for (int i = opaque(thread); i < kCount * kChunks; i += kThreads) f(i / kChunks, i % kChunks * 8);
+    } else {
+        for (int i = thread; i < kCount * kChunks; i += kThreads) f(i / kChunks, i % kChunks * 8);
+    }
+}
+
 // The first `present` of kCount rows, zeros for the others, by all kThreads of a block.
 template <int kWidth, int kCount, int kThreads, class T>
 MMK_DEVICE void load_rows(T* to, const Matrix<T>& from, int64_t row0, int present) {
-    constexpr int kChunks = Row<kWidth>::kChunks;
     const T* const rows = from.data + row0 * from.stride;
-    for (int i = static_cast<int>(threadIdx.x); i < kCount * kChunks; i += kThreads) {
-        const int row = i / kChunks, column = i % kChunks * 8;
+    each_chunk<kWidth, kCount, kThreads>([&](int row, int column) {
         const bool inside = row < present && column < from.width;
         const T* const numbers = inside ? rows + row * from.stride + column : rows;
         T* const target = to + row * Row<kWidth>::kPitch + column;
@@ -78,7 +90,7 @@ MMK_DEVICE void load_rows(T* to, const Matrix<T>& from, int64_t row0, int presen
         } else {
             for (int j = 0; j < 8; j++) target[j] = inside && column + j < from.width ? numbers[j] : T(0.0f);
         }
-    }
+    });
 }
 
 // Sixteen rows of a warp, times a factor each, by way of the warp's own sixteen of shared memory. In the registers of
@@ -122,16 +134,14 @@ MMK_DEVICE uint32_t finite(uint32_t numbers) {
 // Makes the thread's own share of a tile that load_rows has loaded finite, and counts in spoilt[row] where it was not.
 template <int kWidth, int kCount, int kThreads, class T>
 MMK_DEVICE void make_finite(T* tile, int* spoilt) {
-    constexpr int kChunks = Row<kWidth>::kChunks;
-    for (int i = static_cast<int>(threadIdx.x); i < kCount * kChunks; i += kThreads) {
-        const int row = i / kChunks, column = i % kChunks * 8;
+    each_chunk<kWidth, kCount, kThreads>([&](int row, int column) {
         uint4* const chunk = reinterpret_cast<uint4*>(tile + row * Row<kWidth>::kPitch + column);
         const uint4 was = *chunk;
         const uint4 is = {finite<T>(was.x), finite<T>(was.y), finite<T>(was.z), finite<T>(was.w)};
-        if (is.x == was.x && is.y == was.y && is.z == was.z && is.w == was.w) continue;
+        if (is.x == was.x && is.y == was.y && is.z == was.z && is.w == was.w) return;
         *chunk = is;
         atomicAdd(&spoilt[row], 1);
-    }
+    });
 }
 
 // ---- operands of mma (16, 16) (16, 8), from sixteen rows of a tile

@@ -76,9 +76,10 @@ MMK_DEVICE void find_queries(const SpanAttention& p, int64_t entry, KeyBlock* ta
     if (lane == 0) table[entry] = {first, end};
 }
 
+// Left to itself, ptxas would rather spill than hold fewer than six blocks.
 template <class T>
-__global__ __launch_bounds__(kThreads) void span_attention_prepare_kernel(const SpanAttentionBackward call,
-                                                                          int term_blocks, int64_t entries) {
+__global__ __launch_bounds__(kThreads, 4) void span_attention_prepare_kernel(const SpanAttentionBackward call,
+                                                                             int term_blocks, int64_t entries) {
     const auto [terms, table] = workspace_of(call);
     const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
     if (block < term_blocks) {
