@@ -176,6 +176,7 @@ def all_cases(rng: random.Random) -> list[Case]:
         Case("wide", documents(60, 40), 2, 2, 256, scale=-0.1),
         Case("values narrower", documents(5, 70, causal=False), 1, 1, 192, value_size=128, place="gaps"),
         Case("odd width", by_batch(2, 40, 33), 1, 1, 33, value_size=7),
+        Case("other keys", RowSpans.packed(torch.tensor([0, 64, 128]), torch.tensor([0, 150, 300])), 1, 1, 64),
         Case("no scale", documents(40, causal=False), 1, 1, 88, scale=0.0),
         Case("any width", documents(23, 20), 1, 1, rng.randint(1, 256)),
         Case("one token", RowSpans.full(1, 1), 1, 1, rng.randint(1, 256)),
