@@ -16,7 +16,8 @@ if torch.version.cuda is None:
     for _name in ("nms", "qnms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"):
         _torchvision.define(f"{_name}(Tensor x) -> Tensor")
 
-SEED = int(os.environ.get("MMKERNELS_TEST_SEED", random.randrange(2**31)))
+# Handed down by the environment, so that all processes of a parallel run draw from one seed.
+SEED = int(os.environ.setdefault("MMKERNELS_TEST_SEED", str(random.randrange(2**31))))
 
 
 def pytest_report_header() -> str:

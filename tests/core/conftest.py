@@ -38,10 +38,11 @@ def same_for_any_threads() -> Callable[[Callable[[], Sequence[Tensor]]], None]:
     return check
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def builds(request, tmp_path_factory) -> Iterator[Builds]:
-    """Starts with those of all tests that were collected, in their order, at the first that needs one."""
-    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    """Starts with those of all tests of the file, in their order, at the first that needs one."""
+    own = [item for item in request.session.items if item.module is request.module]
+    calls = [item.callspec.params for item in own if hasattr(item, "callspec")]
     programs = dict.fromkeys(params["program"] for params in calls if "program" in params)
     builds = Builds(programs, tmp_path_factory.mktemp("programs"))
     yield builds

@@ -20,9 +20,11 @@ def build(request) -> str:
 
 @pytest.fixture(scope="session")
 def objects(build, tmp_path_factory) -> Path:
-    """Where the objects of this build are, each compiled once; mutants.py names a place that outlives the tests."""
-    kept = os.environ.get("MMKERNELS_EMULATOR_OBJECTS")
-    return Path(kept, build) if kept else tmp_path_factory.mktemp(build)
+    """Where the objects of this build are, each compiled once, also by the processes of a parallel run; mutants.py
+    names a place that outlives the tests."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return Path(os.environ.get("MMKERNELS_EMULATOR_OBJECTS", shared / "objects"), build)
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +34,9 @@ def emulator(build, objects) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def module(build, emulator, objects) -> Path:
+def module(build, emulator, objects, tmp_path_factory) -> Path:
     """mmkernels._cuda of this build."""
-    return link_module(build, emulator, objects)
+    return link_module(build, emulator, objects, tmp_path_factory.mktemp(f"{build}-module") / "_cuda.so")
 
 
 @pytest.fixture(scope="session")

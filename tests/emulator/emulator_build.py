@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pybind11
 import pytest
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -41,7 +42,9 @@ def compile_all(build: str, sources: list[Path], into: Path, *flags: str) -> lis
 
     def compile_one(source: Path) -> Path:
         made = into / f"{source.parent.name}-{source.name}.o"
-        if not made.exists():
+        with FileLock(f"{made}.lock"):
+            if made.exists():
+                return made
             own = KERNEL[build] if source.suffix == ".cu" else HOST[build]
             subprocess.run(["g++", "-x", "c++", *COMMON, *own, *flags, "-c", source, "-o", made], check=True)
         return made
@@ -59,14 +62,15 @@ def link(build: str, objects: list[Path], program: Path, *flags: str) -> Path:
     return program
 
 
-def link_module(build: str, objects: list[Path], into: Path) -> Path:
-    """mmkernels._cuda for tensors on the CPU: the bindings, every kernel, and the emulator's `objects`."""
+def link_module(build: str, objects: list[Path], into: Path, module: Path) -> Path:
+    """mmkernels._cuda for tensors on the CPU: the bindings and every kernel, compiled into a folder, and the emulator's
+    `objects`."""
     kernels = compile_all(build, sorted((CSRC / "cuda").glob("*.cu")), into)
     include = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     defined = ["-DMMK_EMULATED", '-DMMK_CUDA_ARCHITECTURES="80 90a"']
     # Bindings touch no tensor: no build needs them watched, and all share one object.
     bindings = compile_all("plain", [CSRC / "cuda" / "bindings.cpp"], into.parent / "bindings", *include, *defined)
-    return link(build, objects + kernels + bindings, into / "_cuda.so", "-shared")
+    return link(build, objects + kernels + bindings, module, "-shared")
 
 
 def run_emulated(build: str, module: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
