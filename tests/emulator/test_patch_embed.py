@@ -6,10 +6,9 @@ import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
-from emulator_build import CSRC, compiled_by_nvcc, needs_nvcc
+from emulator_build import CSRC
 from torch import Tensor
 
 from mmkernels.check.budget import Quantity
@@ -223,11 +222,3 @@ def test_calls_that_the_kernels_cannot_serve_are_refused(run, seed, tmp_path):
     refused("negative sizes", batch=-1)
     refused("the rows of weight have to be aligned", weight_stride=12)
     refused("uint8 images need mean and std", image_type=TYPES.index(torch.uint8), channels=0)
-
-
-@needs_nvcc
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_nvcc_compiles_the_same_source(kernel, architecture, tmp_path):
-    """Without a warning and without a spill."""
-    compiled_by_nvcc(kernel, architecture, tmp_path)

@@ -106,13 +106,10 @@ def test_a_query_that_is_not_a_number_spoils_itself_alone(run, kernel, tmp_path)
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("kernel", "architecture"), [("sm_80", "sm_80"), ("sm_80", "sm_90a"), ("sm_90a", "sm_90a")])
-def test_nvcc_compiles_the_same_source(kernel, architecture, tmp_path):
-    """Without a warning and without a spill."""
-    compiled = compiled_by_nvcc(KERNELS[kernel], architecture, tmp_path)
-    if kernel == "sm_90a":
-        for listing in disassembled(compiled):
-            assert_overlap(listing)
+def test_ptxas_leaves_hoppers_kernel_as_it_is(tmp_path):
+    """It says so where it does not; of the rest, tests/compile looks at the module that was built."""
+    for listing in disassembled(compiled_by_nvcc(KERNELS["sm_90a"], "sm_90a", tmp_path)):
+        assert_overlap(listing)
 
 
 def assert_overlap(listing: str) -> None:

@@ -142,12 +142,8 @@ def test_a_call_that_hopper_does_not_serve_is_refused(run, tmp_path):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("name", NAMES)
-def test_nvcc_compiles_the_same_source(name, architecture, tmp_path):
-    """Without a warning and without a spill; with Hopper's products and copies, where they are meant."""
-    compiled = compiled_by_nvcc(path_of(name), architecture, tmp_path)
-    if architecture == "sm_90a" and name.endswith("_sm90"):
-        for instructions in disassembled(compiled):
-            assert all(word in instructions for word in ("HGMMA", "UTMALDG", "UTMASTG"))
-            assert not any(word in instructions for word in (" HMMA", " LDL", " STL"))
+@pytest.mark.parametrize("name", KERNELS["sm_90a"])
+def test_ptxas_leaves_hoppers_kernels_as_they_are(name, tmp_path):
+    """It says so where it does not; of the rest, tests/compile looks at the module that was built."""
+    for instructions in disassembled(compiled_by_nvcc(path_of(name), "sm_90a", tmp_path)):
+        assert all(word in instructions for word in ("HGMMA", "UTMALDG", "UTMASTG"))
