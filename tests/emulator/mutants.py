@@ -3,7 +3,7 @@
     python tests/emulator/mutants.py [--only TEXT] [--all-builds] [--table FILE]
 
 A mutant is noticed when the kernel's own tests fail in a build, tried in the order of BUILDS; without --all-builds the
-first that does ends its trial. Exit code 1 if one survives. The table of the last run is in docs/mutants.md.
+first that does ends its trial. Exit code 1 if one survives.
 """
 
 from __future__ import annotations
