@@ -36,7 +36,7 @@ double fma_peak(bool bfloat16, int threads) {
     const auto task = [](void* context, int64_t i) {
         Job& job = *static_cast<Job*>(context);
         const double flops = [&] {
-            switch (chosen_isa()) {
+            switch (chosen_isa(job.bfloat16 ? DType::kBFloat16 : DType::kFloat32)) {
 #define MMK_FMA(level, isa) MMK_CASE(level, isa, fma_flops, job.bfloat16, kRounds)
                 MMK_FOR_EACH_ISA(MMK_FMA)
 #undef MMK_FMA
@@ -55,7 +55,7 @@ double fma_peak(bool bfloat16, int threads) {
 // ---- contrastive
 
 ContrastiveResult run_clip_loss(const Contrastive& call) {
-    switch (chosen_isa()) {
+    switch (chosen_isa(call.image.dtype)) {
 #define MMK_RUN(level, isa) MMK_CASE(level, isa, clip_loss, call)
         MMK_FOR_EACH_ISA(MMK_RUN)
 #undef MMK_RUN
@@ -65,7 +65,7 @@ ContrastiveResult run_clip_loss(const Contrastive& call) {
 }
 
 ContrastiveResult run_siglip_loss(const Contrastive& call) {
-    switch (chosen_isa()) {
+    switch (chosen_isa(call.image.dtype)) {
 #define MMK_RUN(level, isa) MMK_CASE(level, isa, siglip_loss, call)
         MMK_FOR_EACH_ISA(MMK_RUN)
 #undef MMK_RUN
@@ -123,7 +123,7 @@ Patches patches(uintptr_t data, DType dtype, const Index& sizes, const Index& st
 }
 
 void run_patch_embed(const PatchEmbed& call) {
-    switch (chosen_isa()) {
+    switch (chosen_isa(call.weight.dtype)) {
 #define MMK_RUN(level, isa) MMK_CASE(level, isa, patch_embed, call)
         MMK_FOR_EACH_ISA(MMK_RUN)
 #undef MMK_RUN
@@ -133,7 +133,7 @@ void run_patch_embed(const PatchEmbed& call) {
 }
 
 void run_patch_embed_backward(const PatchEmbedBackward& call) {
-    switch (chosen_isa()) {
+    switch (chosen_isa(call.weight.dtype)) {
 #define MMK_RUN(level, isa) MMK_CASE(level, isa, patch_embed_backward, call)
         MMK_FOR_EACH_ISA(MMK_RUN)
 #undef MMK_RUN
@@ -176,7 +176,7 @@ void bind_patch_embed(py::module_& module) {
 // ---- span_attention
 
 void run_span_attention(const SpanAttention& call) {
-    switch (chosen_isa()) {
+    switch (chosen_isa(call.q.dtype)) {
 #define MMK_RUN(level, isa) MMK_CASE(level, isa, span_attention, call)
         MMK_FOR_EACH_ISA(MMK_RUN)
 #undef MMK_RUN
@@ -186,7 +186,7 @@ void run_span_attention(const SpanAttention& call) {
 }
 
 void run_span_attention_backward(const SpanAttentionBackward& call) {
-    switch (chosen_isa()) {
+    switch (chosen_isa(call.q.dtype)) {
 #define MMK_RUN(level, isa) MMK_CASE(level, isa, span_attention_backward, call)
         MMK_FOR_EACH_ISA(MMK_RUN)
 #undef MMK_RUN

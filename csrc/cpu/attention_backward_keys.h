@@ -215,28 +215,27 @@ class KeyBlock {
     // finish(row, vector, product of a row of the tile with the lanes of keys). A chain of float32 additions loses
     // digits as it grows; one longer than longest_chain is cut.
     template <int kVectors, class Finish>
-    MMK_INLINE void multiply_rows(const PackedRows<Operand>& rows, int64_t row, Lanes keys, int64_t longest_chain,
+    MMK_INLINE void multiply_rows(const PackedRows<Operand, kHasAmx>& rows, int64_t row, Lanes keys, int64_t longest_chain,
                                   Finish&& finish) {
         const uint32_t* a = rows.along(row);
-        const int64_t units = rows.units(), chains = ceil_div(units, longest_chain);
-        const auto zero = [](int, int) { return Vec{}; };
+        const int64_t units = rows.units(), chains = ceil_div(units, longest_chain), steps = units / kDepthStep;
         float before[kTileRows][kTileColumns];
         int64_t first = 0;
         for (int64_t i = 1; i < chains; i++) {
-            const int64_t count = units * i / chains - first;
+            const int64_t count = steps * i / chains * kDepthStep - first;
             const auto keep = [&](int r, int v, Vec sum) {
                 float* at = before[r] + v * kLanes;
                 store(at, i > 1 ? load(at) + sum : sum);
             };
             micro_kernel<Operand, kTileRows, kVectors>(a + first, rows.stride, 1, keys.at + first * keys.stride,
-                                                       keys.stride, count, zero, keep);
+                                                       keys.stride, count, keep);
             first += count;
         }
         const auto total = [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
             finish(r, v, chains > 1 ? load(before[r] + v * kLanes) + sum : sum);
         };
         micro_kernel<Operand, kTileRows, kVectors>(a + first, rows.stride, 1, keys.at + first * keys.stride,
-                                                   keys.stride, units - first, zero, total,
+                                                   keys.stride, units - first, total,
                                                    [&]() MMK_INLINE_LAMBDA { ahead.step(); });
     }
 
@@ -264,7 +263,7 @@ class KeyBlock {
                     d_v_ + p * panel_size(value_dim_) + lane);
         add_columns(rows.q, row + first, dim_, scores, range.count(), units, d_k_ + p * panel_size(dim_) + lane);
     }
-    void add_columns(const PackedRows<Operand>& rows, int64_t row, int64_t dim, Lanes lanes, int64_t vectors,
+    void add_columns(const PackedRows<Operand, kHasAmx>& rows, int64_t row, int64_t dim, Lanes lanes, int64_t vectors,
                      int64_t units, float* sums) {
         switch (vectors) {
             case 1:
@@ -276,16 +275,16 @@ class KeyBlock {
         }
     }
     template <int kVectors>
-    void add_columns(const PackedRows<Operand>& rows, int64_t row, int64_t dim, Lanes lanes, int64_t units,
+    void add_columns(const PackedRows<Operand, kHasAmx>& rows, int64_t row, int64_t dim, Lanes lanes, int64_t units,
                      float* sums) {
+        constexpr int kFew = kHasAmx ? kTileRows : kTileRows / 2;
         int64_t d = 0;
-        for (; d + kTileRows / 2 < dim; d += kTileRows) {
-            add_product<kTileRows, kVectors>({rows.across(row, d), 1, rows.across_stride}, lanes, units,
-                                             sums + d * kTileColumns, kTileColumns);
+        for (; d + kFew < dim; d += kTileRows) {
+            add_product<kTileRows, kVectors>(rows.broadcast(row, d), lanes, units, sums + d * kTileColumns,
+                                             kTileColumns);
         }
         if (d < dim) {
-            add_product<kTileRows / 2, kVectors>({rows.across(row, d), 1, rows.across_stride}, lanes, units,
-                                                 sums + d * kTileColumns, kTileColumns);
+            add_product<kFew, kVectors>(rows.broadcast(row, d), lanes, units, sums + d * kTileColumns, kTileColumns);
         }
     }
 
@@ -300,12 +299,14 @@ class KeyBlock {
         for (int64_t p = 0; p < panels_.count; p++) {
             const VectorRange range = visible(hulls, plan.runs, p);
             if (range.count() == 0) continue;
-            const int64_t begin = std::max(panels_.first(p) + range.first * kLanes, hull.lo - first_);
+            // AMX takes whole vectors; what their keys outside the hull have is zero.
+            const int64_t lo = kHasAmx ? 0 : hull.lo - first_, hi = kHasAmx ? panels_.lanes() : hull.hi - first_;
+            const int64_t begin = std::max(panels_.first(p) + range.first * kLanes, lo);
             if (begin > last) {
                 add_to_queries(first, last, rows, row, r);
                 first = begin;
             }
-            last = std::min({panels_.first(p) + range.last * kLanes, hull.hi - first_, count_});
+            last = std::min({panels_.first(p) + range.last * kLanes, hi, kHasAmx ? panels_.lanes() : count_});
         }
         add_to_queries(first, last, rows, row, r);
     }
@@ -329,20 +330,10 @@ class KeyBlock {
         }
     }
 
-    // One of a.row and a.unit is 1.
     template <int kRows, int kVectors>
     MMK_INLINE void add_product(Broadcast a, Lanes b, int64_t units, float* sums, int64_t stride) {
-        const auto zero = [](int, int) { return Vec{}; };
-        const auto add = [&](int r, int v, Vec sum) {
-            float* at = sums + r * stride + v * kLanes;
-            store(at, load(at) + sum);
-        };
         const auto beside = [&]() MMK_INLINE_LAMBDA { ahead.step(); };
-        if (a.unit == 1) {
-            micro_kernel<Operand, kRows, kVectors>(a.a, a.row, 1, b.at, b.stride, units, zero, add, beside);
-        } else {
-            micro_kernel<Operand, kRows, kVectors>(a.a, 1, a.unit, b.at, b.stride, units, zero, add, beside);
-        }
+        multiply_into<Operand, kRows, kVectors>(a, b.at, b.stride, units, sums, stride, true, beside);
     }
 
     // sums: [dim][kTileColumns] of panel p, to its keys' rows of a gradient.

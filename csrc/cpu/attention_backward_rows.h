@@ -67,18 +67,22 @@ static MMK_INLINE UVec pair(HalfLanes low, HalfLanes high) {
 }
 
 // Rows of a tensor as units along the columns, and as units along the rows: in float32 the same memory, while pairs
-// have a second one. Zero past the last column.
-template <class Operand>
+// have a second one, in which kByColumns, as AMX takes a broadcast operand, lets the units of a column lie side by side.
+// Zero past the last column.
+template <class Operand, bool kByColumns = false>
 class PackedRows {
   public:
     using Element = ElementOf<Operand>;
 
     PackedRows(int64_t rows, int64_t columns, Carver& memory)
         : stride(row_units(ceil_div(round_up(columns, kLanes), Operand::kPack))),
-          across_stride(Operand::kPack == 1 ? stride : row_units(columns)),
+          across_stride(Operand::kPack == 1 ? stride : row_units(kByColumns ? rows / Operand::kPack : columns)),
           columns_(columns),
           along_(memory.take<uint32_t>(rows * stride)),
-          across_(Operand::kPack == 1 ? along_ : memory.take<uint32_t>(rows / Operand::kPack * across_stride)) {}
+          across_(Operand::kPack == 1
+                      ? along_
+                      : memory.take<uint32_t>((kByColumns ? round_up(columns, kLanes) : rows / Operand::kPack) *
+                                              across_stride)) {}
 
     // Row r; nullptr: zeros.
     template <class T>
@@ -94,28 +98,48 @@ class PackedRows {
     }
     // Rows [first, last) are put; first and last are even.
     void finish(int64_t first, int64_t last) {
-        if constexpr (Operand::kPack == 2) {
+        if constexpr (kByColumns) {
+            for (int64_t r = first; r < last; r += 2 * kLanes) {
+                for (int64_t d = 0; d < columns_; d += kLanes) finish_block(r, std::min(r + 2 * kLanes, last), d);
+            }
+        } else if constexpr (Operand::kPack == 2) {
             for (int64_t r = first; r < last; r += 2) {
                 for (int64_t d = 0; d < columns_; d += kLanes) {
-                    HalfLanes low, high;
-                    memcpy(&low, element(r, d), sizeof low);
-                    memcpy(&high, element(r + 1, d), sizeof high);
-                    store_bits(across_ + r / 2 * across_stride + d, pair(low, high));
+                    store_bits(across_ + r / 2 * across_stride + d, row_pairs(r, d));
                 }
             }
         }
     }
 
     const uint32_t* along(int64_t r) const { return along_ + r * stride; }
+    // As the vector operand of a sum over rows, and as its broadcast operand.
     const uint32_t* across(int64_t r, int64_t column) const {
+        static_assert(!kByColumns);
         return across_ + r / Operand::kPack * across_stride + column;
     }
-    int64_t units() const { return ceil_div(columns_, Operand::kPack); }  // of a row
+    Broadcast broadcast(int64_t r, int64_t column) const {
+        if constexpr (kByColumns) return {across_ + column * across_stride + r / Operand::kPack, across_stride, 1};
+        return {across_ + r / Operand::kPack * across_stride + column, 1, across_stride};
+    }
+    int64_t units() const { return depth<Operand>(columns_); }  // of a row
 
     const int64_t stride, across_stride;
 
   private:
     Element* element(int64_t r, int64_t d) const { return reinterpret_cast<Element*>(along_ + r * stride) + d; }
+    MMK_INLINE UVec row_pairs(int64_t r, int64_t d) const {
+        HalfLanes low, high;
+        memcpy(&low, element(r, d), sizeof low);
+        memcpy(&high, element(r + 1, d), sizeof high);
+        return pair(low, high);
+    }
+    MMK_INLINE void finish_block(int64_t first, int64_t last, int64_t d) {
+        UVec block[kLanes] = {};
+        for (int64_t r = first; r < last; r += 2) block[(r - first) / 2] = row_pairs(r, d);
+        transpose(block);
+        uint32_t* to = across_ + d * across_stride + first / 2;
+        for (int i = 0; i < kLanes; i++) memcpy(to + i * across_stride, &block[i], (last - first) / 2 * sizeof *to);
+    }
     template <class T>
     static MMK_INLINE void copy(const T* from, Element* to) {
         if constexpr (std::is_same_v<T, Element>) {
@@ -139,7 +163,7 @@ struct QueryRows {
           d_q_stride(round_up(dim, kLanes)),
           d_q(memory.take(rows * d_q_stride)) {}
 
-    PackedRows<Operand> q, d_out;
+    PackedRows<Operand, kHasAmx> q, d_out;
     TwoFloats* lse;  // in base 2
     float* delta;
     int64_t d_q_stride;

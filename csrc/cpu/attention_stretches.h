@@ -4,7 +4,11 @@
 
 namespace mmk::MMK_ISA {
 
-constexpr int64_t kKeyBlock = 256;  // keys between two updates of the softmax: half-empty caches below, full ones above
+// Keys between two updates of the softmax: half-empty caches below, full ones above.
+constexpr int64_t kKeyBlock = kHasAmx ? 128 : 256;
+
+// Keys that are seen or not together: a tile of scores, with AMX two, whose pairs fill a tile's depth.
+constexpr int kKeyGroup = kHasAmx ? 2 * kAmxDepth : kTileRows;
 
 // Keys [first, first + count) of a block, of which the same vectors of lanes see some.
 struct Stretch {
@@ -14,7 +18,7 @@ struct Stretch {
 
 class Stretches {
   public:
-    // Of the keys [key, key + count), in groups of kTileRows.
+    // Of the keys [key, key + count), in groups of kKeyGroup.
     Stretches(const LaneSpans& spans, int vectors, int64_t key, int count) {
         const Span block{static_cast<int32_t>(key), static_cast<int32_t>(key + count)};
         bool all = true;
@@ -23,13 +27,13 @@ class Stretches {
             add({0, count, 0, vectors});
             return;
         }
-        for (int at = 0; at < count; at += kTileRows) {
+        for (int at = 0; at < count; at += kKeyGroup) {
             const auto first = static_cast<int32_t>(key + at);
-            const Span group{first, first + kTileRows};
+            const Span group{first, first + kKeyGroup};
             int begin = 0, end = vectors;
             while (begin < end && !spans.outer[begin].meets(group)) begin++;
             while (begin < end && !spans.outer[end - 1].meets(group)) end--;
-            if (begin < end) add({at, kTileRows, begin, end - begin});
+            if (begin < end) add({at, kKeyGroup, begin, end - begin});
         }
     }
 
@@ -48,7 +52,7 @@ class Stretches {
         }
     }
 
-    Stretch stretches_[kKeyBlock / kTileRows];
+    Stretch stretches_[kKeyBlock / kKeyGroup];
     int count_ = 0;
 };
 

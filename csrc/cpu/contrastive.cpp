@@ -262,29 +262,49 @@ struct GradientTile;
 template <>
 struct GradientTile<FloatOperand> {  // one layout serves both; it may take the place of p
     static constexpr bool kInPlace = true;
-    float* g;
+    float *g, *unused;
 
     void put(int64_t r, int64_t c, const Vec (&rows)[1]) const { store(g + r * kTile + c, rows[0]); }
     const uint32_t* by_rows() const { return reinterpret_cast<const uint32_t*>(g); }
     const uint32_t* by_columns() const { return by_rows(); }
+    void finish(int64_t, int64_t) const {}
 };
 
 #if defined(__AVX512BF16__)
 template <>
 struct GradientTile<BFloat16Operand> {  // pairs along a row for dI, then pairs along a column for dT
     static constexpr bool kInPlace = false;
-    float* g;
+    float *g, *scratch;  // scratch: kTile * kTile / 2 units, with AMX
 
     void put(int64_t r, int64_t c, const Vec (&rows)[2]) const {
         const HalfLanes low = to_bfloat16(rows[0]), high = to_bfloat16(rows[1]);
         BFloat16* along_rows = reinterpret_cast<BFloat16*>(g) + r * kTile + c;
         memcpy(along_rows, &low, sizeof low);
         memcpy(along_rows + kTile, &high, sizeof high);
-        store_bits(reinterpret_cast<uint32_t*>(g) + (kTile + r) / 2 * kTile + c,
+        uint32_t* along_columns = kHasAmx ? reinterpret_cast<uint32_t*>(scratch) : columns();
+        store_bits(along_columns + r / 2 * kTile + c,
                    __builtin_convertvector(low, UVec) | __builtin_convertvector(high, UVec) << 16);
     }
+    // Once all is put: with AMX the pairs along a column lie side by side.
+    void finish(int64_t rows, int64_t tile_columns) const {
+        if constexpr (!kHasAmx) return;
+        const auto* from = reinterpret_cast<const uint32_t*>(scratch);
+        for (int64_t u = 0; u < depth<BFloat16Operand>(rows); u += kDepthStep) {
+            for (int64_t c = 0; c < tile_columns; c += kLanes) {
+                UVec block[kLanes] = {};
+                for (int i = 0; i < kDepthStep; i++) block[i] = load_bits(from + (u + i) * kTile + c);
+                transpose(block);
+                for (int i = 0; i < kLanes; i++) {
+                    memcpy(columns() + (c + i) * (kTile / 2) + u, &block[i], kDepthStep * sizeof(uint32_t));
+                }
+            }
+        }
+    }
     const uint32_t* by_rows() const { return reinterpret_cast<const uint32_t*>(g); }
-    const uint32_t* by_columns() const { return by_rows() + kTile / 2 * kTile; }
+    const uint32_t* by_columns() const { return columns(); }
+
+  private:
+    uint32_t* columns() const { return reinterpret_cast<uint32_t*>(g) + kTile / 2 * kTile; }
 };
 #endif
 
@@ -320,6 +340,7 @@ Sums weigh(const Pairs<T>& pairs, const Terms& terms, int64_t a, int64_t b, cons
         });
         sums += {sum(loss), sum(products), sum(d_logits)};
     }
+    tile.finish(rows, columns);
     return sums;
 }
 
@@ -341,6 +362,7 @@ void finish_row(const Pairs<T>& pairs, const float* sum, int64_t i, float diagon
 template <class Body>
 void for_pairs_of_bands(int64_t bands, int threads, Body&& body) {
     const auto task = [](void* context, int64_t worker, int64_t i, int64_t j) {
+        const TileShapes shapes;
         (*static_cast<Body*>(context))(worker, i, j);
     };
     run_grid(bands, threads, task, &body);
@@ -355,7 +377,7 @@ Sums second_sweep(const Pairs<T>& pairs, const Contrastive& call, const Store& s
     const int64_t size = call.with_grads ? tiling.padded() * pairs.panels * kPanel : 0;
     Scratch<float> d_image(size), d_text(size);
     const Vec factor = splat(static_cast<float>(call.scale / static_cast<double>(tiling.rows)));
-    constexpr int64_t kTileSize = kTile * kTile, kWorkSize = (kBlock * kBlock + 1) * kTileSize;
+    constexpr int64_t kTileSize = kTile * kTile, kWorkSize = (kBlock * kBlock + 1) * kTileSize + kTileSize / 2;
     Scratch<float> diagonal(tiling.padded()), work(threads * kWorkSize);
     Scratch<Sums> sums(bands.count * bands.count);
 
@@ -369,7 +391,7 @@ Sums second_sweep(const Pairs<T>& pairs, const Contrastive& call, const Store& s
                 float* const own = memory + ((i - a) * kBlock + j - b) * kTileSize;
                 float* p = stored.at(i, j);
                 if (p == nullptr) pairs.products(i, j, p = Tile::kInPlace ? own : memory + kBlock * kBlock * kTileSize);
-                g[i - a][j - b] = {Tile::kInPlace ? p : own};
+                g[i - a][j - b] = {Tile::kInPlace ? p : own, memory + (kBlock * kBlock + 1) * kTileSize};
                 total += weigh(pairs, terms, i, j, p, factor, g[i - a][j - b], diagonal.get());
             }
         }
@@ -465,25 +487,11 @@ ContrastiveResult siglip(const Contrastive& call) {
 }  // namespace
 
 ContrastiveResult clip_loss(const Contrastive& call) {
-    switch (call.image.dtype) {
-        case DType::kBFloat16:
-            return clip<BFloat16>(call);
-        case DType::kFloat16:
-            return clip<Float16>(call);
-        default:
-            return clip<float>(call);
-    }
+    return with_element_type(call.image.dtype, [&](auto type) { return clip<decltype(type)>(call); });
 }
 
 ContrastiveResult siglip_loss(const Contrastive& call) {
-    switch (call.image.dtype) {
-        case DType::kBFloat16:
-            return siglip<BFloat16>(call);
-        case DType::kFloat16:
-            return siglip<Float16>(call);
-        default:
-            return siglip<float>(call);
-    }
+    return with_element_type(call.image.dtype, [&](auto type) { return siglip<decltype(type)>(call); });
 }
 
 }  // namespace mmk::MMK_ISA

@@ -6,10 +6,11 @@
 // and one packing serve both types: only `Operand` differs.
 //
 // A needs no packing where its units along k are 32 bits apart or any constant stride; B is packed in panels
-// [k][kVectors * kLanes].
+// [k][kVectors * kLanes]. Where there is AMX, kAmxRows rows whose units lie side by side are multiplied in tiles (amx.h).
 #pragma once
 #include <algorithm>
 
+#include "amx.h"
 #include "simd.h"
 #include "tensor.h"
 
@@ -35,6 +36,19 @@ using BFloat16Operand = FloatOperand;  // without the instruction, bfloat16 is w
 template <class T>
 using OperandOf = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16Operand, FloatOperand>;
 
+// Depths of products are whole multiples of this many units, the padding zero.
+constexpr int kDepthStep = kHasAmx ? kHalfDepth : 1;
+
+// body(T{}) for the element type of a call: of those that this level serves, which with AMX is bfloat16 alone.
+template <class Body>
+static auto with_element_type(DType dtype, Body&& body) {
+    if constexpr (!kHasAmx) {
+        if (dtype == DType::kFloat32) return body(float{});
+        if (dtype == DType::kFloat16) return body(Float16{});
+    }
+    return body(BFloat16{});
+}
+
 static MMK_INLINE UVec load_bits(const uint32_t* p) {
     UVec v;
     memcpy(&v, p, sizeof v);
@@ -59,15 +73,26 @@ struct Idle {
     MMK_INLINE void operator()() const {}
 };
 
-// start(row, vector) gives an accumulator its first value, finish(row, vector, sum) takes its last; beside() may do a
-// little more every kBeside steps, such as a prefetch.
+// finish(row, vector, sum) takes an accumulator's last value; beside() may do a little more every kBeside steps, such as
+// a prefetch.
 constexpr int kBeside = 4;
 
-template <class Operand, int kRows, int kVectors, class Start, class Finish, class Beside = Idle>
+template <class Operand, int kRows, int kVectors, class Finish, class Beside = Idle>
 static MMK_INLINE void micro_kernel(const uint32_t* a, int64_t a_row, int64_t a_unit, const uint32_t* b, int64_t b_unit,
-                                    int64_t units, Start&& start, Finish&& finish, Beside&& beside = {}) {
-    Vec c[kRows][kVectors];
-    MMK_UNROLL for (int r = 0; r < kRows; r++) MMK_UNROLL for (int v = 0; v < kVectors; v++) c[r][v] = start(r, v);
+                                    int64_t units, Finish&& finish, Beside&& beside = {}) {
+#if defined(__AMX_BF16__)
+    if constexpr (kRows == kAmxRows) {
+        alignas(64) float sums[kRows][kVectors * kLanes];
+        multiply_in_tiles<kVectors>(a, a_row, a_unit, b, b_unit, units, sums[0], kVectors * kLanes, false, beside);
+        for (int r0 = 0; r0 < kRows; r0 += 2) {  // by twos: two rows may make a row of pairs
+            MMK_UNROLL for (int r = r0; r < r0 + 2; r++) {
+                MMK_UNROLL for (int v = 0; v < kVectors; v++) finish(r, v, load(sums[r] + v * kLanes));
+            }
+        }
+        return;
+    }
+#endif
+    Vec c[kRows][kVectors] = {};
     const auto step = [&]() MMK_INLINE_LAMBDA {
         UVec lanes[kVectors];
         MMK_UNROLL for (int v = 0; v < kVectors; v++) lanes[v] = load_bits(b + v * kLanes);
@@ -85,6 +110,33 @@ static MMK_INLINE void micro_kernel(const uint32_t* a, int64_t a_row, int64_t a_
     }
     for (; k < units; k++) step();
     MMK_UNROLL for (int r = 0; r < kRows; r++) MMK_UNROLL for (int v = 0; v < kVectors; v++) finish(r, v, c[r][v]);
+}
+
+// How the broadcast operand lies: unit k of row r at a[r * row + k * unit]. One of row and unit is 1; with AMX it is
+// unit, or the operand lies in whole tiles (amx.h).
+struct Broadcast {
+    const uint32_t* a;
+    int64_t row, unit;
+};
+
+// c[r][lane] = or += sum over units, its rows c_row apart.
+template <class Operand, int kRows, int kVectors, class Beside = Idle>
+static MMK_INLINE void multiply_into(Broadcast a, const uint32_t* b, int64_t b_unit, int64_t units, float* c,
+                                     int64_t c_row, bool add, Beside&& beside = {}) {
+#if defined(__AMX_BF16__)
+    if constexpr (kRows == kAmxRows) {
+        return multiply_in_tiles<kVectors>(a.a, a.row, a.unit, b, b_unit, units, c, c_row, add, beside);
+    }
+#endif
+    const auto finish = [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
+        float* at = c + r * c_row + v * kLanes;
+        store(at, add ? load(at) + sum : sum);
+    };
+    if (a.unit == 1) {
+        micro_kernel<Operand, kRows, kVectors>(a.a, a.row, 1, b, b_unit, units, finish, beside);
+    } else {
+        micro_kernel<Operand, kRows, kVectors>(a.a, 1, a.unit, b, b_unit, units, finish, beside);
+    }
 }
 
 template <int kCount>

@@ -1,10 +1,39 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mmk {
 namespace {
+
+constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+
+#if defined(__x86_64__)
+bool has_amx_bfloat16() {
+    constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+    unsigned a, b, c, features;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &features) != 0 && (features & kBFloat16) && (features & kTiles);
+}
+
+// The system keeps the 8 KB of tiles for a process that asks for them, and for its threads.
+bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 bool runs_here([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
@@ -18,6 +47,8 @@ bool runs_here([[maybe_unused]] Isa isa) {
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         case Isa::kAvx512Bf16:
             return runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+        case Isa::kAmx:
+            return runs_here(Isa::kAvx512Bf16) && has_amx_bfloat16() && may_use_tiles();
     }
 #endif
     return isa == Isa::kPortable;
@@ -35,13 +66,15 @@ const char* name(Isa isa) {
             return "avx512";
         case Isa::kAvx512Bf16:
             return "avx512_bf16";
+        case Isa::kAmx:
+            return "amx";
     }
     return "";
 }
 
 std::vector<Isa> usable_isas() {
     std::vector<Isa> usable;
-    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+    for (Isa isa : kLevels) {
         if (runs_here(isa)) usable.push_back(isa);
     }
     return usable;
@@ -51,11 +84,16 @@ Isa chosen_isa() {
     static const std::vector<Isa> usable = usable_isas();
     const char* cap = std::getenv("MMKERNELS_CPU_ISA");
     if (cap == nullptr || *cap == '\0') return usable.back();
-    for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable}) {
+    for (Isa isa : kLevels) {
         if (std::string(cap) == name(isa)) return std::min(isa, usable.back());
     }
     throw std::invalid_argument("MMKERNELS_CPU_ISA is '" + std::string(cap) +
-                                "'; accepted are portable, avx2, avx512 and avx512_bf16");
+                                "'; accepted are portable, avx2, avx512, avx512_bf16 and amx");
+}
+
+Isa chosen_isa(DType dtype) {
+    const Isa isa = chosen_isa();
+    return dtype == DType::kBFloat16 ? isa : std::min(isa, Isa::kAvx512Bf16);
 }
 
 }  // namespace mmk

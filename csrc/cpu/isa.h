@@ -3,10 +3,12 @@
 #include <string>
 #include <vector>
 
+#include "tensor.h"
+
 namespace mmk {
 
 // From the plainest to the richest; each is compiled from the same sources, in a namespace of its own.
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 const char* name(Isa isa);
 
@@ -17,13 +19,17 @@ std::vector<Isa> usable_isas();
 // Throws std::invalid_argument naming the accepted values if the variable holds another.
 Isa chosen_isa();
 
+// The same for a call on tensors of this type: AMX multiplies bfloat16 alone, others are served by the level below.
+Isa chosen_isa(DType dtype);
+
 // X(enumerator, namespace) for every level in this build.
 #if defined(__x86_64__)
 #define MMK_FOR_EACH_ISA(X) \
     X(kPortable, portable)  \
     X(kAvx2, avx2)          \
     X(kAvx512, avx512)      \
-    X(kAvx512Bf16, avx512_bf16)
+    X(kAvx512Bf16, avx512_bf16) \
+    X(kAmx, amx)
 #else
 #define MMK_FOR_EACH_ISA(X) X(kPortable, portable)
 #endif

@@ -16,7 +16,7 @@
 namespace mmk::MMK_ISA {
 
 // 24 accumulators of 32 registers, 12 of 16; 8 where a product needs a register of its own (no fused multiply-add).
-constexpr int kTileRows = kRegisters == 32 ? 8 : 4;
+constexpr int kTileRows = kHasAmx ? kAmxRows : kRegisters == 32 ? 8 : 4;
 constexpr int kTileVectors = kLanes == 4 ? 2 : 3;
 constexpr int kTileColumns = kTileVectors * kLanes;
 
@@ -37,6 +37,12 @@ using ElementOf = std::conditional_t<Operand::kPack == 1, float, BFloat16>;
 static MMK_INLINE int64_t row_units(int64_t units) { return (ceil_div(units + kLanes, 16) | 1) * 16; }
 
 // ---- panels
+
+// The units that so many elements along k take, their padding included.
+template <class Operand>
+static MMK_INLINE int64_t depth(int64_t elements) {
+    return round_up(ceil_div(elements, Operand::kPack), kDepthStep);
+}
 
 // Columns cut into panels of at most kTileVectors vectors, as even as can be: a lone vector at the end would load more
 // than it multiplies.
@@ -89,12 +95,6 @@ static void pack_rows(const ElementOf<Operand>* rows, int64_t row_stride, int64_
 
 // ---- tiles
 
-// How the broadcast operand lies: unit k of row r at a[r * row + k * unit].
-struct Broadcast {
-    const uint32_t* a;
-    int64_t row, unit;
-};
-
 // c[r][lane] = or += sum over units; c's rows are c_row apart.
 template <class Operand, int kRows, int kVectors>
 static void tile(Broadcast a, const uint32_t* b, int64_t units, float* c, int64_t c_row, bool add) {
@@ -102,38 +102,30 @@ static void tile(Broadcast a, const uint32_t* b, int64_t units, float* c, int64_
         for (int r = 0; r < kRows; r++)
             for (int v = 0; v < kVectors; v++) __builtin_prefetch(c + r * c_row + v * kLanes, 1);
     }
-    const auto zero = [](int, int) { return Vec{}; };
-    const auto finish = [&](int r, int v, Vec sum) {
-        float* at = c + r * c_row + v * kLanes;
-        store(at, add ? load(at) + sum : sum);
-    };
     const int64_t chain = units < 2 * kChain ? kShortChain : kChain;
     const int64_t chains = Operand::kPack == 1 ? std::max<int64_t>(1, ceil_div(units, chain)) : 1;
     for (int64_t i = 0; i < chains; i++, add = true) {
         const int64_t first = units * i / chains, count = units * (i + 1) / chains - first;
-        const uint32_t *from = a.a + first * a.unit, *lanes = b + first * kVectors * kLanes;
-        if (a.unit == 1) {
-            micro_kernel<Operand, kRows, kVectors>(from, a.row, 1, lanes, kVectors * kLanes, count, zero, finish);
-        } else {
-            micro_kernel<Operand, kRows, kVectors>(from, 1, a.unit, lanes, kVectors * kLanes, count, zero, finish);
-        }
+        multiply_into<Operand, kRows, kVectors>({a.a + first * a.unit, a.row, a.unit}, b + first * kVectors * kLanes,
+                                                kVectors * kLanes, count, c, c_row, add);
     }
 }
 
-// The tile that `rows` (at most kTileRows) and `width` ask for. Rows are rounded up to half a tile: a and c must be
-// there.
+// The tile that `rows` (at most kTileRows) and `width` ask for. Rows are rounded up to half a tile, with AMX to a whole
+// one: a and c must be there.
 template <class Operand>
 static MMK_INLINE void multiply_tile(Broadcast a, int64_t rows, const uint32_t* b, int64_t width, int64_t units,
                                      float* c, int64_t c_row, bool add) {
     static_assert(kTileVectors <= 3);
-    const bool half = rows <= kTileRows / 2;
+    constexpr int kFewRows = kHasAmx ? kTileRows : kTileRows / 2;
+    const bool few = rows <= kFewRows;
     switch (width / kLanes) {
         case 1:
-            return (half ? tile<Operand, kTileRows / 2, 1> : tile<Operand, kTileRows, 1>)(a, b, units, c, c_row, add);
+            return (few ? tile<Operand, kFewRows, 1> : tile<Operand, kTileRows, 1>)(a, b, units, c, c_row, add);
         case 2:
-            return (half ? tile<Operand, kTileRows / 2, 2> : tile<Operand, kTileRows, 2>)(a, b, units, c, c_row, add);
+            return (few ? tile<Operand, kFewRows, 2> : tile<Operand, kTileRows, 2>)(a, b, units, c, c_row, add);
         default:
-            return (half ? tile<Operand, kTileRows / 2, kTileVectors>
+            return (few ? tile<Operand, kFewRows, kTileVectors>
                          : tile<Operand, kTileRows, kTileVectors>)(a, b, units, c, c_row, add);
     }
 }
@@ -146,7 +138,8 @@ static void multiply_panel(const uint32_t* a, int64_t a_row, int64_t first_row, 
                            const uint32_t* b, int64_t units, float* c, Finish&& finish) {
     const int64_t blocks = std::max<int64_t>(1, ceil_div(units, kDepth)), width = panels.width(p);
     for (int64_t i = 0; i < blocks; i++) {
-        const int64_t first = units * i / blocks, count = units * (i + 1) / blocks - first;
+        const int64_t steps = units / kDepthStep, first = steps * i / blocks * kDepthStep;
+        const int64_t count = steps * (i + 1) / blocks * kDepthStep - first;
         for (int64_t r = 0; r < rows; r += kTileRows) {
             const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - r);
             float* at = blocks == 1 ? c : c + r * kTileColumns;
@@ -201,12 +194,12 @@ static void multiply_many(int64_t rows, Panels panels, int64_t units, int thread
 }
 
 // Up to this many rows are few: all of them together stay in the caches.
-constexpr int64_t kFewRows = 1024;
+constexpr int64_t kFewGathered = 1024;
 
 template <class Operand, class Gather, class Panel, class Finish>
 static void multiply_rows(int64_t rows, Panels panels, int64_t units, int threads, Gather&& gather, Panel&& panel,
                           Finish&& finish) {
-    if (rows <= kFewRows) {
+    if (rows <= kFewGathered) {
         multiply_few<Operand>(rows, panels, units, threads, gather, panel, finish);
     } else {
         multiply_many<Operand>(rows, panels, units, threads, gather, panel, finish);

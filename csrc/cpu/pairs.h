@@ -4,7 +4,8 @@
 //     gradients  dI_id += sum_j g_ij text_jd,  dT_jd += sum_i g_ij image_id     (g one tile of weights)
 //
 // Each set of N rows is packed twice. `lanes`: panels of kPanel rows, [N / kPanel][D units][kPanel], a row a lane,
-// which serve the products both as the broadcast and as the vector operand. `columns`: panels of kPanel columns,
+// which serve the products both as the broadcast and as the vector operand; with AMX the broadcast operand is rows,
+// [N][D units]. `columns`: panels of kPanel columns,
 // [D / kPanel][N units][kPanel], a column a lane, the vector operand of the gradients. The gradients are summed in the
 // panels' own layout, [tile][D / kPanel][rows of a tile][kPanel], whole lines one after the other in large pages:
 // summed in the caller's tensors, rows far apart would miss the address translation's cache at every step (5 % slower).
@@ -46,16 +47,7 @@ static void far_tile(Broadcast a, const uint32_t* b, int64_t units, float* c, in
             row++;
         }
     };
-    const auto start = [](int, int) { return Vec{}; };
-    const auto finish = [&](int r, int v, Vec sum) {
-        float* at = c + r * c_row + v * kLanes;
-        store(at, add ? load(at) + sum : sum);
-    };
-    if (a.unit == 1) {
-        micro_kernel<Operand, kTileRows, kVectors>(a.a, a.row, 1, b, kPanel, units, start, finish, beside);
-    } else {
-        micro_kernel<Operand, kTileRows, kVectors>(a.a, 1, a.unit, b, kPanel, units, start, finish, beside);
-    }
+    multiply_into<Operand, kTileRows, kVectors>(a, b, kPanel, units, c, c_row, add, beside);
 }
 
 // One panel: the first `vectors` vectors of its lanes. Rows of a come in groups of kPanel, a_group units apart, and are
@@ -149,17 +141,20 @@ class Pairs {
           text(text),
           tiling(image.rows),
           panels(ceil_div(image.columns, kPanel)),
-          depth_(ceil_div(image.columns, Operand::kPack)),
+          depth_(depth<Operand>(image.columns)),
           column_units_(tiling.padded() / Operand::kPack),
-          image_lanes_(tiling.padded() * depth_),
+          image_rows_lie_(kHasAmx ? Lie{row_units(depth_), 1} : Lie{1, kPanel}),
+          image_rows_(tiling.padded() * (kHasAmx ? image_rows_lie_.row : depth_)),
           text_lanes_(tiling.padded() * depth_),
           image_columns_(with_grads ? column_units_ * panels * kPanel : 0),
           text_columns_(with_grads ? column_units_ * panels * kPanel : 0) {
         for_each(2 * tiling.tiles, threads, [&](int64_t i, int64_t) {
             if (i % 2 == 0) {
-                pack(this->image, i / 2, image_lanes_.get(), with_grads ? image_columns_.get() : nullptr);
+                kHasAmx ? copy_rows(this->image, i / 2) : pack_lanes_of_tile(this->image, i / 2, image_rows_.get());
+                if (with_grads) pack_columns_of_tile(this->image, i / 2, image_columns_.get());
             } else {
-                pack(this->text, i / 2, text_lanes_.get(), with_grads ? text_columns_.get() : nullptr);
+                pack_lanes_of_tile(this->text, i / 2, text_lanes_.get());
+                if (with_grads) pack_columns_of_tile(this->text, i / 2, text_columns_.get());
             }
         });
     }
@@ -171,12 +166,13 @@ class Pairs {
         constexpr int64_t kDepth = 256;
         const int64_t blocks = ceil_div(depth_, kDepth);
         for (int64_t i = 0; i < blocks; i++) {
-            const int64_t u = depth_ * i / blocks, units = depth_ * (i + 1) / blocks - u;
-            const uint32_t* rows = image_lanes_.get() + tiling.first(a) * depth_ + u * kPanel;
+            const int64_t steps = depth_ / kDepthStep, u = steps * i / blocks * kDepthStep;
+            const int64_t units = steps * (i + 1) / blocks * kDepthStep - u;
+            const Broadcast rows = image_rows(tiling.first(a), u);
             for (int64_t c = 0; c < tiling.count(b); c += kPanel) {
                 const uint32_t* lanes = text_lanes_.get() + (tiling.first(b) + c) * depth_ + u * kPanel;
                 const uint32_t* next = lanes + (c + kPanel < tiling.side ? depth_ * kPanel : 0);
-                multiply<Operand>({rows, 1, kPanel}, depth_ * kPanel, tiling.count(a), lanes,
+                multiply<Operand>(rows, kHasAmx ? kPanel * rows.row : depth_ * kPanel, tiling.count(a), lanes,
                                   vectors(tiling.count(b) - c), units, p + c, kTile, i > 0,
                                   {next, next + units * kPanel});
             }
@@ -187,9 +183,9 @@ class Pairs {
     void add_to_image(int64_t a, int64_t b, const uint32_t* g, int64_t d, float* d_image, bool add) const {
         gradient({g, kTile / Operand::kPack, 1}, b, text_columns_.get(), a, d, d_image, add);
     }
-    // Panel `d` of dT's rows of tile b (+)= g^T image. g: unit k of column c at k * kTile + c.
+    // Panel `d` of dT's rows of tile b (+)= g^T image. g: unit k of column c at k * kTile + c, with AMX as above.
     void add_to_text(int64_t a, int64_t b, const uint32_t* g, int64_t d, float* d_text, bool add) const {
-        gradient({g, 1, kTile}, a, image_columns_.get(), b, d, d_text, add);
+        gradient(kHasAmx ? Broadcast{g, kTile / Operand::kPack, 1} : Broadcast{g, 1, kTile}, a, image_columns_.get(), b, d, d_text, add);
     }
     // kLanes numbers of row i of a gradient, from column d on, a multiple of kLanes.
     Vec gradient_at(const float* gradient, int64_t i, int64_t d) const {
@@ -205,27 +201,49 @@ class Pairs {
     static int64_t vectors(int64_t columns) { return std::min<int64_t>(ceil_div(columns, kLanes), kTileVectors); }
 
     void gradient(Broadcast g, int64_t of, const uint32_t* columns, int64_t to, int64_t d, float* sum, bool add) const {
-        const int64_t units = ceil_div(tiling.count(of), Operand::kPack);
+        const int64_t units = depth<Operand>(tiling.count(of));
         const uint32_t* panel = columns + (d * column_units_ + tiling.first(of) / Operand::kPack) * kPanel;
         const uint32_t* next = panel + (d + 1 < panels ? column_units_ * kPanel : 0);
         multiply<Operand>(g, kPanel * g.row, tiling.count(to), panel, vectors(image.columns - d * kPanel), units,
                           sum + (to * panels + d) * tiling.side * kPanel, kPanel, add, {next, next + units * kPanel});
     }
 
-    void pack(const Rows<T>& rows, int64_t tile, uint32_t* lanes, uint32_t* columns) const {
+    void pack_lanes_of_tile(const Rows<T>& rows, int64_t tile, uint32_t* lanes) const {
         const int64_t first = tiling.first(tile);
         for (int64_t i = first; i < first + tiling.side; i += kPanel) {
             pack_lanes<Operand>(rows.row(i), rows.row_stride, rows.column_stride, rows.rows - i, rows.columns, depth_,
                                 kPanel, lanes + i * depth_);
         }
-        if (columns != nullptr) {
-            pack_columns<Operand>(rows, first / Operand::kPack, tiling.side / Operand::kPack, column_units_, columns);
+    }
+    void copy_rows(const Rows<T>& rows, int64_t tile) const {
+        for (int64_t i = tiling.first(tile); i < tiling.first(tile) + tiling.side; i++) {
+            uint32_t* to = image_rows_.get() + i * image_rows_lie_.row;
+            for (int64_t u = 0; u < depth_; u += kLanes) {  // there is room for a vector more
+                const bool present = i < rows.rows;
+                store_bits(to + u, present ? load_units<Operand>(rows.row(i), rows.column_stride, u * Operand::kPack,
+                                                                 rows.columns)
+                                           : UVec{});
+            }
         }
+    }
+    void pack_columns_of_tile(const Rows<T>& rows, int64_t tile, uint32_t* columns) const {
+        pack_columns<Operand>(rows, tiling.first(tile) / Operand::kPack, tiling.side / Operand::kPack, column_units_,
+                              columns);
+    }
+
+    struct Lie {
+        int64_t row, unit;
+    };
+    // From row `first`, which a panel begins with, and unit u on.
+    Broadcast image_rows(int64_t first, int64_t u) const {
+        const int64_t at = kHasAmx ? first * image_rows_lie_.row + u : first * depth_ + u * kPanel;
+        return {image_rows_.get() + at, image_rows_lie_.row, image_rows_lie_.unit};
     }
 
     int64_t depth_;         // units along D
     int64_t column_units_;  // units along N
-    Scratch<uint32_t> image_lanes_, text_lanes_, image_columns_, text_columns_;
+    Lie image_rows_lie_;
+    Scratch<uint32_t> image_rows_, text_lanes_, image_columns_, text_columns_;
 };
 
 }  // namespace mmk::MMK_ISA

@@ -103,7 +103,7 @@ class PackedWeight {
         : reader_(weight, order),
           panels_(panels),
           features_(num_rows(weight)),
-          units_(ceil_div(num_pixels(weight), Operand::kPack)),
+          units_(depth<Operand>(num_pixels(weight))),
           row_stride_(weight.strides[3] / Operand::kPack),
           rows_stride_(row_units(units_)),
           rows_(threads * kLanes * rows_stride_) {}
@@ -155,7 +155,7 @@ void run(const PatchEmbed& call) {
     const Panels panels(features);
     const PackedWeight<Operand> weight(call.weight, order, panels, threads);
     const int64_t units = weight.units();
-    if (rows <= kFewRows) {
+    if (rows <= kFewGathered) {
         const int64_t size = kTileVectors * kLanes * units;
         Scratch<uint32_t> panel(threads * size);
         const auto packed = [&](int64_t p, int64_t worker) {
@@ -175,16 +175,7 @@ void run(const PatchEmbed& call) {
 }  // namespace
 
 void patch_embed(const PatchEmbed& call) {
-    switch (call.weight.dtype) {
-        case DType::kFloat32:
-            return run<float>(call);
-        case DType::kBFloat16:
-            return run<BFloat16>(call);
-        case DType::kFloat16:
-            return run<Float16>(call);
-        case DType::kUInt8:
-            return;  // refused by the caller
-    }
+    with_element_type(call.weight.dtype, [&](auto type) { run<decltype(type)>(call); });
 }
 
 }  // namespace mmk::MMK_ISA

@@ -21,8 +21,9 @@ constexpr int64_t kChunk = 512;          // patches summed in one accumulation
 constexpr int64_t kResident = 96 << 10;  // units of x that stay in the L2 cache beside a panel of g: 384 KB
 constexpr int64_t kGroup = 32;           // rows gathered, and summed for the bias, by one task
 
-// Rows of a matrix, read in groups and packed along the units of panels.
-template <class Operand>
+// Rows of a matrix, read in groups and packed along the units of panels; or, kColumns, each column of it as a row of
+// units, which is the broadcast operand that AMX takes.
+template <class Operand, bool kColumns = false>
 class GroupPacker {
   public:
     using Element = ElementOf<Operand>;
@@ -41,15 +42,49 @@ class GroupPacker {
         const int64_t count = std::min(kGroup, last - first - group);
         Element* rows = reinterpret_cast<Element*>(rows_.get() + worker * kGroup * row_units(panels_.lanes()));
         reader_.read(first + group, count, rows, row_);
-        const int64_t whole = round_up(count, Operand::kPack);
+        const int64_t whole = depth<Operand>(count) * Operand::kPack;
         for (int64_t r = count; r < whole; r++) memset(rows + r * row_, 0, panels_.lanes() * sizeof(Element));
-        pack_rows<Operand>(rows, row_, group / Operand::kPack, whole / Operand::kPack, panels_, units, packed);
+        put(rows, group / Operand::kPack, whole / Operand::kPack, units, packed);
         return rows;
     }
 
     int64_t row() const { return row_; }
 
+    // How the panels lie as the broadcast operand of a product.
+    static int64_t size(Panels panels, int64_t units) { return panels.lanes() * (kColumns ? row_units(units) : units); }
+    static Broadcast columns(const uint32_t* packed, Panels panels, int64_t p, int64_t column, int64_t units) {
+        if constexpr (kColumns) {
+            return {packed + (panels.first(p) + column) * row_units(units), row_units(units), 1};
+        } else {
+            return {packed + panels.offset(p, units) + column, 1, panels.width(p)};
+        }
+    }
+
   private:
+    void put(const Element* rows, int64_t first, int64_t count, int64_t units, uint32_t* packed) const {
+        if constexpr (kColumns) {
+            pack_columns(rows, first, count, row_units(units), packed);
+        } else {
+            pack_rows<Operand>(rows, row_, first, count, panels_, units, packed);
+        }
+    }
+    // Columns become rows of units, of which these are `count` from `first` on.
+    void pack_columns(const Element* rows, int64_t first, int64_t count, int64_t to_row, uint32_t* packed) const {
+        static_assert(kGroup <= Operand::kPack * kLanes || !kColumns);
+        for (int64_t column = 0; column < panels_.lanes(); column += kLanes) {
+            UVec block[kLanes] = {};
+            for (int64_t u = 0; u < count; u++) {
+                HalfLanes pair[2];
+                for (int i = 0; i < 2; i++) memcpy(&pair[i], rows + (2 * u + i) * row_ + column, sizeof pair[i]);
+                block[u] = __builtin_convertvector(pair[0], UVec) | __builtin_convertvector(pair[1], UVec) << 16;
+            }
+            transpose(block);
+            for (int i = 0; i < kLanes; i++) {
+                memcpy(packed + (column + i) * to_row + first, &block[i], count * sizeof *packed);
+            }
+        }
+    }
+
     const PatchReader& reader_;
     Panels panels_;
     int64_t row_;  // in elements
@@ -84,6 +119,7 @@ template <class T>
 class WeightGradient {
   public:
     using Operand = OperandOf<T>;
+    using Gradients = GroupPacker<Operand, kHasAmx>;
 
     WeightGradient(const PatchEmbedBackward& call, int threads)
         : call_(call),
@@ -98,9 +134,10 @@ class WeightGradient {
           g_(grad_, features_, threads),
           lanes_(g_.panels().lanes()),
           d_row_(row_units(x_.panels().lanes())),
-          chunk_units_(ceil_div(std::min(rows_, kChunk), Operand::kPack)),
+          chunk_units_(depth<Operand>(std::min(rows_, kChunk))),
+          chunk_size_(chunk_units_ * x_.panels().lanes() + Gradients::size(g_.panels(), chunk_units_)),
           group_(std::max<int64_t>(1, kResident / std::max<int64_t>(1, chunk_units_ * kTileColumns))),
-          packed_((rows_ > kChunk ? 2 : 1) * chunk_units_ * (x_.panels().lanes() + lanes_)),
+          packed_((rows_ > kChunk ? 2 : 1) * chunk_size_),
           d_(call.need_weight ? (rows_ > kChunk ? lanes_ : threads * kTileRows) * d_row_ : 0),
           writer_(call.d_weight, order_),
           partial_(kChunk / kGroup * lanes_),
@@ -132,8 +169,8 @@ class WeightGradient {
   private:
     Chunk chunk(int64_t i) const {
         const int64_t first = std::min(i * kChunk, rows_), last = std::min(first + kChunk, rows_);
-        uint32_t* x = packed_.get() + (rows_ > kChunk ? i & 1 : 0) * chunk_units_ * (x_.panels().lanes() + lanes_);
-        return {first, last, ceil_div(last - first, Operand::kPack), x, x + chunk_units_ * x_.panels().lanes()};
+        uint32_t* x = packed_.get() + (rows_ > kChunk ? i & 1 : 0) * chunk_size_;
+        return {first, last, depth<Operand>(last - first), x, x + chunk_units_ * x_.panels().lanes()};
     }
 
     void pack(const Chunk& c, int64_t group, int64_t worker) const {
@@ -169,8 +206,7 @@ class WeightGradient {
 
     void multiply_one(const Chunk& c, int64_t p, int64_t q, int64_t r, float* rows, bool add) const {
         const Panels x = x_.panels(), g = g_.panels();
-        const Broadcast a{c.g + g.offset(q, c.units) + r, 1, g.width(q)};
-        multiply_tile<Operand>(a, std::min<int64_t>(kTileRows, rows_of(q) - r), c.x + x.offset(p, c.units), x.width(p),
+        multiply_tile<Operand>(Gradients::columns(c.g, g, q, r, c.units), std::min<int64_t>(kTileRows, rows_of(q) - r), c.x + x.offset(p, c.units), x.width(p),
                                c.units, rows + x.first(p), d_row_, add);
     }
 
@@ -194,8 +230,9 @@ class WeightGradient {
     PixelOrder order_;
     Normalisation normalisation_;
     PatchReader images_, grad_;
-    GroupPacker<Operand> x_, g_;
-    int64_t lanes_, d_row_, chunk_units_, group_;
+    GroupPacker<Operand> x_;
+    Gradients g_;
+    int64_t lanes_, d_row_, chunk_units_, chunk_size_, group_;
     Scratch<uint32_t> packed_;
     Scratch<float> d_;
     PatchWriter writer_;
@@ -213,7 +250,7 @@ void backward_images(const PatchEmbedBackward& call, int threads) {
 
     const GroupPacker<Operand> packer(weight, pixels, threads);
     const Panels panels = packer.panels();
-    const int64_t units = ceil_div(features, Operand::kPack);
+    const int64_t units = depth<Operand>(features);
     Scratch<uint32_t> packed(panels.lanes() * units);
     for_each(ceil_div(features, kGroup), threads,
              [&](int64_t i, int64_t worker) { packer.pack(0, features, i * kGroup, units, worker, packed.get()); });
@@ -239,16 +276,7 @@ void run(const PatchEmbedBackward& call) {
 }  // namespace
 
 void patch_embed_backward(const PatchEmbedBackward& call) {
-    switch (call.weight.dtype) {
-        case DType::kFloat32:
-            return run<float>(call);
-        case DType::kBFloat16:
-            return run<BFloat16>(call);
-        case DType::kFloat16:
-            return run<Float16>(call);
-        case DType::kUInt8:
-            return;  // refused by the caller
-    }
+    with_element_type(call.weight.dtype, [&](auto type) { run<decltype(type)>(call); });
 }
 
 }  // namespace mmk::MMK_ISA

@@ -140,15 +140,16 @@ class PatchReader {
         }
     }
 
-    // The same as units of a product, a row's last one and the rows behind the last, up to a whole tile, filled with
-    // zero.
+    // The same as units of a product: a row filled with zero up to its depth, and the rows behind the last up to a
+    // whole tile.
     template <class Operand>
     void read_units(int64_t first, int64_t count, uint32_t* to, int64_t to_row) const {
         using Element = ElementOf<Operand>;
         read(first, count, reinterpret_cast<Element*>(to), to_row * Operand::kPack);
-        const int64_t pixels = num_pixels(patches_), units = ceil_div(pixels, Operand::kPack);
-        for (int64_t r = 0; r < count && pixels < units * Operand::kPack; r++) {
-            memset(reinterpret_cast<Element*>(to + r * to_row) + pixels, 0, sizeof(Element));
+        const int64_t pixels = num_pixels(patches_), units = depth<Operand>(pixels);
+        const int64_t padding = units * Operand::kPack - pixels;
+        for (int64_t r = 0; r < count && padding > 0; r++) {
+            memset(reinterpret_cast<Element*>(to + r * to_row) + pixels, 0, padding * sizeof(Element));
         }
         for (int64_t r = count; r < round_up(count, kTileRows); r++) memset(to + r * to_row, 0, units * sizeof *to);
     }

@@ -22,8 +22,28 @@ static double run(int64_t rounds) {
     return 2.0 * Operand::kPack * kLanes * kChains * static_cast<double>(rounds);
 }
 
+#if defined(__AMX_BF16__)
+static double run_tiles(int64_t rounds) {
+    const TileShapes shapes;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    for (int64_t i = 0; i < rounds; i++) {
+        _tile_dpbf16ps(0, 3, 4);
+        _tile_dpbf16ps(1, 3, 4);
+        _tile_dpbf16ps(2, 3, 4);
+    }
+    return 3 * 2.0 * kAmxRows * kLanes * 2 * kAmxDepth * static_cast<double>(rounds);
+}
+#endif
+
 // Runs the loop and returns how many floating-point operations that was.
 double fma_flops(bool bfloat16, int64_t rounds) {
+#if defined(__AMX_BF16__)
+    if (bfloat16) return run_tiles(rounds);
+#endif
     return bfloat16 ? run<BFloat16Operand>(rounds) : run<FloatOperand>(rounds);
 }
 

@@ -55,6 +55,18 @@ static MMK_INLINE IVec lane_index() {
 }
 static MMK_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
+static MMK_INLINE bool all_ones(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_cmpneq_ps_mask(v, splat(1.0f)) == 0;
+#else
+    const IVec other = v != 1.0f;
+    for (int i = 0; i < kLanes; i++) {
+        if (other[i]) return false;
+    }
+    return true;
+#endif
+}
+
 // Over the lanes, by halves.
 static MMK_INLINE float sum(Vec v) {
     float lanes[kLanes];

@@ -14,7 +14,7 @@
 // grows (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867). Rescaling o costs one multiplication an
 // element as the micro-kernel adds to it.
 //
-// Masks. Keys come in groups of kTileRows. Of each group only the vectors of lanes that see any of it are computed, and
+// Masks. Keys come in groups of kKeyGroup. Of each group only the vectors of lanes that see any of it are computed, and
 // only where some lane does not see all of it are keys and lanes compared: packed causal documents lose 2 to 4 % to it.
 // Several runs a query are taken one after the other.
 //
@@ -62,7 +62,8 @@ struct BlockState {
 struct KeyPanel {
     int64_t first, count;
     uint32_t *keys, *values;
-    int64_t key_units, value_stride, value_panels;
+    int64_t key_units, value_panels;
+    TokenPanels values_lie;
 };
 
 // ---- a block of keys
@@ -71,29 +72,49 @@ struct KeyPanel {
 template <class Operand, int kVectors>
 void score_group(const uint32_t* keys, int64_t units, const uint32_t* queries, float* scores, Vec* highest,
                  Ahead& ahead) {
-    Vec top[kVectors];
-    for (int v = 0; v < kVectors; v++) top[v] = highest[v];
-    micro_kernel<Operand, kTileRows, kVectors>(
-        keys, units, 1, queries, kTileColumns, units, [](int, int) { return Vec{}; },
-        [&](int r, int v, Vec sum) {
+    Vec top[kVectors];  // first of the first row: no register is held while the product runs
+    const auto raise = [&](int r, int v, Vec score) MMK_INLINE_LAMBDA {
+        top[v] = max(score, r == 0 ? highest[v] : top[v]);
+    };
+    const auto beside = [&]() MMK_INLINE_LAMBDA { ahead.step(); };
+    if constexpr (kHasAmx) {
+        multiply_into<Operand, kTileRows, kVectors>({keys, units, 1}, queries, kTileColumns, units, scores,
+                                                    kTileColumns, false, beside);
+        for (int r = 0; r < kTileRows; r++) {
+            for (int v = 0; v < kVectors; v++) raise(r, v, load(scores + r * kTileColumns + v * kLanes));
+        }
+    } else {
+        const auto finish = [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
             store(scores + r * kTileColumns + v * kLanes, sum);
-            top[v] = max(sum, top[v]);
-        },
-        [&]() MMK_INLINE_LAMBDA { ahead.step(); });
+            raise(r, v, sum);
+        };
+        micro_kernel<Operand, kTileRows, kVectors>(keys, units, 1, queries, kTileColumns, units, finish, beside);
+    }
     for (int v = 0; v < kVectors; v++) highest[v] = top[v];
 }
 
 // out[d][lane] = out * decay + sum over units of values[d] weights[lane], for one panel of kTileRows d.
 template <class Operand, int kVectors>
-void add_values(const uint32_t* values, const uint32_t* weights, int64_t units, const Vec* decay, float* out,
-                Ahead& ahead) {
-    micro_kernel<Operand, kTileRows, kVectors>(
-        values, 1, kTileRows, weights, kTileColumns, units, [](int, int) { return Vec{}; },
-        [&](int r, int v, Vec sum) {
+void add_values(Broadcast values, const uint32_t* weights, int64_t units, const Vec* decay, float* out, Ahead& ahead) {
+    const auto beside = [&]() MMK_INLINE_LAMBDA { ahead.step(); };
+    if constexpr (kHasAmx) {  // tiles add to memory by themselves
+        for (int v = 0; v < kVectors; v++) {
+            if (all_ones(decay[v])) continue;
+            for (int r = 0; r < kTileRows; r++) {
+                float* at = out + r * kTileColumns + v * kLanes;
+                store(at, load(at) * decay[v]);
+            }
+        }
+        multiply_into<Operand, kTileRows, kVectors>(values, weights, kTileColumns, units, out, kTileColumns, true,
+                                                    beside);
+    } else {
+        const auto finish = [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
             float* at = out + r * kTileColumns + v * kLanes;
             store(at, load(at) * decay[v] + sum);
-        },
-        [&]() MMK_INLINE_LAMBDA { ahead.step(); });
+        };
+        micro_kernel<Operand, kTileRows, kVectors>(values.a, 1, kTileRows, weights, kTileColumns, units, finish,
+                                                   beside);
+    }
 }
 
 template <class T>
@@ -106,7 +127,7 @@ class Forward {
         : call_(call),
           logits_(call.scale, call.softcap),
           group_(call.q.heads / call.k.heads),
-          query_units_(ceil_div(call.q.dim, kPack)),
+          query_units_(depth<Operand>(call.q.dim)),
           value_panels_(ceil_div(call.v.dim, kTileRows)),
           plan_(group_, call.spans.runs, part_lanes()),
           copies_(copies) {
@@ -168,18 +189,16 @@ class Forward {
         int64_t keys = 0;
         for (const Part& part : plan_.parts()) {
             const int64_t seen = part.hull.hi - part.hull.lo;
-            keys = std::max(keys, std::min(round_up(seen, kTileRows), kKeyPanel));
+            keys = std::max(keys, std::min(round_up(seen, kKeyGroup), kKeyPanel));
             // Only where keys come in several panels must the blocks wait for the next one.
             sizes.blocks = std::max(sizes.blocks, seen > kKeyPanel ? part.last_block - part.first_block : 1);
         }
         sizes.keys = round_up(keys * query_units_ + kLanes, 16);
-        sizes.values = value_panels_ * value_stride(keys);
+        sizes.values = value_panels_ * TokenPanels(keys / kPack).panel;
         sizes.scores = kKeyBlock * kTileColumns;
         sizes.states = sizes.blocks * BlockState::size(query_units_, value_panels_ * kTileRows);
         return sizes;
     }
-    // A cache line more, so that panels of a round number of keys do not all fall into the same sets.
-    static int64_t value_stride(int64_t keys) { return keys / kPack * kTileRows + 16; }
 
     // ---- a part of a segment, one key head
 
@@ -206,12 +225,13 @@ class Forward {
 
     KeyPanel pack(const Task& task, int64_t first, const Workspace& work) const {
         const Part& part = *task.part;
-        const int64_t count = round_up(std::min<int64_t>(part.hull.hi - first, kKeyPanel), kTileRows);
-        const KeyPanel panel{first, count, work.keys, work.values, query_units_, value_stride(count), value_panels_};
+        const int64_t count = round_up(std::min<int64_t>(part.hull.hi - first, kKeyPanel), kKeyGroup);
+        const KeyPanel panel{first,        count,         work.keys, work.values,
+                             query_units_, value_panels_, TokenPanels(count / kPack)};
         pack_token_rows<Operand>(TokenRows<T>(call_.k, task.batch_row, task.head), first, first + count,
                                  plan_.covered_by(part), work.keys);
-        pack_token_panels<Operand>(TokenRows<T>(call_.v, task.batch_row, task.head), first, first + count,
-                                   plan_.covered_by(part), work.values, panel.value_stride);
+        const TokenRows<T> values(call_.v, task.batch_row, task.head);
+        PanelPacker<Operand, T>(values, first, panel.values_lie, work.values).pack(first + count, plan_.covered_by(part));
         return panel;
     }
 
@@ -275,8 +295,8 @@ class Forward {
             hi = std::max(hi, std::min<int64_t>(spans.outer[v].hi - panel.first, panel.count));
         }
         if (lo >= hi) return;
-        lo = lo / kTileRows * kTileRows, hi = round_up(hi, kTileRows);
-        const int64_t size = round_up(ceil_div(hi - lo, ceil_div(hi - lo, kKeyBlock)), kTileRows);
+        lo = lo / kKeyGroup * kKeyGroup, hi = round_up(hi, kKeyGroup);
+        const int64_t size = round_up(ceil_div(hi - lo, ceil_div(hi - lo, kKeyBlock)), kKeyGroup);
         for (int64_t at = lo; at < hi; at += size) {
             meet_block(vectors, spans, panel, at, static_cast<int>(std::min(size, hi - at)), state, work);
         }
@@ -342,9 +362,9 @@ class Forward {
         auto* weights = reinterpret_cast<uint32_t*>(from) + stretch.first / kPack * kTileColumns;
         weigh<kVectors>(from + stretch.first * kTileColumns, stretch.count, reference,
                         state.sum + stretch.vector * kLanes, weights);
-        const uint32_t* values = panel.values + (at + stretch.first) / kPack * kTileRows;
         for (int64_t p = 0; p < panel.value_panels; p++) {
-            add_values<Operand, kVectors>(values + p * panel.value_stride, weights, stretch.count / kPack, decay,
+            add_values<Operand, kVectors>(panel.values_lie.at(panel.values, p, (at + stretch.first) / kPack), weights,
+                                          stretch.count / kPack, decay,
                                           state.out + p * kTileRows * kTileColumns + stretch.vector * kLanes,
                                           work.ahead);
         }
@@ -448,9 +468,7 @@ void span_attention(const SpanAttention& call) {
     if (!few.empty()) span_decode(call, few);
     if (!brief.empty()) span_short(call, brief);
     if (others.empty()) return;
-    if (call.q.dtype == DType::kFloat32) return Forward<float>(call, others, copies).run();
-    if (call.q.dtype == DType::kBFloat16) return Forward<BFloat16>(call, others, copies).run();
-    Forward<Float16>(call, others, copies).run();
+    with_element_type(call.q.dtype, [&](auto type) { Forward<decltype(type)>(call, others, copies).run(); });
 }
 
 }  // namespace mmk::MMK_ISA

@@ -324,17 +324,8 @@ class Backward {
 }  // namespace attention_backward
 
 void span_attention_backward(const SpanAttentionBackward& call) {
-    using attention_backward::Backward;
-    switch (call.q.dtype) {
-        case DType::kFloat32:
-            return Backward<float>(call).run();
-        case DType::kBFloat16:
-            return Backward<BFloat16>(call).run();
-        case DType::kFloat16:
-            return Backward<Float16>(call).run();
-        case DType::kUInt8:
-            return;  // refused by the caller
-    }
+    with_element_type(call.q.dtype,
+                      [&](auto type) { attention_backward::Backward<decltype(type)>(call).run(); });
 }
 
 }  // namespace mmk::MMK_ISA

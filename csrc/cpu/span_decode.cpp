@@ -437,9 +437,7 @@ class Decode {
 }  // namespace
 
 void span_decode(const SpanAttention& call, const std::vector<RowSegment>& segments) {
-    if (call.q.dtype == DType::kFloat32) return Decode<float>(call, segments).run();
-    if (call.q.dtype == DType::kBFloat16) return Decode<BFloat16>(call, segments).run();
-    Decode<Float16>(call, segments).run();
+    with_element_type(call.q.dtype, [&](auto type) { Decode<decltype(type)>(call, segments).run(); });
 }
 
 }  // namespace mmk::MMK_ISA

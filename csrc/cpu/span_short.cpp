@@ -29,7 +29,7 @@ namespace {
 constexpr int kBlockVectors = 4, kBlockLanes = kBlockVectors * kLanes;
 
 // Rows of the output are cut into at most this many vectors, of which so many rows fit the registers.
-constexpr int kOutVectors = kRegisters == 32 ? 5 : kTileVectors;
+constexpr int kOutVectors = kRegisters == 32 && !kHasAmx ? 5 : kTileVectors;
 constexpr int out_rows(int vectors) { return vectors > 3 ? 4 : kTileRows; }
 
 // [0, vectors) in pieces of at most kMost, as even as can be: body(Width<count>, first).
@@ -52,7 +52,7 @@ class Short {
         : call_(call),
           logits_(call.scale, call.softcap),
           group_(call.q.heads / call.k.heads),
-          units_(ceil_div(call.q.dim, kPack)),
+          units_(depth<Operand>(call.q.dim)),
           out_vectors_(ceil_div(call.v.dim, kLanes)) {
         for (const RowSegment& each : segments) {
             add(each.batch_row, SpanTable(call.spans, each.batch_row, call.k.tokens), each.segment);
@@ -95,8 +95,8 @@ class Short {
     };
 
     struct Sizes {  // of a worker's memory, in units
-        int64_t keys, values, queries, scores;
-        int64_t total() const { return keys + values + queries + scores; }
+        int64_t keys, values, queries, scores, weights;
+        int64_t total() const { return keys + values + queries + scores + weights; }
     };
 
     struct Workspace {
@@ -104,12 +104,14 @@ class Short {
         uint32_t* values;   // [units of keys][out_vectors_ * kLanes]
         uint32_t* queries;  // [units of D][kBlockLanes]
         float* scores;      // [keys][kBlockLanes]; weights in the end, [units of keys][kBlockLanes]
+        uint32_t* weights;  // with AMX these as rows, [kBlockLanes][units of keys]
 
         Workspace(uint32_t* memory, const Sizes& sizes)
             : keys(memory),
               values(keys + sizes.keys),
               queries(values + sizes.values),
-              scores(reinterpret_cast<float*>(queries + sizes.queries)) {}
+              scores(reinterpret_cast<float*>(queries + sizes.queries)),
+              weights(queries + sizes.queries + sizes.scores) {}
     };
 
     void add(int64_t batch_row, const SpanTable& spans, const Segment& segment) {
@@ -124,9 +126,11 @@ class Short {
     }
 
     Sizes workspace() const {
-        return {round_up(keys_ * units_ + kLanes, 16), round_up(keys_ / kPack * out_vectors_ * kLanes, 16),
-                units_ * kBlockLanes, keys_ * kBlockLanes};
+        return {round_up(keys_ * units_ + kLanes, 16), round_up(depth<Operand>(keys_) * out_vectors_ * kLanes, 16),
+                units_ * kBlockLanes, keys_ * kBlockLanes, kHasAmx ? kBlockLanes * weight_row() : 0};
     }
+
+    int64_t weight_row() const { return round_up(depth<Operand>(keys_), kLanes); }
 
     // ---- a segment, one key head
 
@@ -147,6 +151,7 @@ class Short {
             in_pieces<kTileVectors>((last - first) / kLanes, [&](auto width, int64_t vector) {
                 weigh<width.value>(task, vector * kLanes, block, work, ahead);
             });
+            if constexpr (kHasAmx) lay_weights_in_rows(piece.keys(), (last - first) / kLanes, work);
             in_pieces<kOutVectors>(out_vectors_, [&](auto width, int64_t vector) {
                 write_out<width.value>(piece.keys(), vector * kLanes, block, work, ahead);
             });
@@ -166,8 +171,9 @@ class Short {
         }
     }
 
-    // A key past the last of a pair counts as zero.
+    // Keys past the last count as zero.
     void pack_values(const TokenRows<T>& from, const Piece& piece, uint32_t* packed) const {
+        const uint32_t* end = packed + depth<Operand>(piece.keys()) * out_vectors_ * kLanes;
         for (int64_t key = piece.segment.lo; key < piece.segment.hi; key += kPack) {
             const T* row = from.row(key);
             const T* second = kPack == 2 && key + 1 < piece.segment.hi ? from.row(key + 1) : nullptr;
@@ -179,6 +185,7 @@ class Short {
                 store_bits(packed, lanes);
             }
         }
+        for (; packed < end; packed += kLanes) store_bits(packed, UVec{});
     }
 
     // ---- a block of queries
@@ -219,8 +226,7 @@ class Short {
             std::fill_n(top, kVectors, splat(-kInfinity));
             micro_kernel<Operand, kTileRows, kVectors>(
                 work.keys + key * units_, units_, 1, work.queries + lane, kBlockLanes, units_,
-                [](int, int) { return Vec{}; },
-                [&](int r, int v, Vec sum) {
+                [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
                     store(to + r * kBlockLanes + v * kLanes, sum);
                     top[v] = max(sum, top[v]);
                 },
@@ -264,6 +270,23 @@ class Short {
         return sum;
     }
 
+    void lay_weights_in_rows(int64_t keys, int64_t vectors, const Workspace& work) const {
+        const auto* weights = reinterpret_cast<const uint32_t*>(work.scores);
+        const int64_t units = ceil_div(keys, kPack), row = weight_row();
+        for (int64_t vector = 0; vector < vectors; vector++) {
+            for (int64_t unit = 0; unit < units; unit += kLanes) {
+                UVec block[kLanes];
+                for (int i = 0; i < kLanes; i++) {
+                    const uint32_t* from = weights + (unit + i) * kBlockLanes + vector * kLanes;
+                    block[i] = unit + i < units ? load_bits(from) : UVec{};
+                }
+                transpose(block);
+                uint32_t* to = work.weights + vector * kLanes * row + unit;
+                for (int i = 0; i < kLanes; i++) store_bits(to + i * row, block[i]);
+            }
+        }
+    }
+
     void store_lse(const Task& task, const Block& block, int64_t lane, Vec lse) const {
         const int64_t count = std::min<int64_t>(kLanes, block.lanes - lane), first = block.first_lane + lane;
         float* row = call_.lse + (task.piece->batch_row * call_.q.heads + task.head * group_) * call_.q.tokens +
@@ -280,12 +303,13 @@ class Short {
     template <int kVectors>
     void write_out(int64_t keys, int64_t d, const Block& block, const Workspace& work, Ahead& ahead) const {
         constexpr int kRows = out_rows(kVectors);
-        const auto* weights = reinterpret_cast<const uint32_t*>(work.scores);
+        const auto* by_keys = reinterpret_cast<const uint32_t*>(work.scores);
         const int64_t row = out_vectors_ * kLanes, dim = call_.v.dim;
         for (int64_t lane = 0; lane < block.lanes; lane += kRows) {
+            const Broadcast weights = kHasAmx ? Broadcast{work.weights + lane * weight_row(), weight_row(), 1}
+                                              : Broadcast{by_keys + lane, 1, kBlockLanes};
             micro_kernel<Operand, kRows, kVectors>(
-                weights + lane, 1, kBlockLanes, work.values + d, row, ceil_div(keys, kPack),
-                [](int, int) { return Vec{}; },
+                weights.a, weights.row, weights.unit, work.values + d, row, depth<Operand>(keys),
                 [&](int r, int v, Vec sum) {
                     if (lane + r >= block.lanes) return;
                     const int64_t at = d + v * kLanes;
@@ -311,9 +335,7 @@ class Short {
 }  // namespace
 
 void span_short(const SpanAttention& call, const std::vector<RowSegment>& segments) {
-    if (call.q.dtype == DType::kFloat32) return Short<float>(call, segments).run();
-    if (call.q.dtype == DType::kBFloat16) return Short<BFloat16>(call, segments).run();
-    Short<Float16>(call, segments).run();
+    with_element_type(call.q.dtype, [&](auto type) { Short<decltype(type)>(call, segments).run(); });
 }
 
 }  // namespace mmk::MMK_ISA

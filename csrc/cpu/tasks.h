@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "amx.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
@@ -43,6 +44,7 @@ class Shares {
 template <class Body>
 static void on_threads(int64_t threads, Body&& body) {
     const auto work = [](void* context, int64_t worker) {
+        const TileShapes shapes;
         (*static_cast<std::remove_reference_t<Body>*>(context))(worker);
         end_streams();
     };

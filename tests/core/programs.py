@@ -21,6 +21,7 @@ FLAGS = {
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
+FLAGS["amx"] = [*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
 # What AddressSanitizer would find as well is left to it, and its checks are calls: the templates of the kernels would
 # else take a minute to compile. Alignment matters off x86, to the code of the portable level.
