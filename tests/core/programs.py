@@ -49,7 +49,7 @@ class Program:
 
     def build(self, folder: Path) -> Path:
         built = folder / f"{Path(self.source).stem}-{self}"
-        sources = [HERE / self.source, CSRC / "parallel.cpp", CSRC / "scratch.cpp"]
+        sources = [HERE / self.source, CSRC / "isa.cpp", CSRC / "parallel.cpp", CSRC / "scratch.cpp"]
         command = ["g++", "-std=c++17", "-O1", "-g1", "-Wno-psabi", "-ffp-contract=fast", "-fno-omit-frame-pointer"]
         command += [*CHECKS[self.check], "-fno-sanitize-recover=all", *FLAGS[self.level], f"-DMMK_ISA={self.level}"]
         command += [f"-I{CSRC}", *map(str, sources), "-pthread", "-o", str(built)]

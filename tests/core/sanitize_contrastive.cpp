@@ -10,6 +10,7 @@
 #include "bounded_memory.h"
 #include "contrastive.cpp"
 #include "openmp_on_threads.h"
+#include "served.h"
 
 using namespace mmk;
 using namespace mmk::MMK_ISA;
@@ -141,7 +142,7 @@ static void run(bool clip, DType dtype, int64_t n, int64_t dim, Tensor::Layout l
 
 int main() {
     const int64_t shapes[][2] = {{1, 1}, {2, 3}, {17, 33}, {47, 50}, {49, 97}, {97, 16}, {193, 5}, {389, 21}, {577, 1}};
-    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const DType dtype : served()) {
         for (const auto& shape : shapes) {
             for (const Tensor::Layout layout : {Tensor::kRows, Tensor::kColumns, Tensor::kPaddedRows}) {
                 if (layout != Tensor::kRows && shape[0] > 100) continue;
@@ -149,7 +150,7 @@ int main() {
             }
         }
     }
-    run(true, DType::kFloat32, 2309, 3, Tensor::kRows);  // 17 tiles: bands of two, the last one of one
+    run(true, served()[0], 2309, 3, Tensor::kRows);  // 17 tiles: bands of two, the last one of one
     if (failures == 0) printf("right\n");
     return failures != 0;
 }

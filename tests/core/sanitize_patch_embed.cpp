@@ -11,6 +11,7 @@
 #include "openmp_on_threads.h"
 #include "patch_embed.cpp"
 #include "patch_embed_backward.cpp"
+#include "served.h"
 
 using namespace mmk;
 using namespace mmk::MMK_ISA;
@@ -142,7 +143,7 @@ void check(const Shape& s, DType image_dtype, DType dtype) {
 int main() {
     threads = 3;
     // Tails of every kind: rows, features and pixels that are multiples of nothing; runs shorter and longer than a
-    // vector, or one short of it where the tensor ends; more than kFewRows rows; more than kDepth units; a result that
+    // vector, or one short of it where the tensor ends; more than kFewGathered rows; more than kDepth units; a result that
     // is streamed.
     const Shape shapes[] = {
         {1, 1, 1, 1, 1, 1, 1, 1, 0, false, false},      {1, 2, 3, 2, 1, 15, 15, 20, 0, false, false},
@@ -152,14 +153,13 @@ int main() {
         {1, 1, 3, 3, 1, 32, 32, 19, 0, false, false},   {13, 9, 10, 1, 1, 3, 3, 17, 1, false, false},
         {16, 33, 33, 1, 1, 1, 2, 128, 0, false, false},
     };
-    const DType floats[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
     for (const Shape& shape : shapes) {
-        for (DType dtype : floats) {
+        for (DType dtype : served()) {
             check(shape, dtype, dtype);
             check(shape, DType::kUInt8, dtype);
         }
         check(shape, DType::kFloat32, DType::kBFloat16);
-        check(shape, DType::kFloat16, DType::kFloat32);
+        if (!kHasAmx) check(shape, DType::kFloat16, DType::kFloat32);
     }
     std::printf("right\n");
 }

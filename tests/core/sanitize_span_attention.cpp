@@ -103,7 +103,7 @@ static void isolate(DType dtype) {
 
 int main() {
     int layout = 0;
-    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const DType dtype : served()) {
         for (const Case& c : cases()) {  // each in two layouts, other ones for the next dtype
             for (int i = 0; i < 2; i++) run(c, dtype, static_cast<Layout>(layout++ % kLayouts));
         }

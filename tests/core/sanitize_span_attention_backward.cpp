@@ -217,7 +217,7 @@ static void isolate(DType dtype) {
 
 int main() {
     int layout = 0;
-    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const DType dtype : served()) {
         for (const Case& c : cases()) run(c, dtype, static_cast<Layout>(layout++ % kLayouts));
         isolate(dtype);
     }

@@ -10,6 +10,7 @@
 
 #include "bounded_memory.h"
 #include "openmp_on_threads.h"
+#include "served.h"
 #include "simd.h"
 #include "span_attention.h"
 
