@@ -44,11 +44,13 @@ class TileShapes {
 #if defined(__AMX_BF16__)
 // Rows of a, b and c are a_row, b_row and c_row units apart, and the tile of a from unit u on begins at a + u * a_unit:
 // with 1 its rows are a matrix', with kAmxRows (and a_row kAmxDepth) each tile is a KB of its own. beside() may do a
-// little more, once a tile's depth.
+// little more; it is called as often for so many multiply-adds as the micro-kernel calls it.
 template <int kVectors, class Beside>
 static MMK_INLINE void multiply_in_tiles(const uint32_t* a, int64_t a_row, int64_t a_unit, const uint32_t* b,
-                                         int64_t b_row, int64_t units, float* c, int64_t c_row, bool add, Beside&& beside) {
+                                         int64_t b_row, int64_t units, float* c, int64_t c_row, bool add,
+                                         Beside&& beside) {
     static_assert(kVectors <= 3);
+    const auto meanwhile = [&]() MMK_INLINE_LAMBDA { beside(), beside(); };
     // The instructions name tiles by constants: 0 to 2 are sums, 3 is of a, 4 and 5 are of b; 6 and 7 half as deep. To
     // the compiler they are assembly that reads no memory.
     asm volatile("" ::: "memory");
@@ -65,13 +67,16 @@ static MMK_INLINE void multiply_in_tiles(const uint32_t* a, int64_t a_row, int64
     }
     int64_t u = 0;
     for (; u + kAmxDepth <= units; u += kAmxDepth, b += kAmxDepth * b_row) {
-        beside();
+        meanwhile();
         _tile_loadd(3, a + u * a_unit, a_bytes);
         _tile_loadd(4, b, b_bytes);
+        meanwhile();
         if (kVectors > 1) _tile_loadd(5, b + 16, b_bytes);
         _tile_dpbf16ps(0, 3, 4);
+        meanwhile();
         if (kVectors > 2) _tile_loadd(4, b + 32, b_bytes);
         if (kVectors > 1) _tile_dpbf16ps(1, 3, 5);
+        meanwhile();
         if (kVectors > 2) _tile_dpbf16ps(2, 3, 4);
     }
     if (u < units) {

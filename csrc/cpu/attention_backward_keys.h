@@ -215,8 +215,8 @@ class KeyBlock {
     // finish(row, vector, product of a row of the tile with the lanes of keys). A chain of float32 additions loses
     // digits as it grows; one longer than longest_chain is cut.
     template <int kVectors, class Finish>
-    MMK_INLINE void multiply_rows(const PackedRows<Operand, kHasAmx>& rows, int64_t row, Lanes keys, int64_t longest_chain,
-                                  Finish&& finish) {
+    MMK_INLINE void multiply_rows(const PackedRows<Operand, kHasAmx>& rows, int64_t row, Lanes keys,
+                                  int64_t longest_chain, Finish&& finish) {
         const uint32_t* a = rows.along(row);
         const int64_t units = rows.units(), chains = ceil_div(units, longest_chain), steps = units / kDepthStep;
         float before[kTileRows][kTileColumns];

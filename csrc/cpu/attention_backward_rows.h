@@ -67,8 +67,8 @@ static MMK_INLINE UVec pair(HalfLanes low, HalfLanes high) {
 }
 
 // Rows of a tensor as units along the columns, and as units along the rows: in float32 the same memory, while pairs
-// have a second one, in which kByColumns, as AMX takes a broadcast operand, lets the units of a column lie side by side.
-// Zero past the last column.
+// have a second one, in which kByColumns, as AMX takes a broadcast operand, lets the units of a column lie side by
+// side. Zero past the last column.
 template <class Operand, bool kByColumns = false>
 class PackedRows {
   public:

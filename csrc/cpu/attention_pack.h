@@ -71,8 +71,8 @@ static void pack_token_rows(const TokenRows<T>& from, int64_t first, int64_t las
     split(first, last, spans, copy, clear);
 }
 
-// How panels of `units` units of tokens lie. A cache line more, so that panels of a round number of units do not all fall
-// into the same sets.
+// How panels of `units` units of tokens lie. A cache line more, so that panels of a round number of units do not all
+// fall into the same sets.
 struct TokenPanels {
     explicit TokenPanels(int64_t units)
         : row(kHasAmx ? kAmxDepth : 1), unit(kTileRows), panel(round_up(units, kAmxDepth) * kTileRows + 16) {}
@@ -163,7 +163,8 @@ class PanelPacker {
             }
             transpose(block);
             float* to = reinterpret_cast<float*>(to_.start(packed_, column / kLanes, unit));
-            for (int i = 0; i < kLanes; i++, to += to_.row) store_first(to, as_float(block[i]), static_cast<int>(count));
+            for (int i = 0; i < kLanes; i++, to += to_.row)
+                store_first(to, as_float(block[i]), static_cast<int>(count));
         }
     }
 

@@ -6,7 +6,8 @@
 // and one packing serve both types: only `Operand` differs.
 //
 // A needs no packing where its units along k are 32 bits apart or any constant stride; B is packed in panels
-// [k][kVectors * kLanes]. Where there is AMX, kAmxRows rows whose units lie side by side are multiplied in tiles (amx.h).
+// [k][kVectors * kLanes]. Where there is AMX, kAmxRows rows whose units lie side by side are multiplied in tiles
+// (amx.h).
 #pragma once
 #include <algorithm>
 
@@ -73,8 +74,8 @@ struct Idle {
     MMK_INLINE void operator()() const {}
 };
 
-// finish(row, vector, sum) takes an accumulator's last value; beside() may do a little more every kBeside steps, such as
-// a prefetch.
+// finish(row, vector, sum) takes an accumulator's last value; beside() may do a little more every kBeside steps, such
+// as a prefetch.
 constexpr int kBeside = 4;
 
 template <class Operand, int kRows, int kVectors, class Finish, class Beside = Idle>

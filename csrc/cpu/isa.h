@@ -24,10 +24,10 @@ Isa chosen_isa(DType dtype);
 
 // X(enumerator, namespace) for every level in this build.
 #if defined(__x86_64__)
-#define MMK_FOR_EACH_ISA(X) \
-    X(kPortable, portable)  \
-    X(kAvx2, avx2)          \
-    X(kAvx512, avx512)      \
+#define MMK_FOR_EACH_ISA(X)     \
+    X(kPortable, portable)      \
+    X(kAvx2, avx2)              \
+    X(kAvx512, avx512)          \
     X(kAvx512Bf16, avx512_bf16) \
     X(kAmx, amx)
 #else

@@ -126,7 +126,7 @@ static MMK_INLINE void multiply_tile(Broadcast a, int64_t rows, const uint32_t* 
             return (few ? tile<Operand, kFewRows, 2> : tile<Operand, kTileRows, 2>)(a, b, units, c, c_row, add);
         default:
             return (few ? tile<Operand, kFewRows, kTileVectors>
-                         : tile<Operand, kTileRows, kTileVectors>)(a, b, units, c, c_row, add);
+                        : tile<Operand, kTileRows, kTileVectors>)(a, b, units, c, c_row, add);
     }
 }
 

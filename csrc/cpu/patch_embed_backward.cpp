@@ -206,8 +206,8 @@ class WeightGradient {
 
     void multiply_one(const Chunk& c, int64_t p, int64_t q, int64_t r, float* rows, bool add) const {
         const Panels x = x_.panels(), g = g_.panels();
-        multiply_tile<Operand>(Gradients::columns(c.g, g, q, r, c.units), std::min<int64_t>(kTileRows, rows_of(q) - r), c.x + x.offset(p, c.units), x.width(p),
-                               c.units, rows + x.first(p), d_row_, add);
+        multiply_tile<Operand>(Gradients::columns(c.g, g, q, r, c.units), std::min<int64_t>(kTileRows, rows_of(q) - r),
+                               c.x + x.offset(p, c.units), x.width(p), c.units, rows + x.first(p), d_row_, add);
     }
 
     void write_bias() const {

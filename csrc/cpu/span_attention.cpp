@@ -73,9 +73,8 @@ template <class Operand, int kVectors>
 void score_group(const uint32_t* keys, int64_t units, const uint32_t* queries, float* scores, Vec* highest,
                  Ahead& ahead) {
     Vec top[kVectors];  // first of the first row: no register is held while the product runs
-    const auto raise = [&](int r, int v, Vec score) MMK_INLINE_LAMBDA {
-        top[v] = max(score, r == 0 ? highest[v] : top[v]);
-    };
+    const auto raise = [&](int r, int v, Vec score)
+                           MMK_INLINE_LAMBDA { top[v] = max(score, r == 0 ? highest[v] : top[v]); };
     const auto beside = [&]() MMK_INLINE_LAMBDA { ahead.step(); };
     if constexpr (kHasAmx) {
         multiply_into<Operand, kTileRows, kVectors>({keys, units, 1}, queries, kTileColumns, units, scores,
@@ -226,12 +225,13 @@ class Forward {
     KeyPanel pack(const Task& task, int64_t first, const Workspace& work) const {
         const Part& part = *task.part;
         const int64_t count = round_up(std::min<int64_t>(part.hull.hi - first, kKeyPanel), kKeyGroup);
-        const KeyPanel panel{first,        count,         work.keys, work.values,
-                             query_units_, value_panels_, TokenPanels(count / kPack)};
+        const KeyPanel panel{
+            first, count, work.keys, work.values, query_units_, value_panels_, TokenPanels(count / kPack)};
         pack_token_rows<Operand>(TokenRows<T>(call_.k, task.batch_row, task.head), first, first + count,
                                  plan_.covered_by(part), work.keys);
         const TokenRows<T> values(call_.v, task.batch_row, task.head);
-        PanelPacker<Operand, T>(values, first, panel.values_lie, work.values).pack(first + count, plan_.covered_by(part));
+        PanelPacker<Operand, T>(values, first, panel.values_lie, work.values)
+            .pack(first + count, plan_.covered_by(part));
         return panel;
     }
 
@@ -363,10 +363,9 @@ class Forward {
         weigh<kVectors>(from + stretch.first * kTileColumns, stretch.count, reference,
                         state.sum + stretch.vector * kLanes, weights);
         for (int64_t p = 0; p < panel.value_panels; p++) {
-            add_values<Operand, kVectors>(panel.values_lie.at(panel.values, p, (at + stretch.first) / kPack), weights,
-                                          stretch.count / kPack, decay,
-                                          state.out + p * kTileRows * kTileColumns + stretch.vector * kLanes,
-                                          work.ahead);
+            add_values<Operand, kVectors>(
+                panel.values_lie.at(panel.values, p, (at + stretch.first) / kPack), weights, stretch.count / kPack,
+                decay, state.out + p * kTileRows * kTileColumns + stretch.vector * kLanes, work.ahead);
         }
         std::fill_n(decay, kVectors, splat(1.0f));  // once
     }

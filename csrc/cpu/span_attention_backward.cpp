@@ -324,8 +324,7 @@ class Backward {
 }  // namespace attention_backward
 
 void span_attention_backward(const SpanAttentionBackward& call) {
-    with_element_type(call.q.dtype,
-                      [&](auto type) { attention_backward::Backward<decltype(type)>(call).run(); });
+    with_element_type(call.q.dtype, [&](auto type) { attention_backward::Backward<decltype(type)>(call).run(); });
 }
 
 }  // namespace mmk::MMK_ISA

@@ -143,8 +143,8 @@ void check(const Shape& s, DType image_dtype, DType dtype) {
 int main() {
     threads = 3;
     // Tails of every kind: rows, features and pixels that are multiples of nothing; runs shorter and longer than a
-    // vector, or one short of it where the tensor ends; more than kFewGathered rows; more than kDepth units; a result that
-    // is streamed.
+    // vector, or one short of it where the tensor ends; more than kFewGathered rows; more than kDepth units; a result
+    // that is streamed.
     const Shape shapes[] = {
         {1, 1, 1, 1, 1, 1, 1, 1, 0, false, false},      {1, 2, 3, 2, 1, 15, 15, 20, 0, false, false},
         {2, 2, 3, 3, 1, 7, 7, 37, 1, false, true},      {2, 2, 3, 3, 1, 7, 7, 37, 1, true, true},
