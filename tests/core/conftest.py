@@ -19,7 +19,7 @@ def level(request, monkeypatch) -> str:
 
 
 def pytest_collection_modifyitems(config, items):
-    """AMX serves bfloat16 alone: what another dtype would run at its level is the level below, which has its own test."""
+    """AMX serves bfloat16 alone: another dtype would be served by the level below, which is tested by itself."""
 
     def serves(item) -> bool:
         params = item.callspec.params if hasattr(item, "callspec") else {}
