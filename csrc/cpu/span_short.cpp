@@ -195,20 +195,27 @@ class Short {
         const SpanTable spans(call_.spans, piece.batch_row, call_.k.tokens);
         Block block;
         block.first_lane = first_lane, block.lanes = lanes;
-        int64_t token = piece.segment.first + first_lane / group_, of_group = first_lane % group_;
-        for (int64_t lane = 0; lane < kBlockLanes; lane++) {
-            block.lo[lane] = 0, block.hi[lane] = INT32_MAX;  // nobody reads lanes past the last
-            if (lane >= lanes) continue;
-            const int64_t head = task.head * group_ + of_group;
-            block.query[lane] = TokenRows<T>(call_.q, piece.batch_row, head).row(token);
-            block.out[lane] = const_cast<T*>(TokenRows<T>(call_.out, piece.batch_row, head).row(token));
-            if (piece.masked) {
-                const Span span = spans(0, token);
-                block.lo[lane] = span.lo, block.hi[lane] = span.hi;
-            }
-            if (++of_group == group_) of_group = 0, token++;
+        std::fill_n(block.lo, kBlockLanes, 0);  // nobody reads lanes past the last
+        std::fill_n(block.hi, kBlockLanes, INT32_MAX);
+        find_rows(call_.q, task, first_lane, lanes, block.query);
+        find_rows(call_.out, task, first_lane, lanes, block.out);
+        for (int64_t lane = 0; lane < lanes && piece.masked; lane++) {
+            const Span span = spans(0, piece.segment.first + (first_lane + lane) / group_);
+            block.lo[lane] = span.lo, block.hi[lane] = span.hi;
         }
         return block;
+    }
+    // The rows of x that belong to lanes: heads of the group one after the other, then the next token.
+    template <class Row>
+    void find_rows(const Heads& x, const Task& task, int64_t first_lane, int64_t lanes, Row* rows) const {
+        const int64_t token = task.piece->segment.first + first_lane / group_;
+        int64_t of_group = first_lane % group_;
+        auto row = const_cast<Row>(TokenRows<T>(x, task.piece->batch_row, task.head * group_ + of_group).row(token));
+        for (int64_t lane = 0; lane < lanes; lane++, of_group++) {
+            if (of_group == group_) of_group = 0, row += x.token_stride - group_ * x.head_stride;
+            rows[lane] = row;
+            row += x.head_stride;
+        }
     }
 
     // The weights of all keys for kVectors vectors of lanes, their sums' inverse and the logarithm.
