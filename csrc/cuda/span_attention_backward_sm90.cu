@@ -60,6 +60,7 @@ bool span_attention_backward_sm90_serves(const SpanAttentionBackward& call) {
 
 Error span_attention_backward_sm90(const SpanAttentionBackward& call, cudaStream_t stream) {
     const SpanAttention& p = call.forward;
+    if (Error error = without_sm90a(kName)) return error;
     if (Error error = wrong_sizes(kName, p)) return error;
     if (!span_attention_backward_sm90_serves(call)) {
         return Error(std::string(kName) + ": it serves heads of up to " + std::to_string(kLargestWidth) +

@@ -596,6 +596,7 @@ bool span_attention_forward_sm90_serves(const SpanAttention& call) {
 
 Error span_attention_forward_sm90(const SpanAttention& call, cudaStream_t stream) {
     const std::string name = "span_attention_forward_sm90";
+    if (Error error = without_sm90a(name.c_str())) return error;
     if (Error error = wrong_sizes(name, call)) return error;
     if (!span_attention_forward_sm90_serves(call)) {
         return Error(name + ": q, k and v have to begin, and their strides to be, at multiples of 16 bytes");
