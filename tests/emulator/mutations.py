@@ -42,7 +42,7 @@ MUTATIONS = [
             "",
         ),
         ("key heads in turns", "head / (p.heads / p.key_heads)", "head % p.key_heads"),
-        ("values beyond the hull are loaded", "(values, v, j0, hull.end - j0)", "(values, v, j0, p.keys - j0)"),
+        ("values beyond the tensor are loaded", "(values, v, j0, hull.end - j0)", "(values, v, j0, kKeys)"),
         ("keys beyond the tensor are loaded", "j0 + kKeys, hull.end - j0 - kKeys)", "j0 + kKeys, kKeys)"),
         ("values that are NaN stay", "if (masked) make_finite", "if (p.runs < 0) make_finite"),
         ("flags of spoilt rows are never cleared", "next_flags[thread] = 0", "flags[kKeys - 1] += 0"),
