@@ -87,7 +87,7 @@ class Workshop:
         self._log = ran.stdout + ran.stderr
         if ran.returncode not in (0, 1):
             raise SystemExit(f"{' '.join(map(str, command))} ended with {ran.returncode}:\n{self._log}")
-        if " error" in ran.stdout.splitlines()[-1]:
+        if " error" in ran.stdout.splitlines()[-1] or "CalledProcessError: Command '['g++'" in self._log:
             raise SystemExit(f"what is broken does not compile:\n{self._log}")
         return ran.returncode == 1
 
