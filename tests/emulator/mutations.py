@@ -101,6 +101,17 @@ MUTATIONS = [
             "if (walk.run < run) spans =",
         ),
         (
+            "values are used before they are there",
+            "            mbarrier_wait(&control.value_full[at.stage], at.parity);\n            if (walk.masked()) {\n"
+            "                mbarrier_wait",
+            "            if (walk.masked()) {\n                mbarrier_wait",
+        ),
+        (
+            "one warp alone has looked through the values",
+            "mbarrier_init(&value_clean[stage], kHelperWarps)",
+            "mbarrier_init(&value_clean[stage], 1)",
+        ),
+        (
             "one warp too few gives back keys",
             "mbarrier_init(&key_empty[stage], kConsumerWarps)",
             "mbarrier_init(&key_empty[stage], kConsumerWarps - 1)",
