@@ -221,6 +221,8 @@ PY
 }
 
 phase() { # NAME
+    # Else Python would find whatever mmkernels the machine has besides, and all that follows would be said of that.
+    [[ $1 == install ]] || installed || { echo "nothing is installed in $site"; return 1; }
     case $1 in
         install) install ;;
         info) info ;;

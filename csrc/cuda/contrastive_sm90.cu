@@ -433,12 +433,15 @@ bool contrastive_sm90_serves(const Pairs& pairs) {
 }
 
 Error clip_forward_sm90(const ClipForward& call, cudaStream_t stream) {
+    if (Error error = without_sm90a("clip_forward_sm90")) return error;
     return clip_forward_by(pass_by<StatisticsTiles>(clip_statistics), call, stream);
 }
 Error clip_gradient_sm90(const ClipGradient& call, cudaStream_t stream) {
+    if (Error error = without_sm90a("clip_gradient_sm90")) return error;
     return clip_gradient_by(pass_by<GradientTiles>(clip_gradient), call, stream);
 }
 Error siglip_sm90(const LogitRows& call, cudaStream_t stream) {
+    if (Error error = without_sm90a("siglip_sm90")) return error;
     return siglip_by(pass_by<GradientTiles>(siglip), call, stream);
 }
 

@@ -53,6 +53,19 @@ Error launch(const Launch& at, void (*kernel)(Parameters...), const std::common_
 #endif
 }
 
+// What a launcher of *_sm90.cu, `name`, asks first. Without 90a among the architectures of a build the bodies of those
+// kernels are left out, and to launch them would do nothing, without an error. CMakeLists.txt says which build it is.
+inline Error without_sm90a(const char* name) {
+#if defined(__CUDACC__) && !defined(MMK_BUILT_FOR_SM90A)
+    return Error(std::string(name) +
+                 ": this build holds no code for sm_90a, without which the kernel does nothing; mend: "
+                 "MMKERNELS_CUDA_ARCHS=\"80;90a\" pip install --force-reinstall --no-deps mmkernels");
+#else
+    static_cast<void>(name);
+    return {};
+#endif
+}
+
 // Blocks of a persistent kernel that keeps a multiprocessor to itself: one on each.
 inline Error count_multiprocessors(int& count) {
 #ifdef __CUDACC__

@@ -31,17 +31,7 @@ namespace mmk::cuda {
 namespace {
 
 constexpr const char* kName = "span_attention_backward_sm90";
-constexpr int kLargestWidth = 128;                    // of heads: the sums of wider ones do not fit the registers
-constexpr int64_t kLargestStride = int64_t{1} << 39;  // in elements: a map holds 40 bits of bytes
-
-// By TMA, and written. A dimension of one element is never stepped along.
-bool readable(const Heads& x, int batch, int tokens, int heads) {
-    const auto steps = [](int size, int64_t stride) {
-        return size == 1 || (stride % 8 == 0 && stride > 0 && stride < kLargestStride);
-    };
-    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && steps(batch, x.batch) && steps(tokens, x.row) &&
-           steps(heads, x.head);
-}
+constexpr int kLargestWidth = 128;  // of heads: the sums of wider ones do not fit the registers
 
 }  // namespace
 
@@ -50,16 +40,17 @@ bool span_attention_backward_sm90_serves(const SpanAttentionBackward& call) {
     if (p.batch < 1 || p.queries < 1 || p.keys < 1 || p.heads < 1) return false;  // maps are of something
     if (std::max(p.head_size, p.value_size) > kLargestWidth) return false;
     for (const Heads* x : {&p.q, &call.d_out, &call.d_q}) {
-        if (!readable(*x, p.batch, p.queries, p.heads)) return false;
+        if (!sm90::readable(*x, p.batch, p.queries, p.heads)) return false;
     }
     for (const Heads* x : {&p.k, &p.v, &call.d_k, &call.d_v}) {
-        if (!readable(*x, p.batch, p.keys, p.key_heads)) return false;
+        if (!sm90::readable(*x, p.batch, p.keys, p.key_heads)) return false;
     }
     return true;
 }
 
 Error span_attention_backward_sm90(const SpanAttentionBackward& call, cudaStream_t stream) {
     const SpanAttention& p = call.forward;
+    if (Error error = without_sm90a(kName)) return error;
     if (Error error = wrong_sizes(kName, p)) return error;
     if (!span_attention_backward_sm90_serves(call)) {
         return Error(std::string(kName) + ": it serves heads of up to " + std::to_string(kLargestWidth) +

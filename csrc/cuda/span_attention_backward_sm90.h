@@ -1,87 +1,15 @@
-// What the two kernels of span attention's backward on Hopper have in common: tiles, the ring in which steps go round,
-// scores, and what they are launched with. span_attention_backward_sm90.cu says how they work.
+// What the two kernels of span attention's backward on Hopper have in common: the ring in which steps go round, scores,
+// and what they are launched with. span_attention_backward_sm90.cu says how they work.
 #pragma once
-#include "span_attention_device.h"
-#include "tensor_map.h"
-#include "wgmma.h"
+#include "span_attention_sm90_tiles.h"
 
 namespace mmk::cuda::sm90 {
 
-constexpr int kGroups = 2;  // warpgroups that compute
-constexpr int kGroupRows = 64, kBlockRows = kGroups * kGroupRows;
-constexpr int kThreads = (1 + kGroups) * kWarpgroup;
-constexpr int kHelperWarps = 3;
 constexpr int kBoxRows = 64;  // of a tile, that come and go at a time
 
 // A block has the registers it is launched with, 168 a thread, to share out: with more, taking them waits for ever.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kProducerRegisters + kGroups * kConsumerRegisters <= 3 * 168);
-
-// ---- tiles
-
-// Where rows lie in a tensor, from the first on.
-struct Place {
-    int row, head, batch;
-};
-
-// kRows rows of kWidth numbers in shared memory: slabs as wide as a swizzle, one after the other.
-template <int kWidth, int kRows>
-struct alignas(1024) Tile {
-    static constexpr int kColumns = kWidth % 64 == 0 ? 64 : kWidth % 32 == 0 ? 32 : 16;  // of a slab
-    static constexpr int kPitch = 2 * kColumns, kSlab = kRows * kPitch;
-    static constexpr Swizzle kSwizzle = kPitch == 128 ? Swizzle::k128 : kPitch == 64 ? Swizzle::k64 : Swizzle::k32;
-    static constexpr int kBytes = 2 * kWidth * kRows;
-
-    unsigned char bytes[kBytes];
-
-    MMK_DEVICE void load(const CUtensorMap& map, const Place& from, uint64_t* barrier) {
-#pragma unroll
-        for (int column = 0; column < kWidth; column += kColumns) {
-#pragma unroll
-            for (int i = 0; i < kRows; i += kBoxRows) {
-                tensor_load(bytes + column / kColumns * kSlab + i * kPitch, &map,
-                            {column, from.head, from.row + i, from.batch}, barrier);
-            }
-        }
-    }
-
-    // Operand of a product over columns, of which these are 16 k and up: rows from `row` on.
-    MMK_DEVICE uint64_t over_columns(int row, int k) const {
-        const int at = row * kPitch + k * 16 / kColumns * kSlab + k * 16 % kColumns * 2;
-        return matrix_descriptor(shared_address(bytes) + at, 16, 8 * kPitch, kSwizzle);
-    }
-    // Right operand of a product over rows, of which these are 16 k and up: all columns.
-    MMK_DEVICE uint64_t over_rows(int k) const {
-        return matrix_descriptor(shared_address(bytes) + k * 16 * kPitch, kSlab, 8 * kPitch, kSwizzle);
-    }
-
-    // Where two numbers lie: `column` is even.
-    MMK_DEVICE uint32_t* at(int row, int column) {
-        const int flat = row * kPitch + column % kColumns * 2;
-        const int offset = flat ^ (flat >> 7 & (kPitch / 16 - 1)) << 4;
-        return reinterpret_cast<uint32_t*>(bytes + column / kColumns * kSlab + offset);
-    }
-};
-
-// d = rows of left, from `row` on, times the rows of right transposed.
-template <class T, int kWidth, int kLeft, int kRight>
-MMK_DEVICE void multiply(float (&d)[kRight / 2], const Tile<kWidth, kLeft>& left, int row,
-                         const Tile<kWidth, kRight>& right) {
-#pragma unroll
-    for (int k = 0; k < kWidth / 16; k++) {
-        wgmma<T, Major::kK, Major::kK>(d, left.over_columns(row, k), right.over_columns(0, k), k > 0);
-    }
-    wgmma_commit();
-}
-
-// d += left times the rows of right.
-template <class T, int kWidth, int kRows>
-MMK_DEVICE void add_product(float (&d)[kWidth / 2], const uint32_t (&left)[kRows / 16][4],
-                            const Tile<kWidth, kRows>& right) {
-#pragma unroll
-    for (int k = 0; k < kRows / 16; k++) wgmma<T, Major::kOther>(d, left[k], right.over_rows(k), true);
-    wgmma_commit();
-}
 
 // The warpgroup's rows of a gradient, by way of its rows of a tile that nobody reads any more.
 template <class T, int kWidth>
@@ -127,16 +55,6 @@ struct Step {
 
     MMK_DEVICE bool concerns_anyone() const { return how[0] != kNothing || how[1] != kNothing; }
     MMK_DEVICE bool is_masked() const { return how[0] == kMasked || how[1] == kMasked; }
-};
-
-template <int kStages>
-struct Turn {
-    int stage = 0, parity = 0;
-
-    MMK_DEVICE void advance() {
-        parity ^= stage == kStages - 1;
-        stage = stage == kStages - 1 ? 0 : stage + 1;
-    }
 };
 
 template <int kStages>
@@ -196,18 +114,6 @@ struct Ring {
     MMK_DEVICE void wait_for_tiles(Turn<kStages> turn) { mbarrier_wait(&full[turn.stage], turn.parity); }
 };
 
-// One chunk of a tile, made finite; was it not?
-template <class T>
-MMK_DEVICE bool make_finite(unsigned char* at) {
-    constexpr uint32_t kExponents = std::is_same_v<T, BFloat16> ? 0x7F807F80 : 0x7C007C00;
-    constexpr uint32_t kOne = std::is_same_v<T, BFloat16> ? 0x00800080 : 0x04000400, kCarries = 0x80008000;
-    const uint4 was = *reinterpret_cast<const uint4*>(at);
-    const auto carries = [](uint32_t both) { return (both & kExponents) + kOne; };  // where an exponent is all ones
-    if (((carries(was.x) | carries(was.y) | carries(was.z) | carries(was.w)) & kCarries) == 0) return false;
-    *reinterpret_cast<uint4*>(at) = {finite<T>(was.x), finite<T>(was.y), finite<T>(was.z), finite<T>(was.w)};
-    return true;
-}
-
 // ---- scores
 
 // Made on the host: the kernel has them in its parameters rather than in registers.
@@ -243,28 +149,13 @@ struct Maps {
 };
 
 template <class T, int kWidth>
-Error encode_heads(CUtensorMap& map, const char* kernel, const Heads& x, int batch, int rows, int heads, int width) {
-    constexpr int kColumns = Tile<kWidth, kBoxRows>::kColumns;
-    const auto stride = [](int64_t elements, int size) {  // of a dimension of size 1 it may be anything
-        return size == 1 ? uint64_t{16} : static_cast<uint64_t>(elements) * sizeof(T);
-    };
-    return encode<T>(map, kernel,
-                     TensorLayout<4>{x.data,
-                                     {static_cast<uint64_t>(width), static_cast<uint64_t>(heads),
-                                      static_cast<uint64_t>(rows), static_cast<uint64_t>(batch)},
-                                     {stride(x.head, heads), stride(x.row, rows), stride(x.batch, batch)},
-                                     {kColumns, 1, kBoxRows, 1},
-                                     static_cast<RowSwizzle>(2 * kColumns)});
-}
-
-template <class T, int kWidth>
 Error encode_all(Maps& maps, const char* kernel, const Call& call) {
     const SpanAttention& p = call.forward;
     const auto of_queries = [&](CUtensorMap& map, const Heads& x, int width) {
-        return encode_heads<T, kWidth>(map, kernel, x, p.batch, p.queries, p.heads, width);
+        return encode_heads<T, kWidth>(map, kernel, x, p.batch, p.queries, p.heads, width, kBoxRows);
     };
     const auto of_keys = [&](CUtensorMap& map, const Heads& x, int width) {
-        return encode_heads<T, kWidth>(map, kernel, x, p.batch, p.keys, p.key_heads, width);
+        return encode_heads<T, kWidth>(map, kernel, x, p.batch, p.keys, p.key_heads, width, kBoxRows);
     };
     if (Error error = of_queries(maps.q, p.q, p.head_size)) return error;
     if (Error error = of_queries(maps.d_q, call.d_q, p.head_size)) return error;

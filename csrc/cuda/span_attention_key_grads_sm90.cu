@@ -56,16 +56,16 @@ template <int kWidth>
 MMK_DEVICE void copy_queries(KeyShared<kWidth>& shared, const Maps& maps, const Call& call, const Place& block) {
     auto& ring = shared.ring;
     mbarrier_arrive_expect(&ring.own, sizeof(shared.k) + sizeof(shared.v));
-    shared.k.load(maps.k, block, &ring.own);
-    shared.v.load(maps.v, block, &ring.own);
+    shared.k.load(maps.k, block, &ring.own, kBoxRows);
+    shared.v.load(maps.v, block, &ring.own, kBoxRows);
     Turn<KeyShared<kWidth>::kStages> turn;
     walk_queries(call, block, [&](const Step& step) {
         auto& stage = shared.stages[turn.stage];
         uint64_t* const full = &ring.full[turn.stage];
         ring.post(turn, step);
         mbarrier_arrive_expect(full, sizeof(stage.q) + sizeof(stage.d_out));
-        stage.q.load(maps.q, step.rows, full);
-        stage.d_out.load(maps.d_out, step.rows, full);
+        stage.q.load(maps.q, step.rows, full, kBoxRows);
+        stage.d_out.load(maps.d_out, step.rows, full, kBoxRows);
         turn.advance();
     });
     ring.post(turn, {kNoRun, block, {kNothing, kNothing}});

@@ -45,16 +45,16 @@ template <int kWidth>
 MMK_DEVICE void copy_keys(QueryShared<kWidth>& shared, const Maps& maps, const SpanAttention& p, const Place& block) {
     auto& ring = shared.ring;
     mbarrier_arrive_expect(&ring.own, sizeof(shared.q) + sizeof(shared.d_out));
-    shared.q.load(maps.q, block, &ring.own);
-    shared.d_out.load(maps.d_out, block, &ring.own);
+    shared.q.load(maps.q, block, &ring.own, kBoxRows);
+    shared.d_out.load(maps.d_out, block, &ring.own, kBoxRows);
     Turn<QueryShared<kWidth>::kStages> turn;
     walk_keys(p, block, [&](const Step& step) {
         auto& stage = shared.stages[turn.stage];
         uint64_t* const full = &ring.full[turn.stage];
         ring.post(turn, step);
         mbarrier_arrive_expect(full, sizeof(stage.k) + sizeof(stage.v));
-        stage.k.load(maps.k, step.rows, full);
-        stage.v.load(maps.v, step.rows, full);
+        stage.k.load(maps.k, step.rows, full, kBoxRows);
+        stage.v.load(maps.v, step.rows, full, kBoxRows);
         turn.advance();
     });
     ring.post(turn, {kNoRun, block, {kNothing, kNothing}});

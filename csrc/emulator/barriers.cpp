@@ -34,7 +34,7 @@ void open(Barrier& barrier, const Arrival& arrival, Site site) {
     barrier.whole_block = arrival.whole_block;
     barrier.waiting.assign(warps, 0);
     barrier.line.assign(warps, 0);
-    barrier.clock.assign(detects_races() ? threads.size() : 0, 0);
+    barrier.clock.assign(clock_size(), 0);
 }
 
 void arrive(int id, const Arrival& arrival, Site site) {
@@ -98,6 +98,8 @@ void meet_warpgroup(Site site) {
     arrive(kNamed + group, {kWarpgroup, true, false, false, "an operation of the warpgroup"}, site);
 }
 
+size_t clock_size() { return detects_races() ? threads.size() + kMostMbarriers : 0; }
+
 void join(Clock& clock, const Clock& other) {
     for (size_t i = 0; i < clock.size(); i++) clock[i] = std::max(clock[i], other[i]);
 }
@@ -111,7 +113,7 @@ void release(Thread& thread, Clock& into) {
 void sync_clocks(int warp, uint32_t mask) {
     if (!detects_races()) return;
     Thread* const first = &threads[warp * kWarp];
-    Clock all(threads.size(), 0);
+    Clock all(clock_size(), 0);
     for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) release(first[__builtin_ctz(lanes)], all);
     for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) join(first[__builtin_ctz(lanes)].clock, all);
 }

@@ -116,10 +116,8 @@ void begin_block(unsigned x, unsigned y, unsigned z) {
         thread.warp = &warps[i / kWarp];
         const unsigned id = static_cast<unsigned>(i), row = block_extent.x, plane = row * block_extent.y;
         thread.index = {id % row, id / row % block_extent.y, id / plane};
-        if (detects_races()) {
-            thread.clock.assign(count, 0);
-            thread.clock[i] = 1;
-        }
+        thread.clock.assign(clock_size(), 0);
+        if (detects_races()) thread.clock[i] = 1;
     }
     for (size_t i = 0; i < warps.size(); i++) {
         const size_t lanes = count - i * kWarp;

@@ -7,7 +7,11 @@
 
 namespace mmk::emulator {
 
-using Clock = std::vector<uint32_t>;  // of each thread, how much of it is known to lie in the past; empty unless racing
+// Of each thread, and behind these of the copies that complete on each mbarrier, how much of it is known to lie in the
+// past; empty unless racing.
+using Clock = std::vector<uint32_t>;
+constexpr size_t kMostMbarriers = 32;
+size_t clock_size();
 
 // Every lane of `mask` comes to meet() with its own argument; the last one to come does the work of all.
 using WarpWork = void (*)(uint32_t mask, void* const* argument);

@@ -1,6 +1,7 @@
 // mbarriers, and the bulk copies into shared memory that complete on them.
 #include "mbarrier.h"
 
+#include <algorithm>
 #include <deque>
 #include <map>
 
@@ -20,7 +21,10 @@ struct Barrier {
     int count, pending;  // arrivals: of a phase, and still missing in this one
     int64_t bytes;       // still missing in this phase
     int phase;           // parity of the phase that is under way
-    Clock arrived, completed;
+    int copier;          // where clocks count the copies that completed on it
+    uint32_t landed;     // of these, how many
+    Clock arrived;
+    std::vector<Clock> completed;  // what lay in the past of each phase's end
     std::deque<Copy> copies;
     const Thread* unfenced;  // initialised by this thread, not yet visible to the async proxy
 };
@@ -36,18 +40,33 @@ void complete_phase(Barrier& barrier) {
     if (barrier.pending != 0 || barrier.bytes != 0) return;
     barrier.phase ^= 1;
     barrier.pending = barrier.count;
-    barrier.completed = barrier.arrived;
+    if (detects_races()) barrier.completed.push_back(barrier.arrived);
+}
+
+// The phase that a wait for this parity is sure to see the end of, -1 where that is of no phase. A wait that returns
+// late has seen more, but it might have returned as soon as that one ended, for all that the thread knows: which is the
+// next after the last one whose end it knows of, or that one.
+int awaited_phase(const Barrier& barrier, int parity) {
+    const Clock& clock = current->clock;
+    const auto known = [&](const Clock& end) {
+        return std::equal(end.begin(), end.end(), clock.begin(), [](uint32_t x, uint32_t y) { return x <= y; });
+    };
+    int last = static_cast<int>(barrier.completed.size()) - 1;
+    while (last >= 0 && !known(barrier.completed[static_cast<size_t>(last)])) last--;
+    return (last & 1) == parity ? last : last + 1;
 }
 
 void land(Barrier& barrier) {
     const Copy copy = std::move(barrier.copies.front());
     barrier.copies.pop_front();
+    barrier.landed++;
     for (const Piece& piece : copy.pieces) {
-        mark_filling(piece.shared, piece.bytes, false);
+        mark_landed(piece.shared, piece.bytes, barrier.copier, barrier.landed);
         if (piece.global != nullptr) memcpy(piece.shared, piece.global, piece.bytes);
         if (piece.global == nullptr) memset(piece.shared, 0, piece.bytes);
     }
     join(barrier.arrived, copy.clock);
+    if (detects_races()) barrier.arrived[static_cast<size_t>(barrier.copier)] = barrier.landed;
     barrier.bytes -= copy.bytes;
     complete_phase(barrier);
 }
@@ -80,9 +99,12 @@ void mbarrier_init(uint64_t* address, int count, Site site) {
     check_shared(address, sizeof *address, "mbarrier", site);
     check_write(address, sizeof *address, site);
     if (count < 1) fail(site, "mbarrier for %d arrivals", count);
-    const Clock none(detects_races() ? threads.size() : 0, 0);
-    barriers[address] = {count, count, 0, 0, none, none, {}, current};
-    release(*current, barriers[address].completed);
+    const auto before = barriers.find(address);
+    const size_t number = before == barriers.end() ? barriers.size() : 0;
+    if (number >= kMostMbarriers) fail(site, "mbarrier: more than %zu in a block", kMostMbarriers);
+    const int copier = before == barriers.end() ? static_cast<int>(threads.size() + number) : before->second.copier;
+    const uint32_t landed = before == barriers.end() ? 0 : before->second.landed;
+    barriers[address] = {count, count, 0, 0, copier, landed, Clock(clock_size(), 0), {}, {}, current};
 }
 
 void mbarrier_init_fence() {
@@ -104,8 +126,9 @@ void mbarrier_arrive(uint64_t* address, int expected_bytes, Site site) {
 void mbarrier_wait(uint64_t* address, int parity, Site site) {
     Wait wait{&find(address, site), parity};
     if (!written_in_past(address)) fail(site, "RACE: wait at an mbarrier whose init is not ordered before it");
+    const int phase = detects_races() ? awaited_phase(*wait.barrier, parity) : -1;
     if (wait.barrier->phase == parity) poll(is_over, &wait, "a wait for an mbarrier", site);
-    join(current->clock, wait.barrier->completed);
+    if (phase >= 0) join(current->clock, wait.barrier->completed[static_cast<size_t>(phase)]);
 }
 
 void async_proxy_fence() {

@@ -10,14 +10,14 @@
 namespace mmk::emulator {
 namespace {
 
-// A word of the shadow, from the top: three flags, 19 bits of block, 10 of thread, 32 of its clock. 0: never. Block 0
+// A word of the shadow, from the top: three flags, 18 bits of block, 11 of thread, 32 of its clock. 0: never. Block 0
 // lies before the launch. Words of shared memory that name another block than the running one count as 0.
 constexpr uint64_t kFilling = uint64_t{1} << 63;   // a copy into the byte is under way
 constexpr uint64_t kDraining = uint64_t{1} << 62;  // a bulk store still reads the byte
 constexpr uint64_t kProxy = uint64_t{1} << 61;     // the async proxy wrote it
 constexpr uint64_t kFlags = kFilling | kDraining | kProxy;
-constexpr int kBlockShift = 42, kThreadShift = 32;
-constexpr uint32_t kMaxBlocks = (1u << 19) - 1;
+constexpr int kBlockShift = 43, kThreadShift = 32;
+constexpr uint32_t kMaxBlocks = (1u << 18) - 1;
 constexpr uint64_t kBeforeLaunch = 1;
 constexpr size_t kHostStackBytes = 8 << 20;
 
@@ -25,7 +25,7 @@ std::vector<Memory> shared, global;
 const void* hook_address;  // of the instruction that made the access under check
 
 uint32_t block_of(uint64_t word) { return static_cast<uint32_t>((word & ~kFlags) >> kBlockShift); }
-int thread_of(uint64_t word) { return static_cast<int>(word >> kThreadShift & 1023); }
+int thread_of(uint64_t word) { return static_cast<int>(word >> kThreadShift & 2047); }
 uint32_t clock_of(uint64_t word) { return static_cast<uint32_t>(word); }
 uint64_t word_now() {
     return uint64_t{block_number} << kBlockShift | static_cast<uint64_t>(current->id) << kThreadShift |
@@ -75,6 +75,10 @@ Memory* memory_of(const void* p, size_t bytes, const char* what, Site site) {
 
 [[noreturn]] void race(Site site, const Memory& memory, const char* what, size_t offset, const char* other,
                        uint64_t word) {
+    if (thread_of(word) >= static_cast<int>(threads.size())) {
+        fail(site, "RACE: %s shared memory at offset %zu, unordered with a copy to it: this thread did not wait for it",
+             what, offset);
+    }
     fail(site, "RACE: %s %s memory at offset %zu, unordered with a %s by thread %d%s", what,
          memory.global ? "global" : "shared", offset, other, thread_of(word),
          block_of(word) != block_number ? " of another block" : "");
@@ -204,6 +208,13 @@ static void mark(const void* p, size_t bytes, uint64_t flag, bool on) {
     for (size_t i = begin; i < begin + bytes; i++) {
         memory->write[i] = on ? memory->write[i] | flag : memory->write[i] & ~flag;
     }
+}
+void mark_landed(void* p, size_t bytes, int copier, uint32_t clock) {
+    Memory* const memory = detects_races() ? find(p, bytes) : nullptr;
+    if (memory == nullptr) return;
+    const uint64_t word =
+        kProxy | uint64_t{block_number} << kBlockShift | static_cast<uint64_t>(copier) << kThreadShift | clock;
+    std::fill_n(memory->write.begin() + static_cast<ptrdiff_t>(memory->offset(p)), bytes, word);
 }
 void mark_filling(const void* p, size_t bytes, bool under_way) { mark(p, bytes, kFilling, under_way); }
 void mark_draining(const void* p, size_t bytes, bool under_way) { mark(p, bytes, kDraining, under_way); }

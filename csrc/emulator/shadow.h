@@ -1,8 +1,9 @@
 // The race detector's memory of memory: for each byte of shared memory and of watched tensors, who wrote it last, and
 // who read it last in each warp, as epochs (thread, clock of that thread). An access is in order when the epochs it
 // meets are in the past of its thread's vector clock, which only barriers, __syncwarp and mbarriers join (shuffles and
-// products of a warp do not). After FastTrack (Flanagan and Freund, 2009), with a byte for a variable and a warp for a
-// reader.
+// products of a warp do not). What a bulk copy wrote has an epoch of the copy's own, which those know who waited for
+// it: to know that it was issued is not enough. After FastTrack (Flanagan and Freund, 2009), with a byte for a variable
+// and a warp for a reader.
 //
 // In the plain and asan builds there is no shadow; the functions only keep the list of memories.
 #pragma once
@@ -37,6 +38,7 @@ std::string accessed_at();  // file and line of the load or store that is being 
 
 // A copy into these bytes is under way, or a copy that reads them; nobody may touch, or write, them.
 void mark_filling(const void* p, size_t bytes, bool under_way);
+void mark_landed(void* p, size_t bytes, int copier, uint32_t clock);  // by an epoch that is no thread's
 void mark_draining(const void* p, size_t bytes, bool under_way);
 
 // Was the last write to p in the past of the current thread?

@@ -105,6 +105,7 @@ class AttentionCase:
     memory: str = "plain"
     kv_memory: str | None = None  # None: as the queries'
     growing: bool = False  # later keys have larger scores, so that a running maximum moves all the time
+    sunken: bool = False  # every score is about -200: of a key that is none, which scores zero, the weight would be all
     quick: bool = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
     plain_draws: int = 0
@@ -124,6 +125,9 @@ class AttentionCase:
         q, k = normal(spans.num_queries, q_heads, dim), normal(spans.num_keys, kv_heads, dim)
         if self.growing:
             q, k = q.abs(), k.abs() * torch.linspace(0.1, 3, len(k)).view(-1, 1, 1)
+        if self.sunken:
+            depth = (200 * dim**0.5) ** 0.5
+            q[..., 0], k[..., 0] = depth, -depth
         kv_memory = self.kv_memory or self.memory
         v = normal(spans.num_keys, kv_heads, v_dim)
         tensors = {"q": padded(q, idle, self.memory), "k": padded(k, unseen, kv_memory)}
@@ -142,6 +146,8 @@ _LENGTHS = (1, 5, 33, 64, 7, 130)
 _PACKED = AttentionCase("packed causal", causal(_LENGTHS))
 _SMALL = AttentionCase("small causal", causal((5, 17, 1, 9)), dims=(32, 32), quick=True)
 _IMAGES = (range(6, 31), range(40, 57), range(57, 80), range(110, 175))
+
+_ODD = (13, 7, 19, 29)  # no multiples of any kernel's tile
 
 HEAD_DIMS = (16, 24, 32, 48, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
 
@@ -191,6 +197,8 @@ ATTENTION: list[AttentionCase] = [
     AttentionCase("scale -0.2", causal((60, 41)), scale=-0.2),
     AttentionCase("growing scores", full(40, 700), growing=True),
     replace(_SMALL, name="small, growing scores", layout=full(9, 70), growing=True),
+    AttentionCase("scores far below zero", full(70, 301), sunken=True),
+    replace(_SMALL, name="small windows, scores far below zero", layout=blocks(_ODD, _ODD), sunken=True),
     AttentionCase("softcap 20", causal((70, 41)), heads=(4, 2), softcap=20.0, scale=1.0, plain_draws=20),
     replace(_SMALL, name="small, softcap", softcap=2.0, scale=0.5, plain_draws=20),
     AttentionCase("softcap, two runs", scattered(60, 110, runs=2), softcap=5.0, dims=(96, 96), plain_draws=20),

@@ -30,12 +30,15 @@ def unserved(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = HALVES) -> 
 
 
 def runs_on(capability: tuple[int, int], architectures: tuple[str, ...] = _cuda.architectures) -> bool:
-    """Whether the build holds code for a device: machine code runs on its own major version's later ones, PTX on all
-    later ones, and that of 90a on 9.0 alone."""
+    """Whether the build holds code for a device: machine code runs on its own major version's later ones, but for that
+    of 100a and the like on one device alone; PTX on all later ones. 90a stands for 90, of all but *_sm90.cu."""
     major, minor = capability
     for name in architectures:
-        number = int(name.removesuffix("+ptx").rstrip("af"))
-        if number // 10 == major and number % 10 <= minor:
+        own = name.removesuffix("+ptx")
+        number = int(own.rstrip("af"))
+        if number == 10 * major + minor:
+            return True
+        if number // 10 == major and number % 10 < minor and (own == "90a" or not own.endswith("a")):
             return True
         if name.endswith("+ptx") and number <= 10 * major + minor:
             return True
@@ -76,8 +79,9 @@ def _older_than_the_build(device: torch.device) -> str | None:
         return None
     major, minor = capability(device)
     built = ", ".join(_cuda.architectures)
+    wanted = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
     return (
-        f"{device} is sm_{major}{minor}, the build holds code for {built}; mend: MMKERNELS_CUDA_ARCHS={major}{minor} "
+        f"{device} is sm_{major}{minor}, the build holds code for {built}; mend: MMKERNELS_CUDA_ARCHS={wanted} "
         "pip install --force-reinstall --no-deps mmkernels"
         if (major, minor) >= (8, 0)
         else f"{device} is sm_{major}{minor}; the kernels need sm_80 or later: the triton backend may serve it"

@@ -97,6 +97,24 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         assert names == {kernel.name for kernel in kernels if kernel.architecture == min(general)}, architecture
 
 
+def test_launchers_for_hopper_refuse_a_call_where_there_are_no_kernels_alone(built):
+    """Of calls of nothing, whose sizes the launchers refuse otherwise. test_cuda_build.py sees a build without them."""
+    from mmkernels import _cuda
+
+    heads = _cuda.Heads(0, 0, 0, 0)
+    sizes = ("batch", "queries", "keys", "heads", "key_heads", "head_size", "value_size", "runs")
+    nothing = dict.fromkeys((*sizes, "lo", "hi", "hulls", "lse", "spans_by_batch", "bfloat16", "scale", "softcap"), 0)
+    forward = _cuda.SpanAttention(q=heads, k=heads, v=heads, out=heads, **nothing)
+    gradients = dict.fromkeys(("d_out", "d_q", "d_k", "d_v"), heads)
+    backward = _cuda.SpanAttentionBackward(forward=forward, **gradients, workspace=0)
+    has_kernels = "90a" in {name.removesuffix("+ptx") for name in _cuda.architectures}
+    launchers = {_cuda.span_attention_forward_sm90: forward, _cuda.span_attention_backward_sm90: backward}
+    for launcher, call in launchers.items():
+        with pytest.raises(RuntimeError) as refusal:
+            launcher(call, 0)
+        assert ("holds no code for sm_90a" in str(refusal.value)) != has_kernels
+
+
 def test_no_kernel_spills(kernels):
     """No local memory either, which an array indexed at run time would take."""
     spilt = [f"{kernel}: {kernel.registers} registers, {kernel.stack} bytes of stack" for kernel in kernels

@@ -3,7 +3,8 @@
     python tests/emulator/mutants.py [--only TEXT] [--all-builds] [--table FILE]
 
 A mutant is noticed when the kernel's own tests fail in a build, tried in the order of BUILDS; without --all-builds the
-first that does ends its trial. Exit code 1 if one survives.
+first that does ends its trial. Exit code 1 if one survives. The table gets a row as soon as a mutant was tried, and
+keeps those of mutants that were not: a change of one kernel need not try the others again.
 """
 
 from __future__ import annotations
@@ -86,17 +87,39 @@ class Workshop:
         self._log = ran.stdout + ran.stderr
         if ran.returncode not in (0, 1):
             raise SystemExit(f"{' '.join(map(str, command))} ended with {ran.returncode}:\n{self._log}")
-        if " error" in ran.stdout.splitlines()[-1]:
+        if " error" in ran.stdout.splitlines()[-1] or "CalledProcessError: Command '['g++'" in self._log:
             raise SystemExit(f"what is broken does not compile:\n{self._log}")
         return ran.returncode == 1
 
 
-def table(trials: list[Trial]) -> str:
-    lines = ["| kernel | what is broken | " + " | ".join(BUILDS) + " |", "|---" * (2 + len(BUILDS)) + "|"]
+HEAD = """\
+# Bugs planted in the CUDA kernels, and which build noticed
+
+`tests/emulator/mutants.py` breaks `csrc/cuda` in one place at a time, as `tests/emulator/mutations.py` says, and runs
+that kernel's tests in the emulator's builds (`docs/gpu.md`) in the order of the columns, until one of them fails. What
+a build is not there to see, such as a race without consequence in the plain one, it passes.
+
+    python tests/emulator/mutants.py --table docs/mutants.md                # all: hours, on two cores
+    python tests/emulator/mutants.py --table docs/mutants.md --only FILE    # the rows of a kernel that was changed
+
+"""
+
+
+def row(mutation: Mutation) -> str:
+    """How the mutant's row of the table begins."""
+    return f"| `{mutation.file}` | {mutation.what} |"
+
+
+def table(trials: list[Trial], earlier: str = "") -> str:
+    """The rows of these, and of other mutants those of an earlier table."""
+    rows = {}
+    for mutation in MUTATIONS:
+        rows |= {row(mutation): line for line in earlier.splitlines() if line.startswith(row(mutation))}
     for trial in trials:
         cells = [{True: "noticed", False: "passed", None: ""}[trial.noticed.get(build)] for build in BUILDS]
-        lines.append(f"| `{trial.mutation.file}` | {trial.mutation.what} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows[row(trial.mutation)] = f"{row(trial.mutation)} {' | '.join(cells)} |"
+    lines = ["| file | what is broken | " + " | ".join(BUILDS) + " |", "|---" * (2 + len(BUILDS)) + "|"]
+    return "\n".join(lines + [rows[row(m)] for m in MUTATIONS if row(m) in rows]) + "\n"
 
 
 def main() -> int:
@@ -111,14 +134,17 @@ def main() -> int:
         workshop = Workshop(Path(folder))
         console.print("compiling and testing the unbroken kernels")
         workshop.build_whole({m.tests for m in chosen})
-        trials = [workshop.try_out(m, options.all_builds) for m in track(chosen, "breaking", console=console)]
+        trials = []
+        for mutation in track(chosen, "breaking", console=console):
+            trials.append(workshop.try_out(mutation, options.all_builds))
+            if options.table:
+                earlier = options.table.read_text() if options.table.exists() else ""
+                options.table.write_text(HEAD + table(trials, earlier))
     survivors = [trial for trial in trials if trial.survived]
     console.print(table(trials), markup=False)
     for trial in survivors:
         console.print(f"[red]nothing noticed[/]: {trial.mutation.file}: {trial.mutation.what}")
     console.print(f"{len(trials) - len(survivors)} of {len(trials)} mutants were noticed")
-    if options.table:
-        options.table.write_text(table(trials))
     return int(bool(survivors))
 
 

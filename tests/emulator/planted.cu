@@ -262,9 +262,9 @@ PLANT(read_of_another_block) {
 // ---- mbarriers and bulk copies
 
 // Thread 0 initialises a barrier for `count` arrivals; returns it.
-MMK_DEVICE uint64_t* new_barrier(int count, bool fence = true, bool sync = true) {
+MMK_DEVICE uint64_t* new_barrier(int count, bool fence = true, bool sync = true, int place = 1022) {
     SHARED_FLOATS(s);
-    uint64_t* const barrier = reinterpret_cast<uint64_t*>(s + 1022);
+    uint64_t* const barrier = reinterpret_cast<uint64_t*>(s + place);
     if (threadIdx.x == 0) {
         mbarrier_init(barrier, count);
         if (fence) mbarrier_init_fence();
@@ -339,6 +339,30 @@ PLANT(mbarrier_does_not_order) {  // those who write arrive, or not
     if (!kBug) mbarrier_arrive(barrier);
     mbarrier_wait(barrier, 0);
     out[t] = s[t ^ 64];
+}
+PLANT(arrivals_too_few) {  // of three warps that write, the fourth is sure of one
+    SHARED_FLOATS(s);
+    THREAD;
+    uint64_t* const barrier = new_barrier(kBug ? 1 : 3);
+    if (t < 96) {
+        s[t] = 1;
+        __syncwarp();
+        if (t % 32 == 0) mbarrier_arrive(barrier);
+        return;
+    }
+    mbarrier_wait(barrier, 0);
+    for (int i = 0; i < 96; i += 32) out[t - i] = s[t - 32 - i];
+}
+PLANT(copy_that_another_warp_waited_for) {  // that a later one was issued and has ended says nothing of it
+    SHARED_FLOATS(s);
+    THREAD;
+    uint64_t* const barrier = new_barrier(1);
+    uint64_t* const later = new_barrier(1, true, true, 1020);
+    load_numbers(s, in, barrier);
+    load_numbers(s + kThreads, in, later);
+    if (!kBug || t < 32) mbarrier_wait(barrier, 0);
+    mbarrier_wait(later, 0);
+    out[t] = s[t];
 }
 PLANT(bulk_copy_in_flight_at_the_end) {
     SHARED_FLOATS(s);
@@ -580,6 +604,8 @@ static const Plant kPlants[] = {
     ENTRY(no_init_fence),
     ENTRY(no_sync_after_init),
     ENTRY(mbarrier_does_not_order),
+    ENTRY(arrivals_too_few),
+    ENTRY(copy_that_another_warp_waited_for),
     ENTRY(bulk_copy_in_flight_at_the_end),
     ENTRY(bulk_copy_over_unfenced_stores),
     ENTRY(tile_off_its_alignment),

@@ -51,6 +51,8 @@ PLANTED = {
     "no_init_fence": dict.fromkeys(EVERY, "no fence.mbarrier_init"),
     "no_sync_after_init": {"race": "whose init is not ordered before it"},
     "mbarrier_does_not_order": {"race": "RACE|uninitialised"},
+    "arrivals_too_few": {"race": "RACE|uninitialised"},
+    "copy_that_another_warp_waited_for": {"race": "RACE: read of .* unordered with a copy to it|a wait is missing"},
     "bulk_copy_in_flight_at_the_end": dict.fromkeys(EVERY, "block ends with a bulk copy in flight"),
     "bulk_copy_over_unfenced_stores": {"race": "written by the async proxy: no fence.proxy.async"},
     "tile_off_its_alignment": dict.fromkeys(EVERY, "tensor copy: address misaligned"),

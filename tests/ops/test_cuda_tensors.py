@@ -1,0 +1,142 @@
+"""What keeps the CUDA kernels from serving a call is said before anything is launched, with the way out. The module and
+the devices are made up: no GPU is needed to see the words."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import mmkernels
+
+LOADED = ("mmkernels.ops._cuda_tensors", "mmkernels.ops.span_attention.cuda")  # with the made-up module in them
+
+
+@pytest.fixture
+def capability(monkeypatch) -> dict[int, tuple[int, int]]:
+    """Of each device, by its number."""
+    of = {0: (9, 0), 1: (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of[device.index])
+    return of
+
+
+@pytest.fixture
+def load(monkeypatch, capability):
+    """load(name, architectures): a module of mmkernels.ops beside a mmkernels._cuda built for these."""
+    before = {name: sys.modules.pop(name, None) for name in LOADED}
+
+    def call(name: str, architectures: tuple[str, ...] = ("80", "90a", "120+ptx")) -> ModuleType:
+        built = SimpleNamespace(emulated=False, architectures=architectures, SpanAttention=None, Heads=None)
+        monkeypatch.setitem(sys.modules, "mmkernels._cuda", built)
+        monkeypatch.setattr(mmkernels, "_cuda", built, raising=False)
+        return importlib.import_module(f"mmkernels.ops.{name}")
+
+    yield call
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+def tensor(device: str = "cuda:0", dtype: torch.dtype = torch.bfloat16, head: int = 64) -> SimpleNamespace:
+    """As much of one as the checks look at."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 5, 2, head))
+
+
+def test_a_dtype_that_no_kernel_has_is_named_with_those_that_one_has(load):
+    unserved = load("_cuda_tensors").unserved
+    assert unserved("q", tensor()) is None
+    assert unserved("q", tensor(dtype=torch.float64)) == "it serves q of bfloat16, float16, not torch.float64"
+    assert unserved("q", tensor(dtype=torch.float32)).endswith("; the triton backend serves float32")
+    assert unserved("q", tensor("cpu")) == "it serves tensors on cuda, q is on cpu"
+
+
+def test_a_head_that_is_too_large_is_named_with_the_largest(load):
+    unsupported = load("span_attention.cuda").unsupported
+    assert unsupported(tensor(head=256), tensor(head=256), tensor(head=256)) is None
+    said = unsupported(tensor(), tensor(), tensor(head=257))
+    assert said == "it serves heads of up to 256 numbers, those of v have 257"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "device", "runs"),
+    [
+        (("80",), (8, 0), True),
+        (("80",), (8, 9), True),
+        (("86",), (8, 0), False),
+        (("80",), (9, 0), False),
+        (("80+ptx",), (9, 0), True),
+        (("80+ptx",), (7, 5), False),
+        (("90a",), (9, 0), True),  # all but *_sm90.cu is compiled for 90
+        (("100",), (10, 3), True),
+        (("100f",), (10, 3), True),
+        (("100a",), (10, 0), True),
+        (("100a",), (10, 3), False),
+        (("100a+ptx",), (10, 3), True),
+        (("100",), (12, 0), False),
+        (("120+ptx",), (10, 0), False),
+    ],
+)
+def test_which_devices_a_build_runs_on(load, architectures, device, runs):
+    assert load("_cuda_tensors", architectures).runs_on(device) == runs
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ((8, 0), "cuda:0 is sm_80, the build holds code for 90a, 120+ptx; mend: MMKERNELS_CUDA_ARCHS=80 pip install"),
+        ((7, 5), "cuda:0 is sm_75; the kernels need sm_80 or later: the triton backend may serve it"),
+    ],
+)
+def test_a_device_older_than_the_build_is_named_with_what_serves_it(load, capability, device, words):
+    capability[0] = device
+    assert load("_cuda_tensors", ("90a", "120+ptx")).unserved("q", tensor()).startswith(words)
+
+
+def test_hopper_is_offered_the_build_that_has_its_own_kernels(load):
+    """sm_90 alone would leave them out."""
+    assert "MMKERNELS_CUDA_ARCHS=90a " in load("_cuda_tensors", ("80",)).unserved("q", tensor())
+
+
+@pytest.mark.parametrize(
+    ("architectures", "device", "has"),
+    [
+        (("80", "90a"), (9, 0), True),
+        (("90a+ptx",), (9, 0), True),
+        (("80", "90+ptx"), (9, 0), False),
+        (("90a+ptx",), (10, 0), False),
+    ],
+)
+def test_hoppers_kernels_are_called_where_they_are(load, capability, architectures, device, has):
+    capability[0] = device
+    assert load("_cuda_tensors", architectures).has_hopper_kernels(torch.device("cuda:0")) == has
+
+
+def test_a_launch_goes_to_the_stream_of_its_tensors_device(load, monkeypatch):
+    """Whatever device is current: the stream of another would be refused by the driver, or wait for the wrong work."""
+    current, launched = [0], []
+
+    @contextmanager
+    def device(which: torch.device):
+        current.append(which.index)
+        yield
+        current.pop()
+
+    streams = {torch.device(f"cuda:{number}"): SimpleNamespace(cuda_stream=100 + number) for number in (0, 1)}
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.get)
+    launch = load("_cuda_tensors").launch
+    launch(lambda call, stream: launched.append((call, stream, current[-1])), "call", q=tensor("cuda:1"))
+    assert launched == [("call", 101, 1)] and current == [0]
+
+
+def test_tensors_of_two_devices_are_named(load):
+    def forward(call, stream):
+        pytest.fail("it was launched")
+
+    with pytest.raises(ValueError, match="forward: lo is on cpu, q on cuda:1; move one"):
+        load("_cuda_tensors").launch(forward, None, q=tensor("cuda:1"), k=tensor("cuda:1"), lo=tensor("cpu"))
