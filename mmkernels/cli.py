@@ -148,7 +148,9 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
 def _of_models(names: list[str], request) -> Callable:
     from .bench.model_runner import run_models
     from .bench.models import MODELS
+    from .bench.torchvision_stub import make_importable
 
+    make_importable()
     known = {model.name: model for model in MODELS}
     unknown = [name for name in names if name not in known]
     if unknown:

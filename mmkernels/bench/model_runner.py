@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 from collections.abc import Callable
 
@@ -57,6 +58,7 @@ def _measure(
     stopwatch: Stopwatch,
     report: Report,
 ) -> None:
+    gc.collect()  # what an earlier model left in cycles is not this one's memory
     torch.manual_seed(0)
     plain = model.build(quick).to(device, dtype).eval()
     inputs = {name: _cast(x.to(device), dtype) for name, x in model.inputs(quick).items()}
@@ -96,9 +98,9 @@ def _bound(model: Model, module: nn.Module, inputs: Inputs, direction: str) -> R
             return model.run(module, inputs)
 
     def forward_and_backward() -> Tensor:
-        module.zero_grad()
         result = model.run(module, inputs)
         result.float().square().mean().backward()
+        module.zero_grad()  # so that every step, the first too, allocates its gradients, and none starts with them
         return result.detach()
 
     return forward if direction == "fwd" else forward_and_backward
@@ -119,6 +121,35 @@ def _error_and_budget(
 
 
 def _flops(run: Run) -> int:
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    on_cpu = {  # torch's counter knows attention on a GPU only
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         run()
     return counter.get_total_flops()
+
+
+def _attention_flops(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, **_) -> int:
+    """Two products of the pairs that the mask keeps: what is masked need not be computed."""
+    pairs = _pairs(q.shape[0] * q.shape[1], q.shape[2], k.shape[2], is_causal, attn_mask)
+    return 2 * pairs * (q.shape[3] + v.shape[3])
+
+
+def _attention_backward_flops(grad, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, **_) -> int:
+    """Five products: the scores again, and the gradients of scores, queries, keys and values."""
+    pairs = _pairs(q.shape[0] * q.shape[1], q.shape[2], k.shape[2], is_causal, attn_mask)
+    return 2 * pairs * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+_attention_flops._get_raw = _attention_backward_flops._get_raw = True  # FlopCounterMode: tensors, not their shapes
+
+
+def _pairs(rows: int, queries: int, keys: int, is_causal: bool, mask: Tensor | None) -> int:
+    if is_causal:
+        return rows * sum(min(i + 1, keys) for i in range(queries))
+    if mask is None:
+        return rows * queries * keys
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return int(seen.sum()) * rows * queries * keys // seen.numel()
