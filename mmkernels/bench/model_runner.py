@@ -21,6 +21,7 @@ from .models import Inputs, Model
 from .runner import Report, finish
 
 Run = Callable[[], Tensor]
+HOT = ("scaled_dot_product", "convolution")  # what torch calls attention and patch embedding
 
 
 def run_models(
@@ -35,7 +36,7 @@ def run_models(
 ) -> Report:
     """As `runner.run`, of models."""
     step("what this machine can do", 0, 1)
-    report = Report(env, probe_peaks(device, list(dtypes)))
+    report = Report(env | {"ceilings": []}, probe_peaks(device, list(dtypes)))
     stopwatch = Stopwatch(device)
     work = [(model, dtype) for model in models for dtype in dtypes]
     try:
@@ -79,6 +80,8 @@ def _measure(
             "mmkernels": _bound(model, ours, inputs, direction),
         }
         flops = _flops(runs["plain"])
+        place = {"case": model.name, "dtype": name_of(dtype), "pass": direction}
+        report.env["ceilings"].append(place | {"times": _ceiling(runs["plain"], device)})
         peaks = {name: with_peak_memory(run, device)[1] for name, run in runs.items()}
         timings = stopwatch.alternate(runs, seconds)
         for name, timing in timings.items():
@@ -129,6 +132,20 @@ def _flops(run: Run) -> int:
     with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         run()
     return counter.get_total_flops()
+
+
+def _ceiling(run: Run, device: str) -> float:
+    """How many times faster the plain model would be if its attention and its patch embedding took no time at all:
+    what no kernel for them exceeds."""
+    # Of the host the older recorder, which prints nothing.
+    recorder = torch.profiler.profile() if device == "cuda" else torch.autograd.profiler.profile(use_kineto=False)
+    with recorder as recorded:
+        run()
+    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, key) for event in recorded.key_averages()}
+    hot = sum(time for name, time in times.items() if any(word in name for word in HOT))
+    total = sum(times.values())
+    return total / (total - hot)
 
 
 def _attention_flops(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, **_) -> int:
