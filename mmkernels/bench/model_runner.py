@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import os
 from collections.abc import Callable
 
 import torch
@@ -137,9 +138,8 @@ def _flops(run: Run) -> int:
 def _ceiling(run: Run, device: str) -> float:
     """How many times faster the plain model would be if its attention and its patch embedding took no time at all:
     what no kernel for them exceeds."""
-    # Of the host the older recorder, which prints nothing.
-    recorder = torch.profiler.profile() if device == "cuda" else torch.autograd.profiler.profile(use_kineto=False)
-    with recorder as recorded:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the recorder tells of its start and end
+    with torch.profiler.profile() as recorded:
         run()
     key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     times = {event.key: getattr(event, key) for event in recorded.key_averages()}
