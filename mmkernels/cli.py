@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import random
 import signal
 import sys
@@ -148,6 +149,8 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
 
 
 def _of_models(names: list[str], request) -> Callable:
+    if any(importlib.util.find_spec(needed) is None for needed in ("transformers", "sklearn")):
+        raise SystemExit('--model needs transformers and scikit-learn: pip install "mmkernels[examples]"')
     from .bench.model_runner import run_models
     from .bench.models import MODELS
     from .bench.torchvision_stub import make_importable

@@ -1,5 +1,6 @@
 """The benchmarks: what they count, that they refuse wrong results, and the files they write."""
 
+import importlib.util
 import io
 import json
 import math
@@ -328,6 +329,13 @@ def test_every_model_can_be_named_and_is_in_the_help(capsys):
         cli.main(["bench", "--model", "gpt"])
     refused = capsys.readouterr().err
     assert all(name in printed.replace(" ", "") and name in refused for name in cli.MODELS)
+
+
+def test_models_need_the_library_they_come_from(monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else there(name))
+    with pytest.raises(SystemExit, match=r"--model needs transformers .*pip install \"mmkernels\[examples\]\""):
+        cli.main(["bench", "--model", MODELS[0].name])
 
 
 def test_steps_start_without_gradients():
