@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import random
 import signal
 import sys
@@ -19,6 +20,7 @@ from rich.table import Table
 from . import backends
 
 OPS = ("clip_loss", "siglip_loss", "patch_embed", "span_attention")
+MODELS = ("clip-vit-b-16", "clip-vit-b-16-step-256", "siglip-so400m", "qwen2.5-vl-1024", "mllama-cross-attention")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 
@@ -59,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(command=_bench)
     bench.add_argument("--op", choices=OPS, action="append", help="may be repeated, like --case, --dtype and --pass")
     bench.add_argument("--case", metavar="NAME", action="append")
-    bench.add_argument("--model", metavar="NAME", action="append", help="whole models instead, plain and accelerated")
+    models = f"a whole model instead, plain and accelerated: {', '.join(MODELS)}"
+    bench.add_argument("--model", metavar="NAME", action="append", choices=MODELS, help=models)
     bench.add_argument("--dtype", choices=DTYPES, action="append")
     bench.add_argument("--pass", choices=("fwd", "fwd_bwd"), action="append", dest="passes")
     bench.add_argument("--device", choices=DEVICES)
@@ -146,14 +149,14 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
 
 
 def _of_models(names: list[str], request) -> Callable:
+    if any(importlib.util.find_spec(needed) is None for needed in ("transformers", "sklearn")):
+        raise SystemExit('--model needs transformers and scikit-learn: pip install "mmkernels[examples]"')
     from .bench.model_runner import run_models
     from .bench.models import MODELS
+    from .bench.torchvision_stub import make_importable
 
-    known = {model.name: model for model in MODELS}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"no model is called {', '.join(map(repr, unknown))}; there are: {', '.join(known)}")
-    models = [known[name] for name in names]
+    make_importable()
+    models = [model for model in MODELS if model.name in names]
     sizes = request.target_seconds, request.quick
     return functools.partial(run_models, models, request.dtypes, request.passes, request.device, *sizes)
 

@@ -6,15 +6,12 @@ import random
 import pytest
 import torch
 
+from mmkernels.bench.torchvision_stub import make_importable
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-if torch.version.cuda is None:
-    # torchvision is published with CUDA operators only, which a CPU torch cannot load. timm and open_clip import it for
-    # their transforms; naming the operators is enough for that.
-    _torchvision = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"):
-        _torchvision.define(f"{_name}(Tensor x) -> Tensor")
+make_importable()  # timm and open_clip import it
 
 # Handed down by the environment, so that all processes of a parallel run draw from one seed.
 SEED = int(os.environ.setdefault("MMKERNELS_TEST_SEED", str(random.randrange(2**31))))

@@ -1,5 +1,6 @@
 """The benchmarks: what they count, that they refuse wrong results, and the files they write."""
 
+import importlib.util
 import io
 import json
 import math
@@ -10,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmkernels import backends
+from mmkernels import backends, cli
 from mmkernels.bench import CASES, Request, gate, run
 from mmkernels.bench import peers as bench_peers
 from mmkernels.bench import runner as bench_runner
@@ -19,7 +20,7 @@ from mmkernels.bench.cases import LossCase, PatchCase
 from mmkernels.bench.gate import judge, plain_values
 from mmkernels.bench.machine import environment, probe_peaks
 from mmkernels.bench.measure import Stopwatch, Timing, with_peak_memory
-from mmkernels.bench.model_runner import run_models
+from mmkernels.bench.model_runner import _bound, _flops, run_models
 from mmkernels.bench.models import MODELS
 from mmkernels.bench.peers import peers
 from mmkernels.bench.report import print_report, write_json
@@ -311,10 +312,58 @@ def measure_models(*models):
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_each_model_is_measured_plain_and_accelerated(model):
     report = measure_models(model)
+    (ceiling,) = report.env["ceilings"]
+    assert ceiling["case"] == model.name and 1 < ceiling["times"] < 4  # a share, but not most, of what a tower does
     assert report.passed and [r["is_ours"] for r in report.results] == [False, True]
     for result in report.results:
         assert list(result) == FIELDS.split() and result["op"] == "model" and result["case"] == model.name
         assert result["error"] <= result["error_budget"] and result["flops"] > 0
+
+
+def test_every_model_can_be_named_and_is_in_the_help(capsys):
+    assert [model.name for model in MODELS] == list(cli.MODELS)
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    printed = " ".join(capsys.readouterr().out.replace("\n", "").split())
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--model", "gpt"])
+    refused = capsys.readouterr().err
+    assert all(name in printed.replace(" ", "") and name in refused for name in cli.MODELS)
+
+
+def test_models_need_the_library_they_come_from(monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else there(name))
+    with pytest.raises(SystemExit, match=r"--model needs transformers .*pip install \"mmkernels\[examples\]\""):
+        cli.main(["bench", "--model", MODELS[0].name])
+
+
+def test_steps_start_without_gradients():
+    """Else the gradients' memory would count for the one that steps first alone."""
+    model = MODELS[0]
+    module, inputs = model.build(True), model.inputs(True)
+    _bound(model, module, inputs, "fwd_bwd")()
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "options, pairs",
+    [
+        ({}, 36),
+        ({"is_causal": True}, 21),
+        ({"attn_mask": torch.eye(6).bool()}, 6),
+        ({"attn_mask": torch.zeros(6, 6)}, 36),
+    ],
+)
+def test_flops_of_attention_on_a_cpu(options, pairs):
+    """Two products forward and five backward, of the pairs that count."""
+    q = torch.randn(2, 3, 6, 8, requires_grad=True)
+
+    def attend():
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, **options)
+
+    assert _flops(attend) == 2 * 2 * 6 * 8 * pairs
+    assert _flops(lambda: attend().sum().backward()) == 7 * 2 * 6 * 8 * pairs
 
 
 def test_a_model_that_is_wrong_once_accelerated_gets_no_figure(monkeypatch):

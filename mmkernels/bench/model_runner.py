@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
+import os
 from collections.abc import Callable
 
 import torch
@@ -20,6 +22,7 @@ from .models import Inputs, Model
 from .runner import Report, finish
 
 Run = Callable[[], Tensor]
+HOT = ("scaled_dot_product", "convolution")  # what torch calls attention and patch embedding
 
 
 def run_models(
@@ -34,7 +37,7 @@ def run_models(
 ) -> Report:
     """As `runner.run`, of models."""
     step("what this machine can do", 0, 1)
-    report = Report(env, probe_peaks(device, list(dtypes)))
+    report = Report(env | {"ceilings": []}, probe_peaks(device, list(dtypes)))
     stopwatch = Stopwatch(device)
     work = [(model, dtype) for model in models for dtype in dtypes]
     try:
@@ -57,6 +60,7 @@ def _measure(
     stopwatch: Stopwatch,
     report: Report,
 ) -> None:
+    gc.collect()  # what an earlier model left in cycles is not this one's memory
     torch.manual_seed(0)
     plain = model.build(quick).to(device, dtype).eval()
     inputs = {name: _cast(x.to(device), dtype) for name, x in model.inputs(quick).items()}
@@ -77,6 +81,8 @@ def _measure(
             "mmkernels": _bound(model, ours, inputs, direction),
         }
         flops = _flops(runs["plain"])
+        place = {"case": model.name, "dtype": name_of(dtype), "pass": direction}
+        report.env["ceilings"].append(place | {"times": _ceiling(runs["plain"], device)})
         peaks = {name: with_peak_memory(run, device)[1] for name, run in runs.items()}
         timings = stopwatch.alternate(runs, seconds)
         for name, timing in timings.items():
@@ -96,9 +102,9 @@ def _bound(model: Model, module: nn.Module, inputs: Inputs, direction: str) -> R
             return model.run(module, inputs)
 
     def forward_and_backward() -> Tensor:
-        module.zero_grad()
         result = model.run(module, inputs)
         result.float().square().mean().backward()
+        module.zero_grad()  # so that every step, the first too, allocates its gradients, and none starts with them
         return result.detach()
 
     return forward if direction == "fwd" else forward_and_backward
@@ -119,6 +125,48 @@ def _error_and_budget(
 
 
 def _flops(run: Run) -> int:
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    on_cpu = {  # torch's counter knows attention on a GPU only
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         run()
     return counter.get_total_flops()
+
+
+def _ceiling(run: Run, device: str) -> float:
+    """How many times faster the plain model would be if its attention and its patch embedding took no time at all:
+    what no kernel for them exceeds."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the recorder tells of its start and end
+    with torch.profiler.profile() as recorded:
+        run()
+    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, key) for event in recorded.key_averages()}
+    hot = sum(time for name, time in times.items() if any(word in name for word in HOT))
+    total = sum(times.values())
+    return total / (total - hot)
+
+
+def _attention_flops(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, **_) -> int:
+    """Two products of the pairs that the mask keeps: what is masked need not be computed."""
+    pairs = _pairs(q.shape[0] * q.shape[1], q.shape[2], k.shape[2], is_causal, attn_mask)
+    return 2 * pairs * (q.shape[3] + v.shape[3])
+
+
+def _attention_backward_flops(grad, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, **_) -> int:
+    """Five products: the scores again, and the gradients of scores, queries, keys and values."""
+    pairs = _pairs(q.shape[0] * q.shape[1], q.shape[2], k.shape[2], is_causal, attn_mask)
+    return 2 * pairs * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+_attention_flops._get_raw = _attention_backward_flops._get_raw = True  # FlopCounterMode: tensors, not their shapes
+
+
+def _pairs(rows: int, queries: int, keys: int, is_causal: bool, mask: Tensor | None) -> int:
+    if is_causal:
+        return rows * sum(min(i + 1, keys) for i in range(queries))
+    if mask is None:
+        return rows * queries * keys
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return int(seen.sum()) * rows * queries * keys // seen.numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -25,40 +26,43 @@ def write_json(path: str, report: Report) -> None:
 def print_report(console: Console, report: Report) -> None:
     groups = [list(group) for _, group in groupby(report.results, key=lambda result: [result[key] for key in GROUP])]
     for op in dict.fromkeys(group[0]["op"] for group in groups):
-        console.print(_table(op, [group for group in groups if group[0]["op"] == op]))
+        console.print(_table(op, [group for group in groups if group[0]["op"] == op], report.env.get("ceilings", ())))
     _print_footer(console, report)
 
 
-def _table(op: str, groups: list[list[dict]]) -> Table:
+def _table(op: str, groups: list[list[dict]], ceilings: Iterable[dict]) -> Table:
+    """ceilings: of whole models, what the kernels could gain if they took no time."""
+    most = {tuple(x[key] for key in GROUP[1:]): f"{x['times']:.2f}" for x in ceilings if op == "model"}
     eager = next((result["impl"] for group in groups for result in group if not result["is_ours"]), "eager")
     table = Table(title=f"{op}: times faster than", title_justify="left", title_style="bold", header_style="bold")
     for heading in ("case", "dtype", "pass"):
         table.add_column(heading)
-    for heading in ("eager", "best peer"):
+    for heading in ("eager", "at most" if most else "best peer"):
         table.add_column(heading, justify="right")
     table.add_column("which is", no_wrap=True)
     for heading in ("of peak", "memory", "eager's", "error / budget"):
         table.add_column(heading, justify="right")
     table.caption = {
         "patch_embed": "eager is the convolution, as models run it",
-        "model": "eager is the model as transformers runs it, with sdpa",
+        "model": "eager is transformers' model, with sdpa; at most: if its attention and patches took no time",
         "span_attention": "eager is SDPA, with a dense mask where one is needed",
     }.get(op, f"eager is {eager}")
     for group in groups:
         ours = next((result for result in group if result["is_ours"]), None)
         if ours:
-            table.add_row(*_row(ours, [result for result in group if not result["is_ours"]]))
+            others = [result for result in group if not result["is_ours"]]
+            table.add_row(*_row(ours, others, most.get(tuple(ours[key] for key in GROUP[1:]))))
     return table
 
 
-def _row(ours: dict, others: list[dict]) -> tuple[str, ...]:
+def _row(ours: dict, others: list[dict], most: str | None) -> tuple[str, ...]:
     first, best = (others[0], min(others, key=lambda result: result["ms"])) if others else (None, None)
     return (
         escape(ours["case"]),
         ours["dtype"],
         ours["pass"].replace("_", " + "),
         _times(ours, first),
-        _times(ours, best),
+        most or _times(ours, best),
         escape(best["impl"]) if best else "none could run",
         f"{ours['peak_fraction']:.0%}",
         _megabytes(ours),

@@ -68,12 +68,13 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate(model)`: the model computes, saves and compiles as before, bit for bit. Returns the model.
 
     Raises:
-        ValueError: the model was not accelerated.
+        ValueError: the model was not accelerated, or the class of a module has been changed since, as by FSDP.
     """
-    record = model.__dict__.pop(_RECORD, None)
+    record = model.__dict__.get(_RECORD)
     if record is None:
         raise ValueError(f"restore: this {type(model).__name__} was not accelerated")
     record.undo(model)
+    del model.__dict__[_RECORD]
     return model
 
 
@@ -109,6 +110,13 @@ class _Record:
         self.report = Report(self.report.swapped + found.swapped, found.left)
 
     def undo(self, model: nn.Module) -> None:
+        for path in self.classes:
+            now = type(model.get_submodule(path))
+            if not now.__module__.startswith("mmkernels."):
+                raise ValueError(
+                    f"restore: {path or 'the model'} has become a {now.__name__} since it was accelerated; undo that "
+                    "first, or restore before wrapping the model"
+                )
         for path, name in self.configs.items():
             model.get_submodule(path).config._attn_implementation_internal = name
         for path, cls in self.classes.items():

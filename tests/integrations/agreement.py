@@ -57,8 +57,10 @@ def disagreements(model: nn.Module, fast: nn.Module, swapped: int, inputs: dict,
     return misses(truth, *(values(x, inputs, gradients) for x in (model, fast)), swapped)
 
 
-def misses(truth: Values, plain: Values, ours: Values, swapped: int) -> list[str]:
-    """What is beyond its budget, and by how much."""
+def misses(
+    truth: Values, plain: Values, ours: Values, swapped: int, computed_in: torch.dtype | None = None
+) -> list[str]:
+    """What is beyond its budget, and by how much. computed_in: the dtype of autocast, where that is not the values'."""
     assert list(truth) == list(plain) == list(ours)
     largest = {kind: max(x.norm() for name, x in truth.items() if _kind(name) == kind) for kind in map(_kind, truth)}
     found = []
@@ -66,7 +68,7 @@ def misses(truth: Values, plain: Values, ours: Values, swapped: int) -> list[str
         error, theirs = ((x[name].double() - exact).norm() for x in (ours, plain))
         # Gradients cancel: that of a key projection's bias is zero but for rounding. What rounds is as large as the
         # gradients that flow beside it.
-        ulps = 2 * swapped * torch.finfo(ours[name].dtype).eps
+        ulps = 2 * swapped * torch.finfo(computed_in or ours[name].dtype).eps
         if not error <= 2 * theirs + ulps * largest[_kind(name)]:
             found.append(f"{name} is off by {error:.2e}, plain by {theirs:.2e}, of {exact.norm():.2e}")
     return found
@@ -92,3 +94,5 @@ def assert_restored(model: nn.Module, fast: nn.Module, inputs: dict) -> None:
     assert all(torch.equal(ours[name], x) for name, x in theirs.items())
     for (path, before), after in zip(model.named_modules(), fast.modules(), strict=True):
         assert type(before) is type(after) and before.__dict__.keys() == after.__dict__.keys(), path
+        names = (getattr(getattr(x, "config", None), "_attn_implementation", None) for x in (before, after))
+        assert len(set(names)) == 1, path

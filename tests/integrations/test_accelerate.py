@@ -5,12 +5,15 @@ import io
 import pickle
 
 import pytest
+import timm
 import torch
 import transformers as hf
 from agreement import assert_agrees, assert_restored, disagreements, in_float64, misses, values
 from families import FAMILIES, drawn, text
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._pytree import tree_leaves, tree_map
 
 import mmkernels
 from mmkernels import accelerate, restore
@@ -107,8 +110,9 @@ def test_hooks_still_run():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant):
-    model, inputs = model_of("llava")
+@pytest.mark.parametrize("name", ["llava", "mllama", "idefics2", "qwen2_5_vl", "gemma3"])
+def test_gradient_checkpointing(name, reentrant):
+    model, inputs = model_of(name)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_agrees(model.train(), inputs)
 
@@ -140,20 +144,47 @@ def test_only_some_kinds():
     assert {entry.what for entry in report.swapped} == {"patch embedding", "loss"}
 
 
-def test_under_ddp(tmp_path):
-    """Wrapped for training on several processes, here one: the gradients are those of the bare model."""
+def output_dtypes(model: nn.Module) -> dict[str, list[torch.dtype]]:
+    """Of what each module returned last, filled in as the model runs."""
+    found = {}
+
+    def record(path: str, output) -> None:
+        found[path] = [x.dtype for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda _, __, output, path=path: record(path, output))
+    return found
+
+
+def test_autocast():
+    """The convolution and the attention that were swapped run in the region's dtype, as torch's own do."""
     model, inputs = model_of("llava")
+    fast = copy.deepcopy(model)
+    swapped = len(accelerate(fast, verbose=False).swapped)
+    truth = values(copy.deepcopy(model).double(), tree_map(in_float64, inputs))
+    dtypes = [output_dtypes(x) for x in (model, fast)]
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = (values(x, inputs) for x in (model, fast))
+    assert dtypes[0] == dtypes[1] and [torch.bfloat16] in dtypes[0].values()
+    found = misses(truth, theirs, ours, swapped, torch.bfloat16)
+    assert not found, "\n".join(found)
+    assert not accelerate(fast, verbose=False).fallbacks
+
+
+def test_restore_leaves_what_fsdp_made(tmp_path):
+    """FSDP changes the classes of modules: to put back older ones would undo half of it."""
+    model, _ = model_of("llava")
+    patches = model.model.vision_tower.embeddings.patch_embedding
     accelerate(model, verbose=False)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        wrapped(**inputs).logits.square().mean().backward()
-        ours = gradients(model)
+        fully_shard(patches, mesh=init_device_mesh("cpu", (1,)))
+        sharded = type(patches)
+        with pytest.raises(ValueError, match=r"patch_embedding has become a FSDP.* since it was accelerated"):
+            restore(model)
+        assert type(patches) is sharded and len(accelerate(model, verbose=False).swapped) == 5
     finally:
         torch.distributed.destroy_process_group()
-    model.zero_grad()
-    model(**inputs).logits.square().mean().backward()
-    assert equal(ours, gradients(model))
 
 
 # ---- by name, without accelerate
@@ -224,19 +255,47 @@ def test_output_attentions_goes_the_models_own_way():
     assert any("output_attentions" in entry.what for entry in accelerate(fast, verbose=False).fallbacks)
 
 
-def test_dropout_in_training_goes_the_models_own_way():
-    model, inputs = model_of("idefics3")
-    for config in (model.config.text_config, model.config.vision_config):
-        config.attention_dropout = 0.5
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Everywhere, on the attention weights too."""
     for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
         for name in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.5)
-    accelerate(model.train(), verbose=False)
-    first, second = (model(**inputs).logits for _ in range(2))
-    assert not torch.equal(first, second)
-    fallbacks = accelerate(model, verbose=False).fallbacks
+                setattr(module, name, rate)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "perceiver", "siglip", "timm"])
+def test_dropout_in_training_goes_the_models_own_way(seed, name):
+    """The very numbers of the plain model: it drops the same weights, drawn from the same seed."""
+    if name == "timm":
+        model = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        model, inputs = drawn(model), {"x": torch.randn(2, 3, 16, 16)}
+    else:
+        model, inputs = model_of(name)
+    set_dropout(model.train(), 0.5)
+    fast = copy.deepcopy(model)
+    accelerate(fast, only="attention", verbose=False)
+    torch.manual_seed(seed)
+    expected = values(model, inputs)
+    torch.manual_seed(seed)
+    assert equal(values(fast, inputs), expected)
+    torch.manual_seed(seed + 1)
+    assert not equal(values(fast, inputs), expected)
+    fallbacks = accelerate(fast, verbose=False).fallbacks
     assert any("dropout on the attention weights" in entry.what for entry in fallbacks)
+
+
+def test_masks_that_differ_between_heads_go_the_models_own_way():
+    """A language model takes a mask of four axes as it is."""
+    model, inputs = drawn(FAMILY["llava"].build().model.language_model), text("left")
+    rows = inputs["input_ids"].shape[1]
+    mask = torch.rand(2, 4, rows, rows) < 0.5
+    mask |= torch.eye(rows, dtype=torch.bool)
+    inputs = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+    fast = assert_agrees(model, inputs)
+    assert all("differs between heads" in entry.what for entry in accelerate(fast, verbose=False).fallbacks)
+    assert len(accelerate(fast, verbose=False).fallbacks) == 2
 
 
 def test_masks_that_differ_between_heads_go_torchs_own_way():
@@ -286,6 +345,17 @@ def test_models_that_share_a_config():
 
 
 # ---- compiled
+
+
+def test_compiles_with_the_breaks_of_the_plain_model():
+    """Qwen's tower asks for the sizes of its pictures, which breaks the graph of the plain model as well."""
+    model, inputs = model_of("qwen2_5_vl")
+    fast = copy.deepcopy(model)
+    swapped = len(accelerate(fast, verbose=False).swapped)
+    fast(**inputs)
+    torch.compiler.reset()
+    found = disagreements(model, torch.compile(fast, backend="aot_eager"), swapped, inputs)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "llava", "idefics2", "gemma3"])

@@ -1,6 +1,7 @@
 """accelerate on every family: same outputs, same gradients, same words, and the way back."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -9,6 +10,46 @@ from families import FAMILIES, drawn
 from torch.utils._pytree import tree_map
 
 from mmkernels import accelerate
+
+# What the report names, by class: the hot paths that transformers' models have, and how often the tiny ones have them.
+CLIP_TOWER, SIGLIP_TOWER = "Conv2d 1, CLIPAttention 2", "Conv2d 1, SiglipAttention 2, MultiheadAttention 1"
+REPORTED = {
+    "clip": "CLIPModel 1, Conv2d 1, CLIPAttention 4",
+    "siglip": "SiglipModel 1, Conv2d 1, SiglipAttention 4, MultiheadAttention 1",
+    "siglip2": "Siglip2Model 1, Siglip2Attention 4, MultiheadAttention 1",
+    "blip_2": "Conv2d 1, Blip2Attention 2, Blip2QFormerMultiHeadAttention 4, OPTAttention 2",
+    "blip_2 itc": "Conv2d 1, Blip2Attention 2, Blip2QFormerMultiHeadAttention 4",
+    "blip_2 itm": "Conv2d 1, Blip2Attention 2, Blip2QFormerMultiHeadAttention 4",
+    "blip_2 qformer": "Blip2QFormerMultiHeadAttention 4",
+    "llava": f"{CLIP_TOWER}, LlamaAttention 2",
+    "llava_next": f"{CLIP_TOWER}, LlamaAttention 2",
+    "idefics": "Conv2d 1, IdeficsVisionAttention 2, IdeficsAttention 4",
+    "idefics, resampler": "Conv2d 1, IdeficsVisionAttention 2, IdeficsPerceiverAttention 2, IdeficsAttention 4",
+    "idefics2": "Conv2d 1, Idefics2VisionAttention 2, Idefics2PerceiverAttention 2, MistralAttention 2",
+    "idefics3": "Conv2d 1, Idefics3VisionAttention 2, LlamaAttention 2",
+    "mllama": "Conv2d 1, MllamaVisionAttention 3, MllamaTextSelfAttention 2, MllamaTextCrossAttention 1",
+    "qwen2_vl": "Conv3d 1, VisionAttention 2, Qwen2VLAttention 2",
+    "qwen2_5_vl": "Conv3d 1, Qwen2_5_VLVisionAttention 2, Qwen2_5_VLAttention 2",
+    "qwen3_vl": "Conv3d 1, Qwen3VLVisionAttention 2, Qwen3VLTextAttention 2",
+    "pixtral": "Conv2d 1, PixtralAttention 2, MistralAttention 2",
+    "fuyu": "PersimmonAttention 2",
+    "aria": "Conv2d 1, Idefics3VisionAttention 2, MultiheadAttention 1, AriaTextAttention 2",
+    "emu3": "Emu3Attention 2, Emu3VQVAEAttentionBlock 5",
+    "janus": "Conv2d 1, JanusVisionAttention 2, LlamaAttention 2",
+    "chameleon": "ChameleonAttention 2",
+    "gemma3": f"{SIGLIP_TOWER}, Gemma3Attention 2",
+    "paligemma": f"{SIGLIP_TOWER}, GemmaAttention 2",
+    "internvl": "Conv2d 1, InternVLVisionAttention 2, Qwen2Attention 2",
+    "molmo2": "Molmo2VisionAttention 3, Molmo2Attention 2",
+    "llama4": "Llama4UnfoldConvolution 1, Llama4VisionAttention 2, Llama4TextAttention 4",
+    "perceiver": "PerceiverSelfAttention 4",
+}
+LEFT = {
+    "siglip2": "Linear 1",
+    "janus": "JanusVQVAEAttnBlock 5",
+    "chameleon": "ChameleonVQVAEEncoderAttnBlock 2",
+    "molmo2": "Linear 1",
+}
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
@@ -26,6 +67,24 @@ def test_outputs_and_gradients_agree(family, side):
     assert len({entry.path for entry in report.swapped}) == len(report.swapped)
     assert not report.fallbacks, report
     assert_restored(model, fast, inputs)
+
+
+def counted(entries) -> dict[str, int]:
+    return dict(Counter(entry.cls for entry in entries))
+
+
+def listed(text: str) -> dict[str, int]:
+    pairs = (item.rsplit(" ", 1) for item in text.split(", ") if item)
+    return {cls: int(count) for cls, count in pairs}
+
+
+def test_report_names_every_hot_path(family):
+    model = family.build()
+    report = accelerate(model, verbose=False)
+    assert counted(report.swapped) == listed(REPORTED[family.name])
+    assert counted(report.left) == listed(LEFT.get(family.name, ""))
+    modules = dict(model.named_modules())
+    assert all(entry.path in modules for entry in [*report.swapped, *report.left])
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.generates], ids=lambda f: f.name)
