@@ -47,6 +47,18 @@ def packed(
     return lo, hi
 
 
+def unseen_keys(cu_seqlens: Tensor, cu_seqlens_k: Tensor, num_keys: int, back: int | None) -> Tensor:
+    """(num_keys,) bool, of packed documents: True for keys of none, of one without queries, and for those that stand
+    more than `back` keys before its first query. (The last query of a causal document sees the last key.)"""
+    key = positions(num_keys, cu_seqlens_k)
+    document = documents(cu_seqlens_k, key)
+    queries = ends(cu_seqlens, document) - starts(cu_seqlens, document)  # below 1 after the last document
+    unseen = queries < 1
+    if back is not None:
+        unseen |= key < ends(cu_seqlens_k, document) - queries - back
+    return unseen
+
+
 def image_text(cu_seqlens: Tensor, image_id: Tensor, window: int | None, window_rule: str) -> tuple[Tensor, Tensor]:
     query = positions(image_id.shape[0], image_id)
     document = documents(cu_seqlens, query)

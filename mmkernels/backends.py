@@ -1,13 +1,18 @@
 """Which implementation serves a call, and why.
 
-A hot path is a folder of `mmkernels.ops`; its backends are the modules in it that bear a backend's name. Such a module
-holds the op's kernels as functions and says what it cannot do:
+A hot path is a folder of `mmkernels.ops`; its backends are the modules in it that bear a backend's name ("flash-attn"
+is flash_attn.py). Such a module holds the op's kernels as functions and says what it cannot do:
 
-    unsupported(*tensors) -> str | None      # None: it serves these tensors; else the reason, for the user to read
+    unsupported(*call) -> str | None         # None: it serves this call; else the reason, for the user to read
+
+where `call` begins with the op's tensors, which decide for most, and goes on with what else an op hands to `select`.
 
 A backend named explicitly, by argument, by `use_backend` or by the environment variable MMKERNELS_BACKEND, runs or
 raises with the reason. Without one, `auto` takes the first of `AUTO_ORDER` that supports the call; when only the plain
 PyTorch reference is left, that is said once as a warning, since speed is what the caller came for.
+
+"flash-attn" is somebody else's kernels, behind our contract. It serves who names it, and enters `AUTO_ORDER` on the day
+a committed measurement puts it there.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from types import ModuleType
 
 import torch
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+NAMES = ("cuda", "triton", "flash-attn", "cpu", "reference")
 
 # Fastest first, by the kind of device the tensors are on. The CPU's order is measured (benchmarks/results); no GPU has
 # been measured yet, so there the compiled kernels simply come before the reference.
@@ -116,23 +121,33 @@ def explain(op, *args, **kwargs) -> Explanation:
     raise TypeError(f"explain: {op!r} is not an op of mmkernels")
 
 
-def select(op: str, requested: str, *tensors: torch.Tensor) -> ModuleType:
-    """The module that serves a call of the hot path `op` on these tensors; the first one says which device."""
+def considered(requested: str, device: str, *names: str) -> bool:
+    """Whether one of the backends `names` may come to serve such a call on a kind of device, or be asked about it: what
+    a kernel needs beside the tensors is made for those only. Under torch.compile the environment is not looked at."""
+    if requested == "auto" and not torch.compiler.is_compiling():
+        requested = os.environ.get("MMKERNELS_BACKEND", "") or "auto"
+    order = AUTO_ORDER.get(device, ()) if requested == "auto" else (requested,)
+    return _explaining or any(name in order for name in names)
+
+
+def select(op: str, requested: str, *call: object) -> ModuleType:
+    """The module that serves a call of the hot path `op`; `call` is what its backends' `unsupported` takes, and begins
+    with a tensor, which says on which device."""
     if requested == "auto":
         requested = os.environ.get("MMKERNELS_BACKEND", "") or "auto"
         if requested != "auto" and requested not in NAMES:
             raise ValueError(f"MMKERNELS_BACKEND must be one of {', '.join(NAMES)}, or 'auto', got {requested!r}")
     if _explaining:
-        raise _Explained(_candidates(op, requested, *tensors))
+        raise _Explained(_candidates(op, requested, *call))
     if requested != "auto":
-        reason = _reason(op, requested, *tensors)
+        reason = _reason(op, requested, *call)
         if reason is not None:
             raise BackendUnavailable(f"{op}: backend {requested!r} cannot serve this call: {reason}")
         return _load(op, requested)
-    for name in AUTO_ORDER.get(tensors[0].device.type, ("reference",)):
+    for name in AUTO_ORDER.get(call[0].device.type, ("reference",)):
         if name == "reference":
-            _warn_slow(op, tensors[0].device.type, tensors[0].dtype)
-        if _reason(op, name, *tensors) is None:
+            _warn_slow(op, call[0].device.type, call[0].dtype)
+        if _reason(op, name, *call) is None:
             return _load(op, name)
     raise AssertionError("the reference serves every call")
 
@@ -164,6 +179,8 @@ def missing(backend: str) -> str | None:
                 "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
             )
         return None
+    if backend == "flash-attn":
+        return importlib.import_module("mmkernels.ops._flash_attn").missing()
     return _missing_cuda()
 
 
@@ -172,26 +189,30 @@ def cuda_is_emulated() -> bool:
     return missing("cuda") is None and importlib.import_module("mmkernels._cuda").emulated
 
 
-def _candidates(op: str, requested: str, *tensors: torch.Tensor) -> Explanation:
-    reasons = {name: _reason(op, name, *tensors) for name in NAMES}
-    order = AUTO_ORDER.get(tensors[0].device.type, ("reference",)) if requested == "auto" else (requested,)
+def _candidates(op: str, requested: str, *call: object) -> Explanation:
+    reasons = {name: _reason(op, name, *call) for name in NAMES}
+    order = AUTO_ORDER.get(call[0].device.type, ("reference",)) if requested == "auto" else (requested,)
     chosen = next((name for name in order if reasons[name] is None), None)
     return Explanation(Candidate(name, name == chosen, reasons[name]) for name in NAMES)
 
 
-def _reason(op: str, name: str, *tensors: torch.Tensor) -> str | None:
-    return missing(name) or _unwritten(op, name) or _load(op, name).unsupported(*tensors)
+def _reason(op: str, name: str, *call: object) -> str | None:
+    return _unwritten(op, name) or missing(name) or _load(op, name).unsupported(*call)
 
 
 @functools.cache
 def _unwritten(op: str, name: str) -> str | None:
-    there = importlib.util.find_spec(f"mmkernels.ops.{op}.{name}") is not None
+    there = importlib.util.find_spec(_module(op, name)) is not None
     return None if there else f"it has no kernels of {op}"
 
 
 @functools.cache
 def _load(op: str, name: str) -> ModuleType:
-    return importlib.import_module(f"mmkernels.ops.{op}.{name}")
+    return importlib.import_module(_module(op, name))
+
+
+def _module(op: str, name: str) -> str:
+    return f"mmkernels.ops.{op}.{name.replace('-', '_')}"
 
 
 @functools.cache

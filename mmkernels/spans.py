@@ -9,6 +9,7 @@ changed from batch to batch without a recompile. Layouts with gaps take several 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,32 @@ from torch.utils import _pytree as pytree
 from . import _layouts
 
 HULL_ROWS = 32  # queries that share an entry of `RowSpans.hulls`
+
+
+class Documents(NamedTuple):
+    """Spans that are documents laid one after the other, in the words of `RowSpans.packed`: what flash-attn asks for.
+
+    cu_seqlens and cu_seqlens_k are int32 (documents + 1,); a token after the last document is padding. cu_seqlens_k is
+    None where the keys are the queries, since a compiled function takes no tensor twice.
+    """
+
+    cu_seqlens: Tensor
+    cu_seqlens_k: Tensor | None
+    causal: bool = False
+    window: int | None = None
+
+    @property
+    def key_offsets(self) -> Tensor:
+        return self.cu_seqlens if self.cu_seqlens_k is None else self.cu_seqlens_k
+
+    def to(self, device: torch.device | str) -> Documents:
+        keys = None if self.cu_seqlens_k is None else self.cu_seqlens_k.to(device)
+        return Documents(self.cu_seqlens.to(device), keys, self.causal, self.window)
+
+    def unseen_keys(self, num_keys: int) -> Tensor:
+        """(num_keys,) bool: the keys that no query sees."""
+        back = None if self.window is None else self.window - 1
+        return _layouts.unseen_keys(self.cu_seqlens, self.key_offsets, num_keys, back)
 
 
 class RowSpans:
@@ -60,6 +87,8 @@ class RowSpans:
         self.lo, self.hi, self.num_keys = lo, hi, num_keys
         self._hulls: Tensor | None = None
         self._with_axes: tuple[Tensor, Tensor] | None = None
+        self._documents: Documents | None = None
+        self._full = False  # one document of all queries and keys, whose offsets are made when they are asked for
 
     @property
     def num_queries(self) -> int:
@@ -87,7 +116,12 @@ class RowSpans:
     def to(self, device: torch.device | str) -> RowSpans:
         """The same spans on another device; these themselves if they are there already."""
         lo = self.lo.to(device)
-        return self if lo is self.lo else RowSpans(lo, self.hi.to(device), self.num_keys)
+        if lo is self.lo:
+            return self
+        moved = RowSpans(lo, self.hi.to(device), self.num_keys)
+        moved._full = self._full
+        moved._documents = None if self._documents is None else self._documents.to(device)
+        return moved
 
     @classmethod
     def full(cls, num_queries: int, num_keys: int, *, device: torch.device | str | None = None) -> RowSpans:
@@ -95,7 +129,9 @@ class RowSpans:
         for label, size in (("num_queries", num_queries), ("num_keys", num_keys)):
             _check_size("RowSpans.full", label, size)
         lo = torch.zeros(num_queries, dtype=torch.int32, device=device)
-        return cls(lo, torch.full_like(lo, num_keys), num_keys)
+        spans = cls(lo, torch.full_like(lo, num_keys), num_keys)
+        spans._full = True
+        return spans
 
     @classmethod
     def packed(
@@ -109,6 +145,9 @@ class RowSpans:
         window: int | None = None,
     ) -> RowSpans:
         """Documents laid one after the other, each of which sees itself only: the layout of flash-attn's varlen calls.
+
+        The spans remember the documents, so that the backend "flash-attn" can serve them; a map over a pytree, which
+        rebuilds spans from lo and hi, forgets them, `to` does not.
 
         Args:
             cu_seqlens: where each document's queries start, (documents + 1,).
@@ -139,7 +178,11 @@ class RowSpans:
             num_keys = num_queries
         keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         num_keys = _size(name, "num_keys", num_keys, "cu_seqlens_k", keys, _last)
-        return cls(*_layouts.packed(cu_seqlens, cu_seqlens_k, num_queries, causal, window), num_keys)
+        spans = cls(*_layouts.packed(cu_seqlens, cu_seqlens_k, num_queries, causal, window), num_keys)
+        # Copies: lo and hi stay what they are when the caller writes the next batch's offsets into the same tensor.
+        own_keys = None if cu_seqlens_k is None else cu_seqlens_k.clone()
+        spans._documents = Documents(cu_seqlens.clone(), own_keys, causal, window)
+        return spans
 
     @classmethod
     def image_text(
@@ -283,6 +326,13 @@ class RowSpans:
             self._with_axes = self.lo.contiguous().view(shape), self.hi.contiguous().view(shape)
         return self._with_axes
 
+    def documents(self) -> Documents | None:
+        """The documents that these spans are, where `packed` or `full` made them; None where nobody said so."""
+        if self._documents is None and self._full:
+            one = torch.arange(2, dtype=torch.int32, device=self.device)
+            self._documents = Documents(one * self.num_queries, one * self.num_keys)
+        return self._documents
+
     def hulls(self) -> Tensor:
         """What HULL_ROWS neighbouring queries have in common: int32 (batch or 1, runs, num_queries / HULL_ROWS up, 4).
 
@@ -320,7 +370,8 @@ def _flatten_with_keys(spans: RowSpans) -> tuple[list[tuple[pytree.KeyEntry, obj
 def _unflatten(leaves: Iterable[object], _: None) -> RowSpans:
     spans = RowSpans.__new__(RowSpans)  # unchecked: a map over a tree may put anything in the place of its leaves
     spans.lo, spans.hi, spans.num_keys = leaves
-    spans._hulls = spans._with_axes = None
+    spans._hulls = spans._with_axes = spans._documents = None
+    spans._full = False
     return spans
 
 

@@ -41,7 +41,7 @@ def test_explain_says_a_line_for_each_backend_and_runs_nothing(monkeypatch):
     monkeypatch.setattr(cpu, "patch_embed", lambda *_: pytest.fail("explain ran the kernel"))
     lines = repr(mmkernels.explain(mmkernels.patch_embed, IMAGES, WEIGHT)).splitlines()
     assert [line.split()[0] for line in lines] == list(backends.NAMES)
-    assert lines[2].split()[1] == "chosen"
+    assert [line.split()[0] for line in lines if line.split()[1] == "chosen"] == ["cpu"]
 
 
 def test_explain_checks_the_arguments_as_the_call_does():
@@ -99,8 +99,27 @@ def test_an_op_without_kernels_of_a_backend_says_so():
     assert backends._unwritten("patch_embed", "tpu") == "it has no kernels of patch_embed"
 
 
+def test_a_backend_is_the_module_that_bears_its_name():
+    assert backends._unwritten("span_attention", "flash-attn") is None
+    reasons = {c.backend: c.reason for c in mmkernels.explain("patch_embed", IMAGES, WEIGHT)}
+    assert reasons["flash-attn"] == "it has no kernels of patch_embed"  # and not: it is not installed
+
+
+def test_what_only_some_backends_need_is_made_for_those_who_may_serve(monkeypatch):
+    considered = backends.considered
+    assert considered("auto", "cuda", "cuda", "triton") and not considered("auto", "cpu", "cuda", "triton")
+    assert considered("triton", "cpu", "cuda", "triton") and not considered("reference", "cuda", "cuda", "triton")
+    assert not considered("auto", "cuda", "flash-attn") and considered("flash-attn", "cuda", "flash-attn")
+    monkeypatch.setenv("MMKERNELS_BACKEND", "flash-attn")
+    assert considered("auto", "cuda", "flash-attn") and not considered("triton", "cuda", "flash-attn")
+    monkeypatch.setattr(backends, "_explaining", True)
+    assert considered("triton", "cuda", "flash-attn")
+
+
 def test_unknown_names_are_refused_with_what_is_accepted(monkeypatch):
-    with pytest.raises(ValueError, match=r"'auto' or one of 'cuda', 'triton', 'cpu', 'reference', got 'gpu'"):
+    with pytest.raises(
+        ValueError, match=r"'auto' or one of 'cuda', 'triton', 'flash-attn', 'cpu', 'reference', got 'gpu'"
+    ):
         mmkernels.patch_embed(IMAGES, WEIGHT, backend="gpu")
     with pytest.raises(ValueError, match="got 'gpu'"), mmkernels.use_backend("gpu"):
         pass
@@ -139,4 +158,5 @@ def test_importing_needs_neither_triton_nor_the_core():
     total, *lines = done.stdout.splitlines()
     assert float(total) == 4 * 4 * 3 * 16
     assert lines[-1].split() == ["reference", "chosen"]
-    assert "mend" in lines[2]
+    (core,) = (line for line in lines if line.startswith("cpu "))
+    assert "mend" in core

@@ -22,6 +22,7 @@ GPU = torch.cuda.is_available()
 # Without a GPU, Triton's kernels run in its interpreter, which only the quick cases are small enough for.
 PLACES = [("reference", "cpu"), ("cpu", "cpu")]
 PLACES += [("reference", "cuda"), ("triton", "cuda")] if GPU else [("triton", "cpu")]
+PLACES += [] if backends.missing("flash-attn") else [("flash-attn", "cuda")]
 EVERYTHING = [
     pytest.param(case, dtype, backend, device, id=f"{backend}-{device}-{case.op}-{case.name}-{name_of(dtype)}")
     for backend, device in PLACES
@@ -32,6 +33,8 @@ EVERYTHING = [
 @pytest.mark.parametrize(("case", "dtype", "backend", "device"), EVERYTHING)
 def test_kernel_equals_reference(case, dtype, backend, device, seed):
     outcome = run_case(case, dtype, backend, device, seed)
+    if backend == "flash-attn" and outcome.unsupported:
+        pytest.skip(outcome.unsupported)
     assert outcome.passed, "\n".join([outcome.reproduce(), *outcome.failures, outcome.unsupported or ""])
 
 
@@ -87,10 +90,9 @@ def plant(monkeypatch, **wrong):
     references = (contrastive_reference, patch_reference, span_reference)
     good = {name: value for module in references for name, value in vars(module).items() if not name.startswith("_")}
     good["unsupported"] = lambda *tensors: None
-    original = backends._load
-    fake = SimpleNamespace(**(good | wrong))
-    monkeypatch.setattr(backends, "_load", lambda op, name: fake if name == "triton" else original(op, name))
-    monkeypatch.setattr(backends, "missing", lambda name: None)
+    load, missing, fake = backends._load, backends.missing, SimpleNamespace(**(good | wrong))
+    monkeypatch.setattr(backends, "_load", lambda op, name: fake if name == "triton" else load(op, name))
+    monkeypatch.setattr(backends, "missing", lambda name: None if name == "triton" else missing(name))
 
 
 def case_named(op, name):

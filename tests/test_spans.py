@@ -1,5 +1,6 @@
 """RowSpans: every builder against plain loops over tokens, on random layouts; without synchronising; compiled once."""
 
+import itertools
 import random
 import re
 
@@ -10,7 +11,7 @@ from span_layouts import BUILDERS, image_ids, int32, located_images, offsets
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkernels import RowSpans
-from mmkernels.spans import HULL_ROWS
+from mmkernels.spans import HULL_ROWS, Documents
 
 LAYOUTS = 300
 
@@ -129,6 +130,62 @@ def test_repr_and_to():
     assert (moved.device.type, moved.lo.shape, moved.num_keys) == ("meta", (3,), 5)
 
 
+# --- the documents that spans remember --------------------------------------------------------------------------------
+
+OF_DOCUMENTS = [name for name in BUILDERS if name.startswith(("packed", "causal", "keys of their own"))]
+
+
+def mask_of_documents(documents: Documents, num_queries: int, num_keys: int) -> torch.Tensor:
+    """As flash-attn's documentation has it: the last query of a causal document stands at its last key."""
+    mask = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+    offsets = documents.cu_seqlens.tolist(), documents.key_offsets.tolist()
+    for (first, last), (first_k, last_k) in zip(*(itertools.pairwise(x) for x in offsets), strict=True):
+        shift = (last_k - first_k) - (last - first)
+        for i, j in itertools.product(range(last - first), range(last_k - first_k)):
+            back = i + shift - j
+            near = documents.window is None or back < documents.window
+            mask[first + i, first_k + j] = not documents.causal or (back >= 0 and near)
+    return mask
+
+
+@pytest.mark.parametrize("builder", OF_DOCUMENTS)
+def test_documents_are_what_the_spans_say(rng, builder):
+    for _ in range(LAYOUTS):
+        spans = BUILDERS[builder](rng).spans
+        documents, visible = spans.documents(), spans.to_dense()
+        assert torch.equal(mask_of_documents(documents, *visible.shape), visible)
+        assert torch.equal(documents.unseen_keys(spans.num_keys), ~visible.any(0))
+        assert documents.cu_seqlens.dtype == documents.key_offsets.dtype == torch.int32
+
+
+def test_full_spans_are_one_document():
+    for shape in ((3, 5), (0, 5), (3, 0)):
+        spans = RowSpans.full(*shape)
+        assert torch.equal(mask_of_documents(spans.documents(), *shape), spans.to_dense())
+        assert spans.documents() is spans.documents()
+        assert spans.to("meta").documents().cu_seqlens.device.type == "meta"
+
+
+def test_documents_go_where_the_spans_go_and_no_one_else_has_them(rng):
+    spans = RowSpans.packed(int32([0, 3, 9]), int32([0, 2, 4]), causal=True, window=2)
+    moved = spans.to("meta").documents()
+    assert moved.cu_seqlens.device.type == moved.cu_seqlens_k.device.type == "meta"
+    assert (moved.causal, moved.window) == (True, 2)
+    assert torch.utils._pytree.tree_map(lambda leaf: leaf, spans).documents() is None
+    assert torch.utils._pytree.tree_map(lambda leaf: leaf, RowSpans.full(3, 4)).documents() is None
+    assert RowSpans(spans.lo, spans.hi, 4).documents() is None
+    for name in set(BUILDERS) - set(OF_DOCUMENTS):
+        assert BUILDERS[name](rng).spans.documents() is None, name
+
+
+def test_the_next_batch_in_the_same_offsets_changes_no_spans():
+    offsets, offsets_k = int32([0, 3, 9]), int32([0, 2, 4])
+    own, other = RowSpans.packed(offsets, causal=True), RowSpans.packed(offsets, offsets_k)
+    offsets.zero_(), offsets_k.zero_()
+    for spans in (own, other):
+        assert torch.equal(mask_of_documents(spans.documents(), *spans.to_dense().shape), spans.to_dense())
+
+
 # --- without synchronising, and compiled once -------------------------------------------------------------------------
 
 
@@ -178,6 +235,8 @@ def test_builders_do_not_wait_for_the_device(rng, device):
     with NothingIsRead():
         for spans in build_all(*arguments):
             spans.hulls()
+            documents = spans.documents()
+            assert documents is None or documents.unseen_keys(spans.num_keys).device.type == device
             assert spans.device.type == device and spans.lo.dtype == torch.int32
     with NothingIsRead(), pytest.raises(AssertionError, match="waits for the device"):
         int(int32([3])[0])

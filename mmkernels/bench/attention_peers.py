@@ -135,7 +135,11 @@ def _rule(layout: Layout) -> Callable[..., Tensor]:
 
 
 def varlen_peers(call: Call) -> dict[str, Attend]:
-    """FlashAttention's calls for packed sequences, torch's and flash-attn's own, where they are and take the mask."""
+    """FlashAttention's calls for packed sequences, torch's and flash-attn's own, where they are and take the mask.
+
+    As their users make them, at their best: with the longest lengths, with gradients in any order, and without what the
+    backend "flash-attn" puts around the same kernels (mmkernels.ops._flash_attn) to keep our contract.
+    """
     q, layout = call.tensors["q"], call.options["layout"]
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return {}

@@ -24,6 +24,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "flash-attn": _version("flash-attn"),
         "cuda": torch.version.cuda,
         "system": platform.platform(),
         "cpu": cpu_model(),

@@ -132,8 +132,9 @@ class AttentionCase:
         v = normal(spans.num_keys, kv_heads, v_dim)
         tensors = {"q": padded(q, idle, self.memory), "k": padded(k, unseen, kv_memory)}
         tensors["v"] = padded(v, unseen, kv_memory)
-        lo, hi = (guarded(x.to(device), "odd") for x in (spans.lo, spans.hi))
-        options = {"spans": RowSpans(lo, hi, spans.num_keys), "return_lse": True}
+        spans = spans.to(device)  # which keeps what they remember of their documents
+        spans.lo, spans.hi = (guarded(x, "odd") for x in (spans.lo, spans.hi))
+        options = {"spans": spans, "return_lse": True}
         options |= {"scale": self.scale, "softcap": self.softcap}
         return Call(tensors, options, tuple(tensors))
 

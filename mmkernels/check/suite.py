@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backends import BackendUnavailable
+from .. import backends
 from .budget import Quantity
 from .cases import CASES, Case
 from .draw import DRAWS, Draw
@@ -82,6 +82,9 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
     """Check one case in one dtype. Whatever goes wrong is in the outcome; nothing is raised."""
     outcome = Outcome(case.op, case.name, backend, name_of(dtype), device, seed)
     try:
+        outcome.unsupported = _unserved(case, dtype, outcome)
+        if outcome.unsupported:
+            return outcome
         quantities: dict[str, Quantity] = {}
         with exact_float32(), _threads(1):
             for number in range(DRAWS):
@@ -91,11 +94,17 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
                 _Drawn.of(case, dtype, outcome, number).add_plain(quantities)
         outcome.quantities = list(quantities.values())
         outcome.failures += filter(None, (quantity.failure() for quantity in outcome.quantities))
-    except BackendUnavailable as reason:
-        outcome.unsupported = str(reason)
     except Exception as error:
         outcome.failures.append(f"raised {type(error).__name__}: {error}")
     return outcome
+
+
+def _unserved(case: Case, dtype: torch.dtype, outcome: Outcome) -> str | None:
+    """Why the backend does not serve the case, asked before the truth is worked out for it."""
+    op, call = OPS[case.op], case.make(Draw(outcome.seed, case.op, case.name, 0), dtype, outcome.device)
+    candidates = backends.explain(op.call, **call.tensors, **call.options)
+    (reason,) = (each.reason for each in candidates if each.backend == outcome.backend)
+    return reason and f"{case.op}: backend {outcome.backend!r} cannot serve this call: {reason}"
 
 
 def evaluate(function, call: Call, op: Op, upstream: Tensor, **options) -> dict[str, Tensor]:

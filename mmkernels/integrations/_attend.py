@@ -44,6 +44,8 @@ def _last_stride_one(x: Tensor) -> Tensor:
 
 def full(queries: int, keys: int, device: torch.device, *, causal: bool = False, window: int | None = None) -> RowSpans:
     """Causal as scaled_dot_product_attention's is_causal: query i stands at key i."""
+    if not causal and window is None:
+        return RowSpans.full(queries, keys, device=device)
     i = torch.arange(queries, dtype=torch.int32, device=device)
     hi = i + 1 if causal else torch.full_like(i, keys)
     lo = torch.zeros_like(i) if window is None else (hi - window).clamp(min=0)

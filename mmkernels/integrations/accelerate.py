@@ -35,7 +35,8 @@ def accelerate(
 
     Args:
         model: a loaded model, on any device, in training or not. Called again, it changes nothing more.
-        backend: serve all that is swapped by this one ("cuda", "triton", "cpu", "reference"); None: the fastest.
+        backend: serve all that is swapped by this one ("cuda", "triton", "cpu", "reference", and
+            "flash-attn" for attention alone); None: the fastest.
         only: which of "patch embedding", "attention", "loss" to swap; None: all.
         verbose: print the report.
 

@@ -126,7 +126,7 @@ class Attention:
 
         q, k, v = tensor(self.queries, heads), tensor(self.keys, key_heads), tensor(self.keys, key_heads)
         lo = torch.empty(1, 1, self.queries, dtype=torch.int32, device="meta")
-        spans = lo, lo, RowSpans(lo, lo, self.keys).hulls(), self.head**-0.5, 0.0
+        spans = lo, lo, RowSpans(lo, lo, self.keys).hulls(), None, self.head**-0.5, 0.0
         out, lse = span_attention.span_attention(q, k, v, *spans)
         if self.queries > 1:
             span_attention.span_attention_backward(out, q, k, v, out, lse, *spans)

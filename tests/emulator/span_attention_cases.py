@@ -50,7 +50,7 @@ class Case:
 
     def truth(self) -> tuple[Tensor, Tensor]:
         wide = (x.double() for x in (self.q, self.k, self.v))
-        return reference.span_attention(*wide, *self.spans.with_axes(), None, self.scale, self.softcap)
+        return reference.span_attention(*wide, *self.spans.with_axes(), None, None, self.scale, self.softcap)
 
     def plain(self) -> tuple[Tensor, Tensor]:
         return plain.span_attention(

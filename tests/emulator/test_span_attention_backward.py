@@ -49,7 +49,7 @@ class Backward:
         case, out, lse = self.case, *self.case.truth()
         wide = (x.double() for x in (self.d_out, case.q, case.k, case.v))
         spans = case.spans.with_axes()
-        return reference.span_attention_backward(*wide, out, lse, *spans, None, case.scale, case.softcap)
+        return reference.span_attention_backward(*wide, out, lse, *spans, None, None, case.scale, case.softcap)
 
     def plain(self) -> Gradients:
         leaves = [x.detach().requires_grad_() for x in (self.case.q, self.case.k, self.case.v)]

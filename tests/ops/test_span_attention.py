@@ -312,10 +312,15 @@ def test_opcheck(backend, heads, batch):
     q, k, v = (x.detach() for x in inputs(spans, heads, (8, 6), batch=batch))
     lo, hi = spans.lo[None, None], spans.hi[None, None]
     ops, call = torch.ops.mmkernels, (0.3, 2.0, backend)
-    torch.library.opcheck(ops.span_attention, (q, k, v, lo, hi, None, *call))
-    torch.library.opcheck(ops.span_attention, (q, k, v, lo, hi, spans.hulls(), *call))
-    out, lse = ops.span_attention(q, k, v, lo, hi, None, *call)
-    torch.library.opcheck(ops.span_attention_backward, (torch.randn_like(out), q, k, v, out, lse, lo, hi, None, *call))
+    bare = lo, hi, None, None, None, False, None
+    own_keys = RowSpans.packed(int32([0, 5, 5, 9]), int32([0, 2, 3, 7]), num_keys=12, causal=True, window=4)
+    torch.library.opcheck(ops.span_attention, (q, k, v, *bare, *call))
+    for documents in (spans.documents(), own_keys.documents()):
+        torch.library.opcheck(ops.span_attention, (q, k, v, lo, hi, spans.hulls(), *documents, *call))
+    out, lse = ops.span_attention(q, k, v, *bare, *call)
+    backward = torch.randn_like(out), q, k, v, out, lse
+    torch.library.opcheck(ops.span_attention_backward, (*backward, *bare, *call))
+    torch.library.opcheck(ops.span_attention_backward, (*backward, lo, hi, None, *own_keys.documents(), *call))
 
 
 def test_compiles_whole_and_once_whatever_the_layout(backend):

@@ -28,7 +28,8 @@ def span_attention(
     A query that sees no key gives zeros, an lse of -inf and no gradient. Keys and values outside every span, such as
     padding, may hold anything, NaN too, without reaching the result or a gradient; and what one document holds reaches
     no other, if no query sees keys of both. (Where queries have several runs and the keys of two documents interleave,
-    a NaN in one may reach the other's gradients on the CPU, never its result.)
+    a NaN in one may reach the other's gradients on the CPU, never its result. And flash-attn 3, where the backend
+    "flash-attn" finds it, lets a document's NaN reach the one before it.)
 
     Args:
         q: queries (Tq, Hq, D), or with a batch axis (B, Tq, Hq, D); float32, bfloat16 or float16 (the reference
@@ -42,7 +43,9 @@ def span_attention(
         scale: factor on q k^T; None: 1 / sqrt(D).
         softcap: if given, scores become softcap * tanh(scores / softcap) before the softmax, as in Gemma 2.
         return_lse: return also the log-sum-exp of every query's scores, natural logarithm, not differentiable.
-        backend: "cuda", "triton", "cpu", "reference"; None takes the fastest that supports the call.
+        backend: "cuda", "triton", "cpu", "reference"; None takes the fastest of them that supports the call. Or, by
+            name only, "flash-attn": flash-attn's kernels, or torch's build of them, for spans of `RowSpans.packed` and
+            `RowSpans.full`.
 
     Returns:
         (Tq, Hq, Dv) of q's dtype, contiguous, with the batch axis of q if it has one; differentiable once in q, k and
@@ -63,10 +66,11 @@ def span_attention(
     if not batched:
         q, k, v = q[None], k[None], v[None]
     lo, hi = spans.with_axes()
-    asked = backends.requested(backend)
-    hulls = spans.hulls() if q.device.type != "cpu" or asked in ("cuda", "triton") else None
+    asked, device = backends.requested(backend), q.device.type
+    hulls = spans.hulls() if backends.considered(asked, device, "cuda", "triton") else None
+    documents = spans.documents() if backends.considered(asked, device, "flash-attn") else None
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    out, lse = op.span_attention(q, k, v, lo, hi, hulls, scale, float(softcap or 0.0), asked)
+    out, lse = op.span_attention(q, k, v, lo, hi, hulls, documents, scale, float(softcap or 0.0), asked)
     if not batched:
         out, lse = out.squeeze(0), lse.squeeze(0)  # by an index, the gradient would be copied
     return (out, lse) if return_lse else out

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ... import _core
+from ...spans import Documents
 from .._core_tensors import FLOATS, unserved
 
 MAX_HEAD = 256
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[-1] > MAX_HEAD:
             return f"it serves heads of up to {MAX_HEAD} numbers, those of {name} have {x.shape[-1]}"
@@ -19,7 +20,15 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def span_attention(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, hulls: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    hulls: Tensor | None,
+    documents: Documents | None,
+    scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     out = q.new_empty((batch, tokens, heads, v.shape[3]))
@@ -41,6 +50,7 @@ def span_attention_backward(
     lo: Tensor,
     hi: Tensor,
     hulls: Tensor | None,
+    documents: Documents | None,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,13 +14,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...spans import Documents
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     return None
 
 
 def span_attention(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, hulls: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    hulls: Tensor | None,
+    documents: Documents | None,
+    scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """q: (B, Tq, Hq, D), k: (B, Tk, Hkv, D), v: (B, Tk, Hkv, Dv); lo, hi: (B or 1, runs, Tq); softcap 0: none.
     -> (B, Tq, Hq, Dv) and lse (B, Hq, Tq)."""
@@ -42,6 +52,7 @@ def span_attention_backward(
     lo: Tensor,
     hi: Tensor,
     hulls: Tensor | None,
+    documents: Documents | None,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...spans import RowSpans
+from ...spans import Documents, RowSpans
 from .. import _triton
 from .._aligned_rows import aligned_rows
 from .._triton import Tile, launch
@@ -42,7 +42,7 @@ SPLIT_STEP = 64 if _triton.INTERPRET.value else 512
 MERGE_ROWS, TABLE_BLOCK = 16, 256
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[-1] > LARGEST_HEAD:
             return f"it serves heads of up to {LARGEST_HEAD} numbers, those of {name} have {x.shape[-1]}"
@@ -50,7 +50,15 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def span_attention(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, hulls: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    hulls: Tensor | None,
+    documents: Documents | None,
+    scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     group, value_width = heads // k.shape[2], v.shape[3]
@@ -90,6 +98,7 @@ def span_attention_backward(
     lo: Tensor,
     hi: Tensor,
     hulls: Tensor | None,
+    documents: Documents | None,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
