@@ -151,11 +151,17 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
 def _of_models(names: list[str], request) -> Callable:
     if any(importlib.util.find_spec(needed) is None for needed in ("transformers", "sklearn")):
         raise SystemExit('--model needs transformers and scikit-learn: pip install "mmkernels[examples]"')
+    if importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError as error:  # operators of another build of torch
+            raise SystemExit(
+                f"--model: the torchvision here does not fit torch {torch.__version__}, and transformers fails with it "
+                f"({error}); mend: pip uninstall torchvision, which no model of the bench needs"
+            ) from error
     from .bench.model_runner import run_models
     from .bench.models import MODELS
-    from .bench.torchvision_stub import make_importable
 
-    make_importable()
     models = [model for model in MODELS if model.name in names]
     sizes = request.target_seconds, request.quick
     return functools.partial(run_models, models, request.dtypes, request.passes, request.device, *sizes)

@@ -5,8 +5,7 @@ import random
 
 import pytest
 import torch
-
-from mmkernels.bench.torchvision_stub import make_importable
+from torchvision_stub import make_importable
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton

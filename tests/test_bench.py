@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import math
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -335,6 +336,14 @@ def test_models_need_the_library_they_come_from(monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else there(name))
     with pytest.raises(SystemExit, match=r"--model needs transformers .*pip install \"mmkernels\[examples\]\""):
+        cli.main(["bench", "--model", MODELS[0].name])
+
+
+def test_a_torchvision_of_another_torch_is_named(monkeypatch, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(SystemExit, match=r"torchvision here does not fit torch .*nms.*pip uninstall torchvision"):
         cli.main(["bench", "--model", MODELS[0].name])
 
 

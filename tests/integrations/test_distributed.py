@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
+from torchvision_stub import make_importable
 
 from mmkernels import accelerate
-from mmkernels.bench.torchvision_stub import make_importable
 
 PROCESSES = 2
 SEED = int(os.environ["MMKERNELS_TEST_SEED"])  # conftest's
