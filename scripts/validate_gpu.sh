@@ -4,8 +4,8 @@
 #
 #   scripts/validate_gpu.sh [--device cuda|cpu] PHASE...
 #
-#   install           build and install into build/validate (the machine's own packages stay as they are), the CUDA
-#                     kernels too where nvcc is
+#   install           build and install into $SITE, by default build/validate (the machine's own packages stay as they
+#                     are), the CUDA kernels too where nvcc is
 #   info              versions, GPU, which backends are there
 #   check             check-clip_loss, check-siglip_loss, check-patch_embed and check-span_attention, each a phase of
 #                     its own
@@ -24,7 +24,7 @@
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-site=$repo/build/validate
+site=${SITE:-$repo/build/validate}
 python=${PYTHON:-python3}
 device=cuda
 limit=480 # seconds a phase
