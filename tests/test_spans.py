@@ -163,7 +163,8 @@ def test_full_spans_are_one_document():
         spans = RowSpans.full(*shape)
         assert torch.equal(mask_of_documents(spans.documents(), *shape), spans.to_dense())
         assert spans.documents() is spans.documents()
-        assert spans.to("meta").documents().cu_seqlens.device.type == "meta"
+        for moved in (spans.to("meta"), RowSpans.full(*shape).to("meta")):  # made before, and after
+            assert moved.documents().cu_seqlens.device.type == "meta"
 
 
 def test_documents_go_where_the_spans_go_and_no_one_else_has_them(rng):

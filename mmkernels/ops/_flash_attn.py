@@ -196,13 +196,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _import(name: str) -> tuple[ModuleType | None, str | None]:
-    """The module, or why there is none: a package built for another torch fails at this point and not before."""
+    """The module, or why there is none: a package built for another torch fails at this point, in ways of its own."""
     try:
         return importlib.import_module(name), None
-    except ModuleNotFoundError:
-        return None, "it is not installed"
-    except ImportError as error:
-        return None, f"it does not load: {error}"
+    except Exception as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}.")
+        return None, "it is not installed" if absent else f"it does not load: {error}"
 
 
 def _empty_like(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ order that these declare. So what is proven here is what surrounds the kernels; 
 for a GPU to prove: `mmkernels check --backend flash-attn`.
 """
 
+import importlib
 import inspect
 import itertools
 import sys
@@ -449,10 +450,17 @@ def test_an_old_or_broken_flash_attn_is_told(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("")
-    (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: _ZN2at')")
     monkeypatch.syspath_prepend(tmp_path)
-    _flash_attn._import.cache_clear()
-    assert provider.missing() == "it does not load: undefined symbol: _ZN2at"
+    for line, reason in (
+        ("raise OSError('undefined symbol: _ZN2at')", "it does not load: undefined symbol: _ZN2at"),
+        ("import einops_of_nobody", "it does not load: No module named 'einops_of_nobody'"),
+        (None, "it is not installed"),  # as where only flash-attn 4 is, which shares the name of the package
+    ):
+        file = tmp_path / "flash_attn" / "flash_attn_interface.py"
+        file.write_text(line) if line else file.unlink()
+        importlib.invalidate_caches()
+        _flash_attn._import.cache_clear()
+        assert provider.missing() == reason
     _flash_attn._import.cache_clear()
     monkeypatch.delitem(sys.modules, "flash_attn")
 
