@@ -97,22 +97,41 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         assert names == {kernel.name for kernel in kernels if kernel.architecture == min(general)}, architecture
 
 
-def test_launchers_for_hopper_refuse_a_call_where_there_are_no_kernels_alone(built):
-    """Of calls of nothing, whose sizes the launchers refuse otherwise. test_cuda_build.py sees a build without them."""
+def call_of_attention(queries: int, head_size: int):
+    """Of tensors that are nowhere."""
     from mmkernels import _cuda
 
-    heads = _cuda.Heads(0, 0, 0, 0)
-    sizes = ("batch", "queries", "keys", "heads", "key_heads", "head_size", "value_size", "runs")
-    nothing = dict.fromkeys((*sizes, "lo", "hi", "hulls", "lse", "spans_by_batch", "bfloat16", "scale", "softcap"), 0)
-    forward = _cuda.SpanAttention(q=heads, k=heads, v=heads, out=heads, **nothing)
-    gradients = dict.fromkeys(("d_out", "d_q", "d_k", "d_v"), heads)
+    heads = _cuda.Heads(0, 64, 64, 64)
+    options = dict.fromkeys(("lo", "hi", "hulls", "lse", "spans_by_batch", "bfloat16", "scale", "softcap"), 0)
+    sizes = dict(batch=1, queries=queries, keys=1, heads=1, key_heads=1, value_size=head_size, runs=1)
+    return _cuda.SpanAttention(q=heads, k=heads, v=heads, out=heads, head_size=head_size, **sizes, **options)
+
+
+def test_launchers_for_hopper_refuse_where_there_are_no_kernels_alone(built):
+    """Where there are, they come to refuse these sizes. test_cuda_build.py sees a build without."""
+    from mmkernels import _cuda
+
+    forward = call_of_attention(queries=0, head_size=0)
+    gradients = dict.fromkeys(("d_out", "d_q", "d_k", "d_v"), _cuda.Heads(0, 0, 0, 0))
     backward = _cuda.SpanAttentionBackward(forward=forward, **gradients, workspace=0)
     has_kernels = "90a" in {name.removesuffix("+ptx") for name in _cuda.architectures}
     launchers = {_cuda.span_attention_forward_sm90: forward, _cuda.span_attention_backward_sm90: backward}
     for launcher, call in launchers.items():
-        with pytest.raises(RuntimeError) as refusal:
+        with pytest.raises(RuntimeError, match="heads of" if has_kernels else "holds no code for sm_90a"):
             launcher(call, 0)
-        assert ("holds no code for sm_90a" in str(refusal.value)) != has_kernels
+
+
+def test_without_a_driver_a_launch_says_which_and_why(built):
+    """mmkernels lets no call come so far: it looks for a driver first."""
+    from mmkernels import _cuda
+
+    driver, _ = _cuda.versions()
+    if driver != 0:
+        pytest.skip("needs a machine without an NVIDIA driver")
+    with pytest.raises(RuntimeError, match=r"span_attention_forward: launch of .* failed: cudaError\w+ \(.*driver"):
+        _cuda.span_attention_forward(call_of_attention(queries=8, head_size=64), 0)
+    with pytest.raises(RuntimeError, match=r"span_attention_forward_sm90: the driver has no cuTensorMapEncodeTiled"):
+        _cuda.span_attention_forward_sm90(call_of_attention(queries=8, head_size=64), 0)
 
 
 def test_no_kernel_spills(kernels):
