@@ -23,7 +23,9 @@ constexpr int kTileColumns = kTileVectors * kLanes;
 // A float32 chain of multiply-adds loses digits as it grows, so the accumulators are emptied after this many: sooner in
 // a short product, where that costs little and libraries sum in several accumulators.
 constexpr int64_t kChain = 256, kShortChain = 64;
-constexpr int64_t kDepth = 1280;  // units of k after which a tile makes way for the next one
+// Units of k after which a tile makes way for the next one. AMX is faster than the L2 cache: so deep a part of a panel
+// stays in L1 while all rows meet it.
+constexpr int64_t kDepth = kHasAmx ? 128 : 1280;
 
 static MMK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static MMK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -177,8 +179,9 @@ template <class Operand, class Gather, class Panel, class Finish>
 static void multiply_many(int64_t rows, Panels panels, int64_t units, int threads, Gather&& gather, Panel&& panel,
                           Finish&& finish) {
     const int64_t a_row = row_units(units);
-    constexpr int64_t kBlockUnits = 48 << 10;  // 192 KB: beside a panel in the L2 cache
-    const int64_t block = std::clamp<int64_t>(kBlockUnits / a_row / kTileRows, 2, 12) * kTileRows;
+    // 192 KB: beside a panel in the L2 cache. With AMX 640 KB of 2 MB, for the panels come from beyond it once a block.
+    constexpr int64_t kBlockUnits = (kHasAmx ? 160 : 48) << 10;
+    const int64_t block = std::clamp<int64_t>(kBlockUnits / a_row / kTileRows, 2, kHasAmx ? 16 : 12) * kTileRows;
     const int64_t a_size = block * a_row, c_size = block * kTileColumns;
     Scratch<uint32_t> a(threads * a_size);
     Scratch<float> c(threads * c_size);

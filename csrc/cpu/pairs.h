@@ -165,8 +165,8 @@ class Pairs {
     // whole vector are written, those of the padding being 0. Features are summed in blocks: a panel's block stays in
     // the caches, and the sum of the blocks' sums rounds less than one long chain of additions.
     void products(int64_t a, int64_t b, float* p) const {
-        constexpr int64_t kDepth = 256;
-        const int64_t blocks = ceil_div(depth_, kDepth);
+        constexpr int64_t kBlock = kHasAmx ? 128 : 256;
+        const int64_t blocks = ceil_div(depth_, kBlock);
         for (int64_t i = 0; i < blocks; i++) {
             const int64_t steps = depth_ / kDepthStep, u = steps * i / blocks * kDepthStep;
             const int64_t units = steps * (i + 1) / blocks * kDepthStep - u;
