@@ -97,7 +97,8 @@ HEAD = """\
 
 `tests/emulator/mutants.py` breaks `csrc/cuda` in one place at a time, as `tests/emulator/mutations.py` says, and runs
 that kernel's tests in the emulator's builds (`docs/gpu.md`) in the order of the columns, until one of them fails. What
-a build is not there to see, such as a race without consequence in the plain one, it passes.
+a build is not there to see, such as a race without consequence in the plain one, it passes; where a cell is empty it
+was not run.
 
     python tests/emulator/mutants.py --table docs/mutants.md                # all: hours, on two cores
     python tests/emulator/mutants.py --table docs/mutants.md --only FILE    # the rows of a kernel that was changed
@@ -119,7 +120,9 @@ def table(trials: list[Trial], earlier: str = "") -> str:
         cells = [{True: "noticed", False: "passed", None: ""}[trial.noticed.get(build)] for build in BUILDS]
         rows[row(trial.mutation)] = f"{row(trial.mutation)} {' | '.join(cells)} |"
     lines = ["| file | what is broken | " + " | ".join(BUILDS) + " |", "|---" * (2 + len(BUILDS)) + "|"]
-    return "\n".join(lines + [rows[row(m)] for m in MUTATIONS if row(m) in rows]) + "\n"
+    noticed = sum("| noticed |" in line for line in rows.values())
+    count = f"Of {len(MUTATIONS)} mutants {len(rows)} were tried, and {noticed} of these noticed."
+    return "\n".join([*lines, *(rows[row(m)] for m in MUTATIONS if row(m) in rows), "", count]) + "\n"
 
 
 def main() -> int:
