@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,10 @@ def gradients_of_a_step(name: str, how: str, inputs: dict, seed: int) -> dict:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    mp.spawn(train, (str(folder), SEED), PROCESSES)
+    root = str(Path(__file__).parents[2])  # where the processes find this module by the name that it has here,
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, root])  # and last, since the package they try is the one installed
+        mp.spawn(train, (str(folder), SEED), PROCESSES)
     return folder
 
 
