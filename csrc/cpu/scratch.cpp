@@ -11,6 +11,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace mmk {
 namespace {
@@ -110,6 +113,11 @@ void release(void* memory) {
     kReuses ? shelf.put(block) : std::free(block);
 }
 
-void release_kept() { shelf.empty(); }
+void release_kept() {
+    shelf.empty();
+#if defined(__GLIBC__)
+    malloc_trim(0);  // blocks below 32 MiB may lie in malloc's own heap, which gives back its end alone
+#endif
+}
 
 }  // namespace mmk

@@ -62,20 +62,22 @@ def misses(
 ) -> list[str]:
     """What is beyond its budget, and by how much. computed_in: the dtype of autocast, where that is not the values'."""
     assert list(truth) == list(plain) == list(ours)
-    largest = {kind: max(x.norm() for name, x in truth.items() if _kind(name) == kind) for kind in map(_kind, truth)}
     found = []
     for name, exact in truth.items():
         error, theirs = ((x[name].double() - exact).norm() for x in (ours, plain))
-        # Gradients cancel: that of a key projection's bias is zero but for rounding. What rounds is as large as the
-        # gradients that flow beside it.
         ulps = 2 * swapped * torch.finfo(computed_in or ours[name].dtype).eps
-        if not error <= 2 * theirs + ulps * largest[_kind(name)]:
+        if not error <= 2 * theirs + ulps * _what_rounds(name, truth):
             found.append(f"{name} is off by {error:.2e}, plain by {theirs:.2e}, of {exact.norm():.2e}")
     return found
 
 
-def _kind(name: str) -> str:
-    return name if name.startswith("output") else "gradient"
+def _what_rounds(name: str, truth: Values) -> Tensor:
+    """Gradients cancel: that of a key projection's bias is zero but for rounding. What rounds is as large as the
+    gradients that flow beside it. That of a temperature, one number, is a sum over the terms of the loss."""
+    if name.startswith("output"):
+        return truth[name].norm()
+    scalar = truth[name].dim() == 0
+    return max(x.norm() for other, x in truth.items() if not other.startswith("output") or (scalar and x.dim() == 0))
 
 
 def assert_agrees(model: nn.Module, inputs: dict, gradients: bool = True) -> nn.Module:

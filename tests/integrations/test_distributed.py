@@ -69,24 +69,26 @@ def train(rank: int, folder: str, seed: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     try:
         for name, how in itertools.product(NAMES, HOWS):
-            found = gradients_of_a_step(name, how, inputs_of(name, seed, rank), seed)
+            found = a_step(name, how, inputs_of(name, seed, rank), seed)
             if rank == 0:
                 torch.save(found, f"{folder}/{name}, {how}")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def gradients_of_a_step(name: str, how: str, inputs: dict, seed: int) -> dict:
+def a_step(name: str, how: str, inputs: dict, seed: int) -> dict:
+    """The mean loss of all processes, and its gradients."""
     model = model_of(name, seed)
     outer = wrapped(model, how) if "first" in how else None
     accelerate(model, verbose=False)
     outer = outer or wrapped(model, how)
-    scalar(outer, inputs).backward()
-    for parameter in scalars(model) if how == "fsdp" else []:
-        torch.distributed.all_reduce(parameter.grad.div_(PROCESSES))
+    loss = scalar(outer, inputs)
+    loss.backward()
+    for shared in [loss.detach(), *(p.grad for p in scalars(model) if how == "fsdp")]:
+        torch.distributed.all_reduce(shared.div_(PROCESSES))
     fallbacks = accelerate(model, verbose=False).fallbacks
     assert not fallbacks, fallbacks
-    return gradients(outer)
+    return {"output loss": loss.detach(), **gradients(outer)}
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +103,20 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_one_process(trained, seed, name, how):
-    """The mean over the processes' inputs, as the plain model has it of one after the other."""
+def test_a_step_is_that_of_one_process(trained, seed, name, how):
     ours = torch.load(trained / f"{name}, {how}")
     plain = model_of(name, seed)
-    exact = copy.deepcopy(plain).double()
-    for rank in range(PROCESSES):
-        inputs = inputs_of(name, seed, rank)
-        (scalar(plain, inputs) / PROCESSES).backward()
-        (scalar(exact, tree_map(in_float64, inputs)) / PROCESSES).backward()
-    truth = gradients(exact)
     swapped = len(accelerate(copy.deepcopy(plain), verbose=False).swapped)
-    found = misses(truth, gradients(plain), {name: ours[name] for name in truth}, swapped)
+    truth = in_one_process(copy.deepcopy(plain).double(), name, seed, in_float64)
+    found = misses(truth, in_one_process(plain, name, seed), {name: ours[name] for name in truth}, swapped)
     assert not found, "\n".join(found)
+
+
+def in_one_process(model: nn.Module, name: str, seed: int, cast=lambda x: x) -> dict:
+    """The mean over the processes' inputs, of one after the other."""
+    total = 0
+    for rank in range(PROCESSES):
+        loss = scalar(model, tree_map(cast, inputs_of(name, seed, rank))) / PROCESSES
+        loss.backward()
+        total = total + loss.detach()
+    return {"output loss": total, **gradients(model)}
