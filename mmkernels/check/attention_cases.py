@@ -149,7 +149,6 @@ _SMALL = AttentionCase("small causal", causal((5, 17, 1, 9)), dims=(32, 32), qui
 _IMAGES = (range(6, 31), range(40, 57), range(57, 80), range(110, 175))
 
 _ODD = (13, 7, 19, 29)  # no multiples of any kernel's tile
-_HALVES = (torch.bfloat16, torch.float16)  # float32's gradients of scores that large are rounding, whose size is luck
 
 HEAD_DIMS = (16, 24, 32, 48, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
 
@@ -199,10 +198,8 @@ ATTENTION: list[AttentionCase] = [
     AttentionCase("scale -0.2", causal((60, 41)), scale=-0.2),
     AttentionCase("growing scores", full(40, 700), growing=True),
     replace(_SMALL, name="small, growing scores", layout=full(9, 70), growing=True),
-    AttentionCase("scores far below zero", full(70, 301), sunken=True, dtypes=_HALVES),
-    replace(
-        _SMALL, name="small windows, scores far below zero", layout=blocks(_ODD, _ODD), sunken=True, dtypes=_HALVES
-    ),
+    AttentionCase("scores far below zero", full(70, 301), sunken=True, plain_draws=20),
+    replace(_SMALL, name="small windows, scores far below zero", layout=blocks(_ODD, _ODD), sunken=True),
     AttentionCase("softcap 20", causal((70, 41)), heads=(4, 2), softcap=20.0, scale=1.0, plain_draws=20),
     replace(_SMALL, name="small, softcap", softcap=2.0, scale=0.5, plain_draws=20),
     AttentionCase("softcap, two runs", scattered(60, 110, runs=2), softcap=5.0, dims=(96, 96), plain_draws=20),

@@ -37,8 +37,7 @@ def span_attention(
     mask = _mask(lo, hi, k.shape[1])
     scores = _scores(q, k, mask, scale, softcap)[0]
     lse = scores.logsumexp(-1)
-    weights = _weights(scores, lse)
-    out = _visible_product(weights, _by_heads(v, q), mask)
+    out = _visible_product(_weights(scores), _by_heads(v, q), mask)
     return _by_tokens(out).to(q.dtype), lse
 
 
@@ -59,7 +58,7 @@ def span_attention_backward(
     """The gradients of q, k and v, each of its shape and dtype, contiguous."""
     mask = _mask(lo, hi, k.shape[1])
     scores, d_cap = _scores(q, k, mask, scale, softcap)
-    weights = _weights(scores, lse)
+    weights = _weights(scores)
     queries, keys, values, d_o, o = (_by_heads(x, q) for x in (q, k, v, d_out, out))
     d_weights = d_o @ values.mT
     d_scores = weights * (d_weights - (d_o * o).sum(-1, keepdim=True)) * d_cap * scale
@@ -100,8 +99,9 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float) ->
     return scores.masked_fill(~mask, -torch.inf), derivative
 
 
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    return (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+def _weights(scores: Tensor) -> Tensor:
+    """P, whose rows sum to one however coarsely lse is rounded: a part in 10^5 where scores are about 200."""
+    return scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def _visible_product(weights: Tensor, x: Tensor, mask: Tensor) -> Tensor:
