@@ -12,6 +12,7 @@
 #include "cpu/parallel.h"
 #include "cpu/patch_embed.h"
 #include "cpu/probe.h"
+#include "cpu/rotary_embed.h"
 #include "cpu/scratch.h"
 #include "cpu/span_attention.h"
 #include "cpu/tensor.h"
@@ -236,6 +237,30 @@ void bind_span_attention(py::module_& module) {
         py::arg("scale"), py::arg("softcap"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"), "Fills d_q, d_k, d_v.");
 }
 
+// ---- rotary_embed
+
+void run_rotary_embed(const RotaryEmbed& call) {
+    switch (chosen_isa(call.x.dtype)) {
+#define MMK_RUN(level, isa) MMK_CASE(level, isa, rotary_embed, call)
+        MMK_FOR_EACH_ISA(MMK_RUN)
+#undef MMK_RUN
+        default:
+            throw std::logic_error("a level this build does not hold");
+    }
+}
+
+void bind_rotary_embed(py::module_& module) {
+    module.def(
+        "rotary_embed",
+        [](const Heads& x, const Heads& out, uintptr_t cos, uintptr_t sin, int64_t table_stride, bool transposed) {
+            py::gil_scoped_release release;
+            run_rotary_embed({x, out, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin),
+                              table_stride, transposed});
+        },
+        py::arg("x"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("table_stride"), py::arg("transposed"),
+        "Fills out.");
+}
+
 }  // namespace
 }  // namespace mmk
 
@@ -278,4 +303,5 @@ PYBIND11_MODULE(_core, module) {
     bind_contrastive(module);
     bind_patch_embed(module);
     bind_span_attention(module);
+    bind_rotary_embed(module);
 }

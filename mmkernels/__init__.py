@@ -8,6 +8,7 @@ from .backends import BackendUnavailable, explain, use_backend
 from .integrations import accelerate, restore
 from .ops.contrastive import clip_loss, siglip_loss
 from .ops.patch_embed import patch_embed
+from .ops.rotary_embed import rotary_embed
 from .ops.span_attention import span_attention
 from .spans import RowSpans
 
@@ -21,6 +22,7 @@ __all__ = [
     "nn",
     "patch_embed",
     "restore",
+    "rotary_embed",
     "siglip_loss",
     "span_attention",
     "use_backend",

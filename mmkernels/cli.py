@@ -19,7 +19,7 @@ from rich.table import Table
 
 from . import backends
 
-OPS = ("clip_loss", "siglip_loss", "patch_embed", "span_attention")
+OPS = ("clip_loss", "siglip_loss", "patch_embed", "span_attention", "rotary_embed")
 MODELS = ("clip-vit-b-16", "clip-vit-b-16-step-256", "siglip-so400m", "qwen2.5-vl-1024", "mllama-cross-attention")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")

@@ -7,8 +7,8 @@
 #   install           build and install into $SITE, by default build/validate (the machine's own packages stay as they
 #                     are), the CUDA kernels too where nvcc is
 #   info              versions, GPU, which backends are there
-#   check             check-clip_loss, check-siglip_loss, check-patch_embed and check-span_attention, each a phase of
-#                     its own
+#   check             check-clip_loss, check-siglip_loss, check-patch_embed, check-rotary_embed and
+#                     check-span_attention, each a phase of its own
 #   sanitize          sanitize-memcheck, sanitize-racecheck and sanitize-synccheck, each a phase of its own: the CUDA
 #                     kernels on small cases under compute-sanitizer, where that is
 #   test              the tests that run on the device
@@ -29,7 +29,7 @@ python=${PYTHON:-python3}
 device=cuda
 limit=480 # seconds a phase
 phases=()
-checks=(check-clip_loss check-siglip_loss check-patch_embed check-span_attention)
+checks=(check-clip_loss check-siglip_loss check-patch_embed check-rotary_embed check-span_attention)
 benches=(bench-bfloat16 bench-float32 bench-span_attention-bfloat16 bench-span_attention-float32)
 sanitizes=(sanitize-memcheck sanitize-racecheck sanitize-synccheck)
 everything=(install info "${checks[@]}" "${sanitizes[@]}" test "${benches[@]}" summary)
@@ -185,7 +185,7 @@ run_tests() {
 }
 
 bench() { # [OP-]DTYPE
-    local dtype=${1##*-} ops=(--op clip_loss --op siglip_loss --op patch_embed)
+    local dtype=${1##*-} ops=(--op clip_loss --op siglip_loss --op patch_embed --op rotary_embed)
     [[ $1 == "$dtype" ]] || ops=(--op "${1%-*}")
     bounded "$python" -m mmkernels bench --device "$device" "${quick[@]}" "${ops[@]}" --dtype "$dtype" \
         --json "$out/bench-$1.json"

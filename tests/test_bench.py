@@ -17,7 +17,7 @@ from mmkernels.bench import CASES, Request, gate, run
 from mmkernels.bench import peers as bench_peers
 from mmkernels.bench import runner as bench_runner
 from mmkernels.bench.attention_cases import AttentionCase, blocks, documents, full, media
-from mmkernels.bench.cases import LossCase, PatchCase
+from mmkernels.bench.cases import LossCase, PatchCase, RotaryCase
 from mmkernels.bench.gate import judge, plain_values
 from mmkernels.bench.machine import environment, probe_peaks
 from mmkernels.bench.measure import Stopwatch, Timing, with_peak_memory
@@ -182,6 +182,7 @@ SHRUNK = [
     AttentionCase("previous", media(40, (0, 15), (7, 9), "previous"), (2, 2)),
     AttentionCase("group", media(40, (0, 20, 21), (12, 7, 7), "group"), (2, 2)),
     AttentionCase("decode", full(1, 50), (4, 2), batch=3),
+    RotaryCase("queries and keys", 30, 4, 16),
 ]
 
 
@@ -253,7 +254,7 @@ def test_what_decoding_has_no_use_for_is_not_measured():
 
 
 def test_cases_of_a_loss_and_of_a_device_have_names_of_their_own():
-    for op in ("clip_loss", "siglip_loss", "patch_embed", "span_attention"):
+    for op in ("clip_loss", "siglip_loss", "patch_embed", "span_attention", "rotary_embed"):
         names = [case.name for case in CASES if case.op == op]
         assert len(set(names)) == len(names)
     assert {case.name for case in Request(ops=("clip_loss",)).selected()} == {

@@ -120,7 +120,42 @@ class PatchCase:
         return batch * (height // self.weight[-2]) * (width // self.weight[-1])
 
 
-Case = LossCase | PatchCase | AttentionCase
+@dataclass(frozen=True)
+class RotaryCase:
+    """Queries and keys of a layer side by side in its fused projection, as (tokens, heads of both, numbers a head)."""
+
+    name: str
+    tokens: int
+    heads: int
+    dim: int
+    op: str = "rotary_embed"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    compiled: tuple[str, ...] = ()
+    quick: bool = False
+    passes: tuple[str, ...] = PASSES
+
+    def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
+        projected = draw.normal(self.tokens, self.heads * 3 // 2, self.dim).to(device, dtype)
+        angles = draw.normal(self.tokens, self.dim // 2).repeat(1, 2).to(device)
+        x = projected[:, : self.heads]
+        return Call({"x": x, "cos": angles.cos().float(), "sin": angles.sin().float()}, {}, ("x",))
+
+    def upstream(self, draw: Draw, call: Call) -> Tensor:
+        return draw.normal(self.tokens, self.heads, self.dim).to(call.tensors["x"])
+
+    def flops(self, direction: str) -> int:
+        return (6 if direction == "fwd_bwd" else 3) * self.tokens * self.heads * self.dim
+
+    def bytes(self, direction: str, call: Call) -> int:
+        tables = call.tensors["cos"].nbytes + call.tensors["sin"].nbytes
+        once = 2 * self.tokens * self.heads * self.dim * call.tensors["x"].element_size() + tables
+        return once * (2 if direction == "fwd_bwd" else 1)
+
+    def eager_bytes(self, direction: str, call: Call) -> int:
+        return 6 * self.bytes(direction, call)
+
+
+Case = LossCase | PatchCase | AttentionCase | RotaryCase
 
 
 def ours(case: Case) -> Callable[..., Tensor]:
@@ -160,4 +195,7 @@ CASES: tuple[Case, ...] = (
     PatchCase("256x224-p16-uint8", _GPU_BATCH, _B16, uint8=True, devices=_GPU, compiled=_GPU),
     PatchCase("qwen2vl-rows-65536", (65536, 1176), _QWEN, bias=False, devices=_GPU),
     *ATTENTION,
+    RotaryCase("300x4x64", 300, 4, 64, devices=_ASKED, quick=True),
+    RotaryCase("qwen-vision-5476x32x80", 5476, 32, 80, compiled=_CPU + _GPU),
+    RotaryCase("text-4096x40x128", 4096, 40, 128),
 )

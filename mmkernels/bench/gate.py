@@ -30,7 +30,7 @@ def truth_of(case: Case, call: Call, upstream: Tensor) -> Truth:
     op = OPS[case.op]
     if case.op == "span_attention":
         return Truth(_attention_truth(call, upstream), {})
-    if case.op == "patch_embed":
+    if case.op in ("patch_embed", "rotary_embed"):
         return Truth(evaluate(op.call, call.in_dtype(torch.float64), op, upstream, backend="reference"), {})
     tensors = call.tensors
     scalars = [tensors[name].item() for name in ("logit_scale", "logit_bias") if name in tensors]
@@ -69,7 +69,7 @@ def judge(values: Values, plain: Values | None, truth: Truth, call: Call, op_nam
     A peer may return its loss in another dtype; what we promise is that ours is float32.
     """
     op = OPS[op_name]
-    dtype = next(call.tensors[name].dtype for name in ("weight", "image_features", "q") if name in call.tensors)
+    dtype = next(call.tensors[name].dtype for name in ("weight", "image_features", "q", "x") if name in call.tensors)
     found = []
     for name, value in values.items():
         exact = truth.values[name]

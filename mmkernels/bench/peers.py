@@ -37,7 +37,10 @@ def peers(case: Case, call: Call) -> list[Peer]:
     """The peers of a case on these arguments, eager first."""
     if isinstance(case, AttentionCase):
         return _attention_peers(case, call)
-    found = _loss_peers(case.op) if case.op != "patch_embed" else _patch_peers(call)
+    if case.op == "rotary_embed":
+        found = [Peer("transformers' arithmetic", plain.rotary_embed)]
+    else:
+        found = _loss_peers(case.op) if case.op != "patch_embed" else _patch_peers(call)
     if next(iter(call.tensors.values())).device.type in case.compiled:
         best = found[-1]
         found.append(Peer(f"compiled {best.name}", torch.compile(best.function, dynamic=False), compiled=True))

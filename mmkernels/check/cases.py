@@ -105,6 +105,29 @@ class PatchCase:
         return guarded(draw.normal(*self.images).to(device, self.image_dtype or dtype), self.memory)
 
 
+@dataclass(frozen=True)
+class RotaryCase:
+    name: str
+    shape: tuple[int, ...]  # (T, H, D) or (B, T, H, D)
+    op: str = "rotary_embed"
+    memory: str = "plain"
+    tables: str = "shared"  # by the batch; or "own": each row of it has its own
+    table_dtype: torch.dtype = torch.float32
+    quick: bool = False
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    plain_draws: int = 0
+
+    def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
+        *batch, tokens, _, dim = self.shape
+        angles = 3 * draw.normal(*(batch if self.tables == "own" else []), tokens, dim)  # halves that differ, too
+        tables = (guarded(table.to(device, self.table_dtype)) for table in (angles.cos(), angles.sin()))
+        x = guarded(draw.normal(*self.shape).to(device, dtype), self.memory)
+        return Call(dict(zip(("x", "cos", "sin"), (x, *tables), strict=True)), {}, ("x", "cos", "sin"))
+
+    def upstream(self, draw: Draw, result: Tensor) -> Tensor:
+        return draw.normal(*result.shape)
+
+
 def _losses(op: str, bias: float | None) -> list[LossCase]:
     """The cases of one loss; `bias` is what this loss is given where a case says nothing of it."""
     base = LossCase(op, "37x65", 37, 65, bias=bias, quick=True)
@@ -193,5 +216,20 @@ PATCH = [
     PatchCase("uint8, beyond 2^31", (3, 3, 16, 24), (21, 3, 8, 8), memory="far", dtypes=(torch.float32,), **_UINT8),
 ]
 
-Case = LossCase | PatchCase | AttentionCase
-CASES: tuple[Case, ...] = (*CLIP, *SIGLIP, *PATCH, *ATTENTION)
+ROTARY = [
+    RotaryCase("T 37, H 3, D 80", (37, 3, 80), quick=True),
+    RotaryCase("D 2", (5, 1, 2), quick=True, plain_draws=40),
+    RotaryCase("D 6, a batch", (3, 7, 2, 6), quick=True),
+    RotaryCase("D 72, two halves of 36", (70, 2, 72), memory="odd"),
+    RotaryCase("D 256, a batch of its own tables", (2, 33, 2, 256), tables="own", quick=True),
+    RotaryCase("one third of a fused projection", (50, 4, 64), memory="fused", quick=True),
+    RotaryCase("heads first", (2, 50, 4, 64), memory="heads_first", tables="own"),
+    RotaryCase("heads of something wider", (40, 5, 34), memory="crop"),
+    RotaryCase("one row repeated", (20, 3, 32), memory="expanded"),
+    RotaryCase("half tables", (45, 3, 96), table_dtype=torch.bfloat16),
+    RotaryCase("beyond 2^31", (3, 2, 32), memory="far", dtypes=(torch.bfloat16,)),
+    RotaryCase("5000 tokens", (5000, 2, 80)),
+]
+
+Case = LossCase | PatchCase | AttentionCase | RotaryCase
+CASES: tuple[Case, ...] = (*CLIP, *SIGLIP, *PATCH, *ATTENTION, *ROTARY)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops.contrastive import clip_loss, siglip_loss
 from ..ops.patch_embed import patch_embed
+from ..ops.rotary_embed import rotary_embed
 from ..ops.span_attention import span_attention
 from ..spans import RowSpans
 from . import plain
@@ -88,5 +89,6 @@ OPS = {
             wide=("lse",),
             orders=(("q", "k"), ("v", "out")),
         ),
+        Op("rotary_embed", ("out",), rotary_embed, plain.rotary_embed),
     )
 }

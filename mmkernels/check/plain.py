@@ -159,3 +159,11 @@ def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
     batched = (x if x.dim() == 4 else x[None] for x in padded)
     out = F.scaled_dot_product_attention(*batched, attn_mask=mask, scale=scale)
     return out.view(*queries.shape[:-1], width)[..., : values.shape[-1]]
+
+
+def rotary_embed(x, cos, sin):
+    """As transformers' vision towers turn their queries and keys."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide, cos, sin = x.to(dtype), cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)
+    first, second = wide.chunk(2, -1)
+    return (wide * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)

@@ -33,9 +33,14 @@ def attend(
     faster than that.
     """
     q, k, v = (_last_stride_one(x.transpose(1, 2)) for x in (q, k, v))
-    if backend is None and not torch.compiler.is_compiling() and not backends.has_kernel("span_attention", q, k, v):
+    if backend is None and not has_kernel("span_attention", q, k, v):
         raise NotSpans(f"no kernel serves heads of {max(q.shape[-1], v.shape[-1])} numbers in {q.dtype} on {q.device}")
     return span_attention(q, k, v, spans, scale=scale, softcap=softcap, backend=backend)
+
+
+def has_kernel(op: str, *tensors: Tensor) -> bool:
+    """As backends', which cannot be asked under torch.compile: there the op itself finds out."""
+    return torch.compiler.is_compiling() or backends.has_kernel(op, *tensors)
 
 
 def _last_stride_one(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..ops.rotary_embed import rotary_embed
 from ..ops.span_attention import span_attention
 from ..spans import RowSpans
 from ._parts import RMSNorm, check_dropout, check_takeover, check_tokens, part
@@ -142,7 +143,7 @@ class SpanSelfAttention(_SpanAttention):
         k, v = self.keys_values(hidden)
         if position_embeddings is not None:
             _check_rotary(hidden, self.head_dim, *position_embeddings)
-            q, k = (_rotate(x, *position_embeddings) for x in (q, k))
+            q, k = (rotary_embed(x, *position_embeddings) for x in (q, k))
         return self.attend(q, k, v, spans)
 
 
@@ -213,10 +214,3 @@ def _check_rotary(hidden: Tensor, head_dim: int, cos: Tensor, sin: Tensor) -> No
                 f"SpanSelfAttention: {name} of position_embeddings has shape {tuple(table.shape)}; for hidden of shape "
                 f"{tuple(hidden.shape)} it must be {wanted}{batch}"
             )
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (..., T, H, D); cos, sin: (..., T, D). Float32 tables make it a float32 computation."""
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)

@@ -19,6 +19,11 @@ def matrix(x: Tensor) -> _core.Matrix:
     return _core.Matrix(x.data_ptr(), FLOATS[x.dtype], *x.shape, *x.stride())
 
 
+def heads_of(x: Tensor) -> _core.Heads:
+    """A (B, T, H, D) tensor with a unit last stride. It must outlive the call that this is passed to."""
+    return _core.Heads(x.data_ptr(), FLOATS[x.dtype], *x.shape, *x.stride()[:3])
+
+
 def unserved(name: str, x: Tensor) -> str | None:
     """Why the core cannot read the floating-point tensor `x`; None when it can."""
     if x.device.type != "cpu":

@@ -26,6 +26,7 @@ from mmkernels.ops import _triton
 from mmkernels.ops.contrastive import triton as contrastive
 from mmkernels.ops.patch_embed import triton as patch_embed
 from mmkernels.ops.patch_embed.geometry import patch_geometry
+from mmkernels.ops.rotary_embed import triton as rotary_embed
 from mmkernels.ops.span_attention import triton as span_attention
 from mmkernels.spans import RowSpans
 
@@ -144,6 +145,28 @@ class Attention:
         return {"forward", "query_grad", "key_table"} | passes
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """rotary_embed of queries and keys that lie in a fused projection."""
+
+    head: int
+    dtype: str = "bfloat16"
+    tokens: int = 1003
+
+    def run(self) -> None:
+        x = torch.empty(2, self.tokens, 6, self.head, dtype=getattr(torch, self.dtype), device="meta")[:, :, :4]
+        table = torch.empty(1, self.tokens, self.head, device="meta")
+        rotary_embed.rotary_embed(x, table, table, False)
+
+    @property
+    def resized(self) -> Rotation:
+        return replace(self, tokens=self.tokens * 2)
+
+    @property
+    def launched(self) -> set[str]:
+        return {"rotate"}
+
+
 PICTURES = (3, 3, 224, 224)
 CALLS = {
     "clip-bfloat16": Features("clip_loss_with_grads", "bfloat16", 768),
@@ -161,6 +184,8 @@ CALLS = {
     "attention-256": Attention(256),
     "attention-128-decode": Attention(128, queries=1),
     "attention-64-float32": Attention(64, dtype="float32"),
+    "rotary-80": Rotation(80),
+    "rotary-128-float32": Rotation(128, dtype="float32"),
 }
 
 
@@ -177,7 +202,7 @@ def compile_call(family: str, name: str) -> dict[str, tuple[object, dict[str, ob
     driver.set_active(Device(family))
     torch.version.hip = "7.0" if family == "cdna" else None
     _triton.family = lambda device: family
-    contrastive.launch = patch_embed.launch = span_attention.launch = warm_up
+    contrastive.launch = patch_embed.launch = rotary_embed.launch = span_attention.launch = warm_up
     CALLS[name].run()
     if hasattr(CALLS[name], "resized"):
         first = kernels.copy()

@@ -255,6 +255,24 @@ def test_output_attentions_goes_the_models_own_way():
     assert any("output_attentions" in entry.what for entry in accelerate(fast, verbose=False).fallbacks)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "pixtral"])
+@pytest.mark.parametrize("why", ["output_attentions", "no kernel"])
+@pytest.mark.filterwarnings("ignore:mmkernels. patch_embed")
+def test_pictures_packed_in_one_call_see_their_own_alone_whoever_attends(name, why):
+    model = drawn(FAMILY[name].build()).double()
+    inputs = tree_map(in_float64, FAMILY[name].inputs("left"))
+    fast = copy.deepcopy(model)
+    accelerate(fast, verbose=False)
+    if why == "output_attentions":
+        model, fast, inputs = model.float(), fast.float(), FAMILY[name].inputs("left")
+        inputs |= {"output_attentions": True}
+    words = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**inputs).logits[words], model(**inputs).logits[words], rtol=1e-4, atol=1e-4)
+    fallbacks = accelerate(fast, verbose=False).fallbacks
+    assert any(why in entry.what and "vis" in entry.path for entry in fallbacks) or name == "pixtral"
+
+
 def set_dropout(model: nn.Module, rate: float) -> None:
     """Everywhere, on the attention weights too."""
     for module in model.modules():

@@ -35,10 +35,10 @@ def span_attention_forward(
     (B, Lq, Hq, D). What spans do not express goes the model's own way: dropout, weights that are asked for, biases."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    cu_seqlens = cu_seq_lens_q if query.shape[2] == key.shape[2] else None  # they describe self-attention only
+    call = _Call(query, key, attention_mask, cu_seqlens, is_causal, sliding_window)
     try:
         _refuse(dropout, kwargs)
-        cu_seqlens = cu_seq_lens_q if query.shape[2] == key.shape[2] else None  # they describe self-attention only
-        call = _Call(query, key, attention_mask, cu_seqlens, is_causal, sliding_window)
         key, value, spans = call.keys_values_and_spans(key, value)
         out = _attend.attend(
             query, key, value, spans, scale=scaling, softcap=softcap, backend=backends.of_module(module)
@@ -46,6 +46,8 @@ def span_attention_forward(
         return out, None
     except NotSpans as reason:
         count_fallback(module, str(reason))
+    if cu_seqlens is not None:  # which only a packed call says, and no code of the model's own reads
+        attention_mask, is_causal = call.dense_mask(), False
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window}
     return own_path(module, query, key, value, attention_mask, softcap=softcap, **options, **kwargs)
 
@@ -81,6 +83,15 @@ class _Call:
         use = (self.queries, self.keys, self.causal, self.window, self.batch, id(self.cu_seqlens))
         spans, _ = _attend.kept(on, use, lambda: (self._spans(), self.cu_seqlens))  # held, so that its id stays its own
         return key, value, spans
+
+    def dense_mask(self) -> Tensor:
+        """(B, 1, Q, K), what spans say of these segments and whatever else the mask says."""
+        if self.mask is None or is_code(self.mask):
+            return self._spans().to_dense()[:, None]
+        everything = _attend.full(self.queries, self.keys, self.device)
+        seen = _within_segments(everything, self.cu_seqlens, self.batch).to_dense()[:, None]
+        mask = self.mask[..., : self.queries, : self.keys]
+        return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
     def _same_for_all_queries(self) -> Tensor | None:
         """(B, K) bool, where this is a mask of keys only."""

@@ -11,11 +11,16 @@ from transformers.models.idefics import perceiver as idefics_perceiver
 from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.models.mllama import modeling_mllama as mllama
 from transformers.models.perceiver import modeling_perceiver as perceiver
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
 from ... import backends
 from ...ops.patch_embed import patch_embed
+from ...ops.rotary_embed import rotary_embed
 from .. import _attend
 from ..report import count_fallback
+from .attention import span_attention_forward
 
 
 class IdeficsPerceiverAttention(idefics_perceiver.IdeficsPerceiverAttention):
@@ -77,6 +82,43 @@ class MllamaTextCrossAttention(mllama.MllamaTextCrossAttention):
         return super().forward(*args, **kwargs)
 
 
+class _RotaryVisionAttention:
+    """Of Qwen's towers: queries and keys, which lie side by side in the projection, are turned in one pass, and all
+    pictures and windows attend in one call."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        heads = self.num_heads
+        qkv = self.qkv(hidden_states).unflatten(-1, (3 * heads, -1))
+        if position_embeddings is None or not _attend.has_kernel("rotary_embed", qkv):
+            return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+        both, v = qkv.split([2 * heads, heads], 1)
+        asked = backends.of_module(self)
+        asked = asked if asked in ("triton", "cpu", "reference") else None  # the others have no kernel of it
+        q, k = rotary_embed(both, *position_embeddings, backend=asked).chunk(2, 1)
+        kwargs |= {"scaling": self.scaling, "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out, _ = span_attention_forward(self, q, k, v, None, is_causal=False, **kwargs)
+        return self.proj(out.flatten(-2)[0])
+
+
+class Qwen2VLVisionAttention(_RotaryVisionAttention, qwen2_vl.VisionAttention):
+    pass
+
+
+class Qwen2_5_VLVisionAttention(_RotaryVisionAttention, qwen2_5_vl.Qwen2_5_VLVisionAttention):
+    pass
+
+
+class Qwen3VLVisionAttention(_RotaryVisionAttention, qwen3_vl.Qwen3VLVisionAttention):
+    pass
+
+
 class Llama4UnfoldConvolution(llama4.Llama4UnfoldConvolution):
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.linear.weight.unflatten(1, (-1, *self.unfold.kernel_size))  # unfold's order is a convolution's
@@ -84,6 +126,9 @@ class Llama4UnfoldConvolution(llama4.Llama4UnfoldConvolution):
 
 
 SWAPS = {
+    qwen2_vl.VisionAttention: (Qwen2VLVisionAttention, "attention"),
+    qwen2_5_vl.Qwen2_5_VLVisionAttention: (Qwen2_5_VLVisionAttention, "attention"),
+    qwen3_vl.Qwen3VLVisionAttention: (Qwen3VLVisionAttention, "attention"),
     idefics_perceiver.IdeficsPerceiverAttention: (IdeficsPerceiverAttention, "attention"),
     perceiver.PerceiverSelfAttention: (PerceiverSelfAttention, "attention"),
     mllama.MllamaTextCrossAttention: (MllamaTextCrossAttention, "attention"),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _core
 from ...spans import Documents
-from .._core_tensors import FLOATS, unserved
+from .._core_tensors import heads_of, unserved
 
 MAX_HEAD = 256
 
@@ -35,7 +35,7 @@ def span_attention(
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     lo, hi = lo.contiguous(), hi.contiguous()
     _core.span_attention(
-        _heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr(), _spans(lo, hi, batch), scale, softcap
+        heads_of(q), heads_of(k), heads_of(v), heads_of(out), lse.data_ptr(), _spans(lo, hi, batch), scale, softcap
     )
     return out, lse
 
@@ -57,19 +57,14 @@ def span_attention_backward(
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     lo, hi = lo.contiguous(), hi.contiguous()
     _core.span_attention_backward(
-        *map(_heads, (d_out, q, k, v, out)),
+        *map(heads_of, (d_out, q, k, v, out)),
         lse.data_ptr(),
         _spans(lo, hi, q.shape[0]),
         scale,
         softcap,
-        *map(_heads, grads),
+        *map(heads_of, grads),
     )
     return grads
-
-
-def _heads(x: Tensor) -> _core.Heads:
-    """A (B, T, H, D) tensor with a unit last stride. It must outlive the call that this is passed to."""
-    return _core.Heads(x.data_ptr(), FLOATS[x.dtype], *x.shape, *x.stride()[:3])
 
 
 def _spans(lo: Tensor, hi: Tensor, batch: int) -> _core.Spans:

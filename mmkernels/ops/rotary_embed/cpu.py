@@ -1,0 +1,20 @@
+"""Rotary embedding by the compiled core: addresses, sizes and strides out, nothing copied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _core
+from .._core_tensors import heads_of, unserved
+
+
+def unsupported(x: Tensor) -> str | None:
+    return unserved("x", x)
+
+
+def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    table_stride = cos.stride(0) if len(cos) > 1 else 0
+    _core.rotary_embed(heads_of(x), heads_of(out), cos.data_ptr(), sin.data_ptr(), table_stride, transposed)
+    return out

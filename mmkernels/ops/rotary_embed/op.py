@@ -1,0 +1,60 @@
+"""Registration of rotary embedding: schema, shapes for tracing, and autograd. Imports torch only.
+
+Inside, x is (B, T, H, D), and the tables are (B or 1, T, D), contiguous, of float32 (float64 for such x).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ... import backends
+from .._registration import register
+from .reference import rotate_half
+
+
+def _rotate(x, cos, sin, transposed, backend):
+    x = x if x.stride(-1) == 1 else x.contiguous()  # a gradient may come in any layout
+    return backends.select("rotary_embed", backend, x).rotary_embed(x, cos, sin, transposed)
+
+
+def _rotate_fake(x, cos, sin, transposed, backend):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_op = register(
+    "rotary_embed(Tensor x, Tensor cos, Tensor sin, bool transposed, str backend) -> Tensor", _rotate, _rotate_fake
+)
+
+
+class _RotaryEmbed(torch.autograd.Function):
+    """Linear in x, whose gradient is the transposed rotation, and in the tables, for those who learn them."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, transposed, backend):
+        learned = cos.requires_grad or sin.requires_grad
+        ctx.save_for_backward(x if learned else None, cos, sin)
+        ctx.call = transposed, backend
+        return _op(x, cos, sin, transposed, backend)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        (x, cos, sin), (transposed, backend) = ctx.saved_tensors, ctx.call
+        d_x = _apply(d_out, cos, sin, not transposed, backend) if ctx.needs_input_grad[0] else None
+        tables = (None, None) if x is None else _table_gradients(d_out, x, cos, transposed)
+        return d_x, *tables, None, None
+
+
+def _table_gradients(d_out, x, cos, transposed):
+    x, d_out = x.to(cos.dtype), d_out.to(cos.dtype)
+    turned = x * rotate_half(d_out) if transposed else rotate_half(x) * d_out
+    axes = (2,) if len(cos) == len(x) else (0, 2)
+    return tuple(product.sum(axes).view(cos.shape) for product in (x * d_out, turned))
+
+
+def _apply(x, cos, sin, transposed, backend):
+    tracked = torch.is_grad_enabled() and (x.requires_grad or cos.requires_grad or sin.requires_grad)
+    return (_RotaryEmbed.apply if tracked else _op)(x, cos, sin, transposed, backend)
+
+
+def rotary_embed(x, cos, sin, backend):
+    return _apply(x, cos, sin, False, backend)
