@@ -31,7 +31,7 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def _table(op: str, groups: list[list[dict]], ceilings: Iterable[dict]) -> Table:
-    """ceilings: of whole models, what the kernels could gain if they took no time."""
+    """ceilings: of whole models, what would be gained if our ops took no time."""
     most = {tuple(x[key] for key in GROUP[1:]): f"{x['times']:.2f}" for x in ceilings if op == "model"}
     eager = next((result["impl"] for group in groups for result in group if not result["is_ours"]), "eager")
     table = Table(title=f"{op}: times faster than", title_justify="left", title_style="bold", header_style="bold")
@@ -44,7 +44,7 @@ def _table(op: str, groups: list[list[dict]], ceilings: Iterable[dict]) -> Table
         table.add_column(heading, justify="right")
     table.caption = {
         "patch_embed": "eager is the convolution, as models run it",
-        "model": "eager is transformers' model, with sdpa; at most: if its attention and patches took no time",
+        "model": "eager is transformers' model, with sdpa; at most: if our ops took no time",
         "span_attention": "eager is SDPA, with a dense mask where one is needed",
     }.get(op, f"eager is {eager}")
     for group in groups:

@@ -33,7 +33,7 @@ void check(DType dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t di
     Bounded<T> x((rows - 1) * row + heads * dim), out(rows * heads * dim);
     Bounded<float> cos((shared ? 1 : batch) * tokens * dim), sin(cos.count);
     for (int64_t i = 0; i < x.count; i++) x.data[i] = from_float<T>(value(i));
-    for (int64_t i = 0; i < cos.count; i++) cos.data[i] = value(3 * i), sin.data[i] = value(5 * i + 2);
+    for (int64_t i = 0; i < cos.count; i++) cos.data[i] = value(3 * i), sin.data[i] = value(4 * i + 2);
     const Heads from{x.data, dtype, batch, tokens, heads, dim, tokens * row, row, dim};
     const Heads to{out.data, dtype, batch, tokens, heads, dim, tokens * heads * dim, heads * dim, dim};
     rotary_embed({from, to, cos.data, sin.data, shared ? 0 : tokens * dim, transposed});
