@@ -24,18 +24,20 @@ from rich.console import Console
 from rich.progress import track
 
 ROOT = Path(__file__).parents[2]
+# What the tests say. Out of time is a mutant that waits for ever, or a machine too busy to tell.
+PASSED, NOTICED, OUT_OF_TIME = "passed", "noticed", "out of time"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """`noticed`: by build, whether its tests failed; builds that were not run are missing."""
+    """`found`: by build, what its tests said of the mutant; builds that were not run are missing."""
 
     mutation: Mutation
-    noticed: dict[str, bool]
+    found: dict[str, str]
 
     @property
     def survived(self) -> bool:
-        return not any(self.noticed.values())
+        return set(self.found.values()) == {PASSED}
 
 
 class Workshop:
@@ -52,7 +54,7 @@ class Workshop:
     def build_whole(self, tests: set[str]) -> None:
         """Compile everything once; tests that fail already would notice any mutant."""
         for build in BUILDS:
-            if self._fails(build, self._whole, *sorted(tests)):
+            if self._test(build, self._whole, *sorted(tests)) != PASSED:
                 raise SystemExit(f"the tests fail before anything is broken, in the build {build}:\n{self._log}")
 
     def try_out(self, mutation: Mutation, all_builds: bool) -> Trial:
@@ -61,7 +63,7 @@ class Workshop:
         if text.count(mutation.old) < 1:
             raise SystemExit(f"{mutation.file} does not contain {mutation.old!r}: bring the mutation up to date")
         source.write_text(text.replace(mutation.old, mutation.new, 1))
-        noticed = {}
+        found = {}
         try:
             with tempfile.TemporaryDirectory() as folder:
                 objects = Path(folder) / "objects"
@@ -72,14 +74,14 @@ class Workshop:
                     for path in (objects / build).glob(stale):
                         if source.suffix == ".cu" or not path.name.startswith("emulator-"):
                             path.unlink()
-                    noticed[build] = self._fails(build, objects, mutation.tests)
-                    if noticed[build] and not all_builds:
+                    found[build] = self._test(build, objects, mutation.tests)
+                    if found[build] != PASSED and not all_builds:
                         break
         finally:
             source.write_text(text)
-        return Trial(mutation, noticed)
+        return Trial(mutation, found)
 
-    def _fails(self, build: str, objects: Path, *tests: str) -> bool:
+    def _test(self, build: str, objects: Path, *tests: str) -> str:
         paths = [self._tree / "tests" / "emulator" / name for name in tests]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", build, "--rootdir", self._tree, *paths]
         environment = os.environ | {"MMKERNELS_EMULATOR_OBJECTS": str(objects), "PYTHONPATH": str(ROOT)}
@@ -89,7 +91,9 @@ class Workshop:
             raise SystemExit(f"{' '.join(map(str, command))} ended with {ran.returncode}:\n{self._log}")
         if " error" in ran.stdout.splitlines()[-1] or "CalledProcessError: Command '['g++'" in self._log:
             raise SystemExit(f"what is broken does not compile:\n{self._log}")
-        return ran.returncode == 1
+        if ran.returncode == 0:
+            return PASSED
+        return OUT_OF_TIME if "subprocess.TimeoutExpired" in self._log else NOTICED
 
 
 HEAD = """\
@@ -98,7 +102,7 @@ HEAD = """\
 `tests/emulator/mutants.py` breaks `csrc/cuda` in one place at a time, as `tests/emulator/mutations.py` says, and runs
 that kernel's tests in the emulator's builds (`docs/gpu.md`) in the order of the columns, until one of them fails. What
 a build is not there to see, such as a race without consequence in the plain one, it passes; where a cell is empty it
-was not run.
+was not run. "Out of time" is a mutant that waits for ever: its program did not end within 300 seconds.
 
     python tests/emulator/mutants.py --table docs/mutants.md                # all: hours, on two cores
     python tests/emulator/mutants.py --table docs/mutants.md --only FILE    # the rows of a kernel that was changed
@@ -117,10 +121,10 @@ def table(trials: list[Trial], earlier: str = "") -> str:
     for mutation in MUTATIONS:
         rows |= {row(mutation): line for line in earlier.splitlines() if line.startswith(row(mutation))}
     for trial in trials:
-        cells = [{True: "noticed", False: "passed", None: ""}[trial.noticed.get(build)] for build in BUILDS]
+        cells = [trial.found.get(build, "") for build in BUILDS]
         rows[row(trial.mutation)] = f"{row(trial.mutation)} {' | '.join(cells)} |"
     lines = ["| file | what is broken | " + " | ".join(BUILDS) + " |", "|---" * (2 + len(BUILDS)) + "|"]
-    noticed = sum("| noticed |" in line for line in rows.values())
+    noticed = sum(f"| {NOTICED} |" in line or f"| {OUT_OF_TIME} |" in line for line in rows.values())
     count = f"Of {len(MUTATIONS)} mutants {len(rows)} were tried, and {noticed} of these noticed."
     return "\n".join([*lines, *(rows[row(m)] for m in MUTATIONS if row(m) in rows), "", count]) + "\n"
 
