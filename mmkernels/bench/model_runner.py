@@ -23,6 +23,7 @@ from .runner import Report, finish
 
 Run = Callable[[], Tensor]
 
+
 def run_models(
     models: list[Model],
     dtypes: tuple[torch.dtype, ...],

@@ -93,11 +93,10 @@ class _RotaryVisionAttention:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> Tensor:
-        heads = self.num_heads
-        qkv = self.qkv(hidden_states).unflatten(-1, (3 * heads, -1))
-        if position_embeddings is None or not _attend.has_kernel("rotary_embed", qkv):
+        if position_embeddings is None or not _attend.has_kernel("rotary_embed", hidden_states):
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
-        both, v = qkv.split([2 * heads, heads], 1)
+        heads = self.num_heads
+        both, v = self.qkv(hidden_states).unflatten(-1, (3 * heads, -1)).split([2 * heads, heads], 1)
         asked = backends.of_module(self)
         asked = asked if asked in ("triton", "cpu", "reference") else None  # the others have no kernel of it
         q, k = rotary_embed(both, *position_embeddings, backend=asked).chunk(2, 1)
