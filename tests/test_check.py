@@ -16,6 +16,7 @@ from mmkernels.check.poison import MEMORY, guarded, poisoned
 from mmkernels.check.suite import evaluate, name_of
 from mmkernels.ops.contrastive import reference as contrastive_reference
 from mmkernels.ops.patch_embed import reference as patch_reference
+from mmkernels.ops.rotary_embed import reference as rotary_reference
 from mmkernels.ops.span_attention import reference as span_reference
 
 GPU = torch.cuda.is_available()
@@ -89,7 +90,7 @@ def test_response_bounds_what_a_rounded_logit_does(seed):
 
 def plant(monkeypatch, **wrong):
     """Make the backend "triton" the reference with some functions replaced."""
-    references = (contrastive_reference, patch_reference, span_reference)
+    references = (contrastive_reference, patch_reference, span_reference, rotary_reference)
     good = {name: value for module in references for name, value in vars(module).items() if not name.startswith("_")}
     good["unsupported"] = lambda *tensors: None
     load, missing, fake = backends._load, backends.missing, SimpleNamespace(**(good | wrong))

@@ -25,9 +25,13 @@ def install(target: Path, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+# Where the package under test is an editable install, its finder would give every package of this name its core.
+WITHOUT_EDITABLE = 'import sys; sys.meta_path = [x for x in sys.meta_path if "__editable__" not in str(x)]; '
+
+
 def run(target: Path, code: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(target / "site")}
-    command = [sys.executable, "-W", "ignore", "-c", code]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_EDITABLE + code]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=target, check=True).stdout
 
 

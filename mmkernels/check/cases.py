@@ -228,7 +228,7 @@ ROTARY = [
     RotaryCase("one row repeated", (20, 3, 32), memory="expanded"),
     RotaryCase("half tables", (45, 3, 96), table_dtype=torch.bfloat16),
     RotaryCase("beyond 2^31", (3, 2, 32), memory="far", dtypes=(torch.bfloat16,)),
-    RotaryCase("5000 tokens", (5000, 2, 80)),
+    RotaryCase("T 1100, several threads", (1100, 4, 80)),
 ]
 
 Case = LossCase | PatchCase | AttentionCase | RotaryCase
