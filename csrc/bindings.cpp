@@ -22,10 +22,16 @@ namespace py = pybind11;
 namespace mmk {
 namespace {
 
-// Calls mmk::<level>::function(...) of the chosen level and returns what it returns.
+// Returns what function(...) of the level gives that serves tensors of this type.
 #define MMK_CASE(level, isa, function, ...) \
     case Isa::level:                        \
         return isa::function(__VA_ARGS__);
+#define MMK_RETURN(dtype, function, ...)                        \
+    switch (chosen_isa(dtype)) {                                \
+        MMK_FOR_EACH_ISA(MMK_CASE, function, __VA_ARGS__)       \
+        default:                                                \
+            throw std::logic_error("a level this build lacks"); \
+    }
 
 // Floating-point operations a second that `threads` threads reach together in a loop of multiply-adds.
 double fma_peak(bool bfloat16, int threads) {
@@ -36,14 +42,8 @@ double fma_peak(bool bfloat16, int threads) {
     } job{bfloat16, 0};
     const auto task = [](void* context, int64_t i) {
         Job& job = *static_cast<Job*>(context);
-        const double flops = [&] {
-            switch (chosen_isa(job.bfloat16 ? DType::kBFloat16 : DType::kFloat32)) {
-#define MMK_FMA(level, isa) MMK_CASE(level, isa, fma_flops, job.bfloat16, kRounds)
-                MMK_FOR_EACH_ISA(MMK_FMA)
-#undef MMK_FMA
-                default:
-                    throw std::logic_error("a level this build does not hold");
-            }
+        const double flops = [&]() -> double {
+            MMK_RETURN(job.bfloat16 ? DType::kBFloat16 : DType::kFloat32, fma_flops, job.bfloat16, kRounds);
         }();
         if (i == 0) job.flops = flops;
     };
@@ -55,25 +55,9 @@ double fma_peak(bool bfloat16, int threads) {
 
 // ---- contrastive
 
-ContrastiveResult run_clip_loss(const Contrastive& call) {
-    switch (chosen_isa(call.image.dtype)) {
-#define MMK_RUN(level, isa) MMK_CASE(level, isa, clip_loss, call)
-        MMK_FOR_EACH_ISA(MMK_RUN)
-#undef MMK_RUN
-        default:
-            throw std::logic_error("a level this build does not hold");
-    }
-}
+ContrastiveResult run_clip_loss(const Contrastive& call) { MMK_RETURN(call.image.dtype, clip_loss, call); }
 
-ContrastiveResult run_siglip_loss(const Contrastive& call) {
-    switch (chosen_isa(call.image.dtype)) {
-#define MMK_RUN(level, isa) MMK_CASE(level, isa, siglip_loss, call)
-        MMK_FOR_EACH_ISA(MMK_RUN)
-#undef MMK_RUN
-        default:
-            throw std::logic_error("a level this build does not hold");
-    }
-}
+ContrastiveResult run_siglip_loss(const Contrastive& call) { MMK_RETURN(call.image.dtype, siglip_loss, call); }
 
 Contrastive contrastive(const Matrix& image, const Matrix& text, double scale, double bias, double label_smoothing,
                         const Matrix* d_image, const Matrix* d_text) {
@@ -123,24 +107,10 @@ Patches patches(uintptr_t data, DType dtype, const Index& sizes, const Index& st
     return result;
 }
 
-void run_patch_embed(const PatchEmbed& call) {
-    switch (chosen_isa(call.weight.dtype)) {
-#define MMK_RUN(level, isa) MMK_CASE(level, isa, patch_embed, call)
-        MMK_FOR_EACH_ISA(MMK_RUN)
-#undef MMK_RUN
-        default:
-            throw std::logic_error("a level this build does not hold");
-    }
-}
+void run_patch_embed(const PatchEmbed& call) { MMK_RETURN(call.weight.dtype, patch_embed, call); }
 
 void run_patch_embed_backward(const PatchEmbedBackward& call) {
-    switch (chosen_isa(call.weight.dtype)) {
-#define MMK_RUN(level, isa) MMK_CASE(level, isa, patch_embed_backward, call)
-        MMK_FOR_EACH_ISA(MMK_RUN)
-#undef MMK_RUN
-        default:
-            throw std::logic_error("a level this build does not hold");
-    }
+    MMK_RETURN(call.weight.dtype, patch_embed_backward, call);
 }
 
 void bind_patch_embed(py::module_& module) {
@@ -176,24 +146,10 @@ void bind_patch_embed(py::module_& module) {
 
 // ---- span_attention
 
-void run_span_attention(const SpanAttention& call) {
-    switch (chosen_isa(call.q.dtype)) {
-#define MMK_RUN(level, isa) MMK_CASE(level, isa, span_attention, call)
-        MMK_FOR_EACH_ISA(MMK_RUN)
-#undef MMK_RUN
-        default:
-            throw std::logic_error("a level this build does not hold");
-    }
-}
+void run_span_attention(const SpanAttention& call) { MMK_RETURN(call.q.dtype, span_attention, call); }
 
 void run_span_attention_backward(const SpanAttentionBackward& call) {
-    switch (chosen_isa(call.q.dtype)) {
-#define MMK_RUN(level, isa) MMK_CASE(level, isa, span_attention_backward, call)
-        MMK_FOR_EACH_ISA(MMK_RUN)
-#undef MMK_RUN
-        default:
-            throw std::logic_error("a level this build does not hold");
-    }
+    MMK_RETURN(call.q.dtype, span_attention_backward, call);
 }
 
 void bind_span_attention(py::module_& module) {
@@ -239,15 +195,7 @@ void bind_span_attention(py::module_& module) {
 
 // ---- rotary_embed
 
-void run_rotary_embed(const RotaryEmbed& call) {
-    switch (chosen_isa(call.x.dtype)) {
-#define MMK_RUN(level, isa) MMK_CASE(level, isa, rotary_embed, call)
-        MMK_FOR_EACH_ISA(MMK_RUN)
-#undef MMK_RUN
-        default:
-            throw std::logic_error("a level this build does not hold");
-    }
-}
+void run_rotary_embed(const RotaryEmbed& call) { MMK_RETURN(call.x.dtype, rotary_embed, call); }
 
 void bind_rotary_embed(py::module_& module) {
     module.def(

@@ -197,13 +197,15 @@ def _candidates(op: str, requested: str, *call: object) -> Explanation:
 
 
 def _reason(op: str, name: str, *call: object) -> str | None:
-    return _unwritten(op, name) or missing(name) or _load(op, name).unsupported(*call)
+    if not is_written(op, name):
+        return f"it has no kernels of {op}"
+    return missing(name) or _load(op, name).unsupported(*call)
 
 
 @functools.cache
-def _unwritten(op: str, name: str) -> str | None:
-    there = importlib.util.find_spec(_module(op, name)) is not None
-    return None if there else f"it has no kernels of {op}"
+def is_written(op: str, name: str) -> bool:
+    """Whether a backend has kernels of the hot path `op`, here or elsewhere."""
+    return importlib.util.find_spec(_module(op, name)) is not None
 
 
 @functools.cache

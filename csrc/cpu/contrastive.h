@@ -20,7 +20,7 @@ struct ContrastiveResult {
     double d_scale, d_bias;  // 0 without with_grads
 };
 
-#define MMK_DECLARE(level, isa)                             \
+#define MMK_DECLARE(level, isa, ...)                        \
     namespace isa {                                         \
     ContrastiveResult clip_loss(const Contrastive& call);   \
     ContrastiveResult siglip_loss(const Contrastive& call); \

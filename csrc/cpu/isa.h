@@ -22,16 +22,16 @@ Isa chosen_isa();
 // The same for a call on tensors of this type: AMX multiplies bfloat16 alone, others are served by the level below.
 Isa chosen_isa(DType dtype);
 
-// X(enumerator, namespace) for every level in this build.
+// X(enumerator, namespace, ...) for every level in this build.
 #if defined(__x86_64__)
-#define MMK_FOR_EACH_ISA(X)     \
-    X(kPortable, portable)      \
-    X(kAvx2, avx2)              \
-    X(kAvx512, avx512)          \
-    X(kAvx512Bf16, avx512_bf16) \
-    X(kAmx, amx)
+#define MMK_FOR_EACH_ISA(X, ...)             \
+    X(kPortable, portable, __VA_ARGS__)      \
+    X(kAvx2, avx2, __VA_ARGS__)              \
+    X(kAvx512, avx512, __VA_ARGS__)          \
+    X(kAvx512Bf16, avx512_bf16, __VA_ARGS__) \
+    X(kAmx, amx, __VA_ARGS__)
 #else
-#define MMK_FOR_EACH_ISA(X) X(kPortable, portable)
+#define MMK_FOR_EACH_ISA(X, ...) X(kPortable, portable, __VA_ARGS__)
 #endif
 
 }  // namespace mmk

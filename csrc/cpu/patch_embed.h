@@ -35,7 +35,7 @@ struct PatchEmbedBackward {
     void* d_bias;                // (E), contiguous, of the weight's dtype
 };
 
-#define MMK_DECLARE(level, isa)                                \
+#define MMK_DECLARE(level, isa, ...)                           \
     namespace isa {                                            \
     void patch_embed(const PatchEmbed& call);                  \
     void patch_embed_backward(const PatchEmbedBackward& call); \

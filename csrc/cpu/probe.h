@@ -6,7 +6,7 @@
 
 namespace mmk {
 
-#define MMK_DECLARE(level, isa)                      \
+#define MMK_DECLARE(level, isa, ...)                 \
     namespace isa {                                  \
     double fma_flops(bool bfloat16, int64_t rounds); \
     }

@@ -14,7 +14,7 @@ struct RotaryEmbed {
     bool transposed;         // by the transpose of every rotation, as gradients are
 };
 
-#define MMK_DECLARE(level, isa)                 \
+#define MMK_DECLARE(level, isa, ...)            \
     namespace isa {                             \
     void rotary_embed(const RotaryEmbed& call); \
     }

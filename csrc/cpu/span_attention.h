@@ -37,7 +37,7 @@ struct SpanAttentionBackward {
     Heads d_q, d_k, d_v;  // contiguous
 };
 
-#define MMK_DECLARE(level, isa)                                      \
+#define MMK_DECLARE(level, isa, ...)                                 \
     namespace isa {                                                  \
     void span_attention(const SpanAttention& call);                  \
     void span_attention_backward(const SpanAttentionBackward& call); \

@@ -98,8 +98,8 @@ class _RotaryVisionAttention:
         heads = self.num_heads
         both, v = self.qkv(hidden_states).unflatten(-1, (3 * heads, -1)).split([2 * heads, heads], 1)
         asked = backends.of_module(self)
-        asked = asked if asked in ("triton", "cpu", "reference") else None  # the others have no kernel of it
-        q, k = rotary_embed(both, *position_embeddings, backend=asked).chunk(2, 1)
+        fit = asked if asked and backends.is_written("rotary_embed", asked) else None
+        q, k = rotary_embed(both, *position_embeddings, backend=fit).chunk(2, 1)
         kwargs |= {"scaling": self.scaling, "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out, _ = span_attention_forward(self, q, k, v, None, is_causal=False, **kwargs)
