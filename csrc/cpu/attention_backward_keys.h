@@ -14,6 +14,7 @@
 #include "attention_ahead.h"
 #include "attention_backward_plan.h"
 #include "attention_backward_weights.h"
+#include "attention_scores.h"
 
 namespace mmk::MMK_ISA::attention_backward {
 
@@ -196,7 +197,7 @@ class KeyBlock {
             last[v][i % kPack] = x;
             if (i % kPack == kPack - 1) weights_.put_p(r + i - kPack + 1, lane + v * kLanes, last[v]);
         };
-        multiply_rows<kVectors>(rows.q, row, {k_lanes(p) + lane, width}, rows.longest_chain, to_p);
+        multiply_rows<kVectors>(rows.q, row, {k_lanes(p) + lane, width}, rows.few, to_p);
         const auto to_d_scores = [&](int i, int v, Vec d_p) MMK_INLINE_LAMBDA {
             const Vec weight = load(weights_.p_row(r + i) + lane + v * kLanes);
             Vec x = weight * (d_p - splat(rows.delta[row + i]));
@@ -209,34 +210,17 @@ class KeyBlock {
                 weights_.put_d_scores(r + i - kPack + 1, lane + v * kLanes, key + v * kLanes, last[v]);
             }
         };
-        multiply_rows<kVectors>(rows.d_out, row, {v_lanes(p) + lane, width}, rows.longest_chain, to_d_scores);
+        multiply_rows<kVectors>(rows.d_out, row, {v_lanes(p) + lane, width}, rows.few, to_d_scores);
     }
 
-    // finish(row, vector, product of a row of the tile with the lanes of keys). A chain of float32 additions loses
-    // digits as it grows; one longer than longest_chain is cut.
+    // finish(row, vector, product of a row of the tile with the lanes of keys).
     template <int kVectors, class Finish>
-    MMK_INLINE void multiply_rows(const PackedRows<Operand, kHasAmx>& rows, int64_t row, Lanes keys,
-                                  int64_t longest_chain, Finish&& finish) {
-        const uint32_t* a = rows.along(row);
-        const int64_t units = rows.units(), chains = ceil_div(units, longest_chain), steps = units / kDepthStep;
-        float before[kTileRows][kTileColumns];
-        int64_t first = 0;
-        for (int64_t i = 1; i < chains; i++) {
-            const int64_t count = steps * i / chains * kDepthStep - first;
-            const auto keep = [&](int r, int v, Vec sum) {
-                float* at = before[r] + v * kLanes;
-                store(at, i > 1 ? load(at) + sum : sum);
-            };
-            micro_kernel<Operand, kTileRows, kVectors>(a + first, rows.stride, 1, keys.at + first * keys.stride,
-                                                       keys.stride, count, keep);
-            first += count;
-        }
-        const auto total = [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
-            finish(r, v, chains > 1 ? load(before[r] + v * kLanes) + sum : sum);
-        };
-        micro_kernel<Operand, kTileRows, kVectors>(a + first, rows.stride, 1, keys.at + first * keys.stride,
-                                                   keys.stride, units - first, total,
-                                                   [&]() MMK_INLINE_LAMBDA { ahead.step(); });
+    MMK_INLINE void multiply_rows(const PackedRows<Operand, kHasAmx>& rows, int64_t row, Lanes keys, bool few,
+                                  Finish&& finish) {
+        const int64_t longest = few ? kChainOfFewRows : longest_chain(rows.units());
+        multiply_in_chains<Operand, kTileRows, kVectors>(rows.along(row), rows.stride, keys.at, keys.stride,
+                                                         rows.units(), longest, finish,
+                                                         [&]() MMK_INLINE_LAMBDA { ahead.step(); });
     }
 
     // 2^(logit * scale - lse). The largest weights of a row have large logits and a power near zero: what a float

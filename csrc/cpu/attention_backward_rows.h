@@ -167,8 +167,8 @@ struct QueryRows {
     TwoFloats* lse;  // in base 2
     float* delta;
     int64_t d_q_stride;
-    float* d_q;             // float32, not scaled yet
-    int64_t longest_chain;  // of additions that make a score
+    float* d_q;  // float32, not scaled yet
+    bool few;    // kFewRows at most
 };
 
 }  // namespace mmk::MMK_ISA::attention_backward

@@ -27,6 +27,7 @@
 #include "attention_logits.h"
 #include "attention_pack.h"
 #include "attention_plan.h"
+#include "attention_scores.h"
 #include "attention_stretches.h"
 #include "span_decode.h"
 #include "span_short.h"
@@ -70,26 +71,29 @@ struct KeyPanel {
 
 // scores[key][lane] of one group; the highest of each lane is raised.
 template <class Operand, int kVectors>
-void score_group(const uint32_t* keys, int64_t units, const uint32_t* queries, float* scores, Vec* highest,
-                 Ahead& ahead) {
+void score_group(const uint32_t* keys, int64_t units, int64_t longest, const uint32_t* queries, float* scores,
+                 Vec* highest, Ahead& ahead) {
     Vec top[kVectors];  // first of the first row: no register is held while the product runs
-    const auto raise = [&](int r, int v, Vec score)
-                           MMK_INLINE_LAMBDA { top[v] = max(score, r == 0 ? highest[v] : top[v]); };
-    const auto beside = [&]() MMK_INLINE_LAMBDA { ahead.step(); };
-    if constexpr (kHasAmx) {
-        multiply_into<Operand, kTileRows, kVectors>({keys, units, 1}, queries, kTileColumns, units, scores,
-                                                    kTileColumns, false, beside);
-        for (int r = 0; r < kTileRows; r++) {
-            for (int v = 0; v < kVectors; v++) raise(r, v, load(scores + r * kTileColumns + v * kLanes));
-        }
-    } else {
-        const auto finish = [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
-            store(scores + r * kTileColumns + v * kLanes, sum);
-            raise(r, v, sum);
-        };
-        micro_kernel<Operand, kTileRows, kVectors>(keys, units, 1, queries, kTileColumns, units, finish, beside);
-    }
+    const auto finish = [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
+        store(scores + r * kTileColumns + v * kLanes, sum);
+        top[v] = max(sum, r == 0 ? highest[v] : top[v]);
+    };
+    multiply_in_chains<Operand, kTileRows, kVectors>(keys, units, queries, kTileColumns, units, longest, finish,
+                                                     [&]() MMK_INLINE_LAMBDA { ahead.step(); });
     for (int v = 0; v < kVectors; v++) highest[v] = top[v];
+}
+
+// The same with AMX, whose sums go to memory.
+template <class Operand, int kVectors>
+void score_group_in_tiles(const uint32_t* keys, int64_t units, const uint32_t* queries, float* scores, Vec* highest,
+                          Ahead& ahead) {
+    multiply_into<Operand, kTileRows, kVectors>({keys, units, 1}, queries, kTileColumns, units, scores, kTileColumns,
+                                                false, [&]() MMK_INLINE_LAMBDA { ahead.step(); });
+    for (int r = 0; r < kTileRows; r++) {
+        for (int v = 0; v < kVectors; v++) {
+            highest[v] = max(load(scores + r * kTileColumns + v * kLanes), highest[v]);
+        }
+    }
 }
 
 // out[d][lane] = out * decay + sum over units of values[d] weights[lane], for one panel of kTileRows d.
@@ -127,6 +131,7 @@ class Forward {
           logits_(call.scale, call.softcap),
           group_(call.q.heads / call.k.heads),
           query_units_(depth<Operand>(call.q.dim)),
+          longest_chain_(call.q.tokens * group_ <= kFewRows ? kChainOfFewRows : longest_chain(query_units_)),
           value_panels_(ceil_div(call.v.dim, kTileRows)),
           plan_(group_, call.spans.runs, part_lanes()),
           copies_(copies) {
@@ -342,13 +347,17 @@ class Forward {
                 const uint32_t* keys = panel.keys + (at + i) * panel.key_units;
                 float* to = work.scores + i * kTileColumns + stretch.vector * kLanes;
                 Vec unused[kVectors] = {};
-                score_group<Operand, kVectors>(keys, panel.key_units, queries, to,
-                                               plain ? highest + stretch.vector : unused, work.ahead);
+                Vec* top = plain ? highest + stretch.vector : unused;
+                if constexpr (kHasAmx) {
+                    score_group_in_tiles<Operand, kVectors>(keys, panel.key_units, queries, to, top, work.ahead);
+                } else {
+                    score_group<Operand, kVectors>(keys, panel.key_units, longest_chain_, queries, to, top, work.ahead);
+                }
                 for (int v = 0; v < kVectors && !plain; v++) {
                     const int lane = (stretch.vector + v) * kLanes;
-                    const Vec top =
+                    const Vec seen =
                         logits_.refine<kTileColumns>(to + v * kLanes, kTileRows, key, spans.lo + lane, spans.hi + lane);
-                    highest[stretch.vector + v] = max(top, highest[stretch.vector + v]);
+                    highest[stretch.vector + v] = max(seen, highest[stretch.vector + v]);
                 }
             }
         });
@@ -442,7 +451,7 @@ class Forward {
 
     const SpanAttention& call_;
     const Logits logits_;
-    const int64_t group_, query_units_, value_panels_;
+    const int64_t group_, query_units_, longest_chain_, value_panels_;
     Plan plan_;
     int64_t copies_;  // rows of the batch that share a plan
 };

@@ -30,11 +30,6 @@ namespace {
 constexpr int64_t kChunkKeys = 1024;                   // smaller chunks pack rows too often: 512 cost 4 %
 constexpr int64_t kEnoughTasks = 32, kMostChunks = 8;  // each chunk is a dQ more
 
-// The longest chain of additions in a score. It is shorter where a product is rounded before it is added, and where
-// rows are few: then their errors do not average out (a decoded token's d_v is off by those of one row), and time goes
-// into packing keys. Plain PyTorch takes such products in shorter chains, too.
-constexpr int64_t kLongestChain = kLanes == 4 ? 16 : 128, kShortChain = 16, kFewRows = 32;
-
 // One head of one row of the batch.
 template <class T>
 struct Head {
@@ -194,11 +189,11 @@ class Backward {
         const int64_t count = task.last_row - task.first_row;
         QueryRows<Operand> mine = rows;
         if (task.part >= 0) mine.d_q = parts + task.part;
-        mine.longest_chain = count <= kFewRows ? kShortChain : kLongestChain;
+        mine.few = count <= kFewRows;
         pack(task, mine);
         std::fill_n(mine.d_q, count * d_q_stride_, 0.0f);
         KeyBlock<Operand>& block = memory.keys;
-        if (std::is_same_v<T, float> && count <= kFewRows && task.part < 0) normalize(task, mine, block);
+        if (std::is_same_v<T, float> && mine.few && task.part < 0) normalize(task, mine, block);
         const GradientRows<T> d_k(call_.d_k, task.batch, task.head), d_v(call_.d_v, task.batch, task.head);
         for (int64_t key = task.first_key; key < task.last_key; key += kBlockKeys) {
             pack(task, key, block);

@@ -20,6 +20,7 @@
 #include "attention_ahead.h"
 #include "attention_logits.h"
 #include "attention_pack.h"
+#include "attention_scores.h"
 #include "tasks.h"
 
 namespace mmk::MMK_ISA {
@@ -223,6 +224,7 @@ class Short {
     void weigh(const Task& task, int64_t lane, Block& block, const Workspace& work, Ahead& ahead) const {
         const int64_t keys = task.piece->keys();
         const bool plain = logits_.deferred && !task.piece->masked;
+        const int64_t longest = longest_chain(units_);
         float* scores = work.scores + lane;
         Vec highest[kVectors];
         std::fill_n(highest, kVectors, splat(-kInfinity));
@@ -231,8 +233,8 @@ class Short {
             const bool done = plain && key + kTileRows <= keys;
             Vec top[kVectors];
             std::fill_n(top, kVectors, splat(-kInfinity));
-            micro_kernel<Operand, kTileRows, kVectors>(
-                work.keys + key * units_, units_, 1, work.queries + lane, kBlockLanes, units_,
+            multiply_in_chains<Operand, kTileRows, kVectors>(
+                work.keys + key * units_, units_, work.queries + lane, kBlockLanes, units_, longest,
                 [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
                     store(to + r * kBlockLanes + v * kLanes, sum);
                     top[v] = max(sum, top[v]);
