@@ -10,10 +10,10 @@ from mmkernels import backends
 from mmkernels.check import CASES, run_case, select
 from mmkernels.check.budget import Quantity, distance, largest, ulp
 from mmkernels.check.contrastive_truth import contrastive_truth
-from mmkernels.check.draw import Draw
+from mmkernels.check.draw import DRAWS, Draw
 from mmkernels.check.ops import OPS
 from mmkernels.check.poison import MEMORY, guarded, poisoned
-from mmkernels.check.suite import evaluate, name_of
+from mmkernels.check.suite import CLOSE_DRAWS, evaluate, name_of
 from mmkernels.ops.contrastive import reference as contrastive_reference
 from mmkernels.ops.patch_embed import reference as patch_reference
 from mmkernels.ops.rotary_embed import reference as rotary_reference
@@ -177,6 +177,20 @@ def test_finds_an_element_not_written(monkeypatch):
 
     plant(monkeypatch, **patch_forward(forget_one))
     assert "1 of 480 elements NaN or infinite, the first at (0, 1, 3)" in failures("patch_embed", "P16")
+
+
+@pytest.mark.parametrize(("overrun", "draws"), [(1.7, DRAWS + CLOSE_DRAWS), (3.0, DRAWS)])
+def test_a_close_failure_is_one_on_many_draws_too(monkeypatch, overrun, draws, seed):
+    budgets = run_case(case_named("patch_embed", "P16"), torch.float32, "reference", seed=seed).quantities
+    calls = []
+
+    def shift(tokens, *_):
+        calls.append(1)
+        tokens += overrun * budgets[0].budget
+
+    plant(monkeypatch, **patch_forward(shift))
+    assert "tokens is off by" in failures("patch_embed", "P16", seed=seed)
+    assert len(calls) == draws + 1  # the second run of the first draw
 
 
 @pytest.mark.parametrize("name", ["P16", "crop", "rows, strided"])

@@ -12,7 +12,8 @@ elements, a scalar above all (the loss, the gradient of a scale or a bias), does
 to the truth would leave its rivals a budget of nothing. Therefore errors are the largest over several independent
 draws, and the error of a plain scalar counts as at least half an ulp of the dtype it was computed in, which is what
 anyone knows about it. Where the two errors are equally large on average (features normalised in half precision) or the
-elements very few, more draws of the plain one tell how large it gets.
+elements very few, more draws of the plain one tell how large it gets. And where a budget is overrun by less than
+twice, many more draws of both are compared before that counts: the largest errors of so many hardly move.
 
 How much rounding can spoil depends on the draw: one key that many queries cling to makes all of it. Attention's
 gradients are like that, and there plain PyTorch also answers for the same numbers in other orders (the elements of a

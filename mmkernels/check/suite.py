@@ -26,6 +26,7 @@ ORDERS = 3  # in which plain PyTorch computes the same again, of ops that have s
 THREADS = (2, 3)  # that the CPU kernels are run on too; everything else is small and runs on one
 
 SMALL_PLAIN_DRAWS = 20  # of plain PyTorch where a case is small: the largest of few errors is luck
+CLOSE, CLOSE_DRAWS = 2.0, 20  # a budget overrun by less may be luck on either side, which more draws of both settle
 
 
 @dataclass
@@ -92,6 +93,10 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
             plain_draws = max(case.plain_draws, SMALL_PLAIN_DRAWS if case.quick else 0)
             for number in range(DRAWS, DRAWS + plain_draws):
                 _Drawn.of(case, dtype, outcome, number).add_plain(quantities)
+            drawn = DRAWS + plain_draws
+            if 1 < max(quantity.ratio for quantity in quantities.values()) < CLOSE:
+                for number in range(drawn, drawn + CLOSE_DRAWS):
+                    _check_draw(case, dtype, outcome, number, quantities)
         outcome.quantities = list(quantities.values())
         outcome.failures += filter(None, (quantity.failure() for quantity in outcome.quantities))
     except Exception as error:
