@@ -32,15 +32,25 @@ def truth_of(case: Case, call: Call, upstream: Tensor) -> Truth:
         return Truth(_attention_truth(call, upstream), {})
     if case.op in ("patch_embed", "rotary_embed"):
         return Truth(evaluate(op.call, call.in_dtype(torch.float64), op, upstream, backend="reference"), {})
+    exact, response = _contrastive(case, call, torch.float64)
+    return Truth(exact, {name: x.max().item() for name, x in response.items()})
+
+
+def plain_by_chunks(case: Case, call: Call) -> Values | None:
+    """What eager PyTorch would compute had it the memory: of a loss, in float32. None for other ops."""
+    return _contrastive(case, call, torch.float32)[0] if case.op in ("clip_loss", "siglip_loss") else None
+
+
+def _contrastive(case: Case, call: Call, dtype: torch.dtype) -> tuple[Values, Values]:
+    """A loss and its gradients, and how far each responds to a rounded logit."""
     tensors = call.tensors
     scalars = [tensors[name].item() for name in ("logit_scale", "logit_bias") if name in tensors]
-    exact, response = contrastive_truth(case.op, tensors["image_features"], tensors["text_features"], *scalars)
-    names = {f"d_{name}": name for name in call.differentiable}
-    gradients, responses = exact.gradients(), response.gradients()
-    return Truth(
-        {op.result: exact.loss} | {label: gradients[name] for label, name in names.items()},
-        {op.result: response.loss.item()} | {label: responses[name].max().item() for label, name in names.items()},
+    found = contrastive_truth(case.op, tensors["image_features"], tensors["text_features"], *scalars, dtype=dtype)
+    value, response = (
+        {OPS[case.op].result: x.loss} | {f"d_{name}": x.gradients()[name] for name in call.differentiable}
+        for x in found
     )
+    return value, response
 
 
 def _attention_truth(call: Call, upstream: Tensor) -> Values:
@@ -64,7 +74,7 @@ def _attention_truth(call: Call, upstream: Tensor) -> Values:
 
 
 def judge(values: Values, plain: Values | None, truth: Truth, call: Call, op_name: str, is_ours: bool) -> Quantity:
-    """The worst of the quantities. Without plain values (eager PyTorch does not fit), the budget is that much smaller.
+    """The worst of the quantities. Without plain values the budget is that much smaller.
 
     A peer may return its loss in another dtype; what we promise is that ours is float32.
     """

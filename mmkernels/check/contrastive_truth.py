@@ -1,4 +1,4 @@
-"""The contrastive losses and their gradients in float64, by chunks of rows.
+"""The contrastive losses and their gradients by chunks of rows, in float64 unless told otherwise.
 
 The formulas of mmkernels.ops.contrastive.reference, without its N x N matrices: the logits of a chunk are made, used
 and dropped, twice for CLIP (the column sums must be complete before any gradient), once for SigLIP. The benchmarks take
@@ -46,10 +46,16 @@ class Sums:
 
 
 def contrastive_truth(
-    op: str, image: Tensor, text: Tensor, scale: float, bias: float = 0.0, label_smoothing: float = 0.0
+    op: str,
+    image: Tensor,
+    text: Tensor,
+    scale: float,
+    bias: float = 0.0,
+    label_smoothing: float = 0.0,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Sums, Sums]:
-    """(truth, response) of "clip_loss" or "siglip_loss" on features (N, D) of any dtype."""
-    image, text = image.detach().double(), text.detach().double()
+    """(truth, response) of "clip_loss" or "siglip_loss" on features (N, D) of any dtype, computed in `dtype`."""
+    image, text = image.detach().to(dtype), text.detach().to(dtype)
     if op == "clip_loss":
         return _clip(image, text, scale, label_smoothing)
     return _siglip(image, text, scale, bias)
