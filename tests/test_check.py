@@ -179,18 +179,22 @@ def test_finds_an_element_not_written(monkeypatch):
     assert "1 of 480 elements NaN or infinite, the first at (0, 1, 3)" in failures("patch_embed", "P16")
 
 
-@pytest.mark.parametrize(("overrun", "draws"), [(1.4, DRAWS + CLOSE_DRAWS), (3.0, DRAWS)])
-def test_a_close_failure_is_one_on_many_draws_too(monkeypatch, overrun, draws, seed):
-    budgets = run_case(case_named("patch_embed", "P16"), torch.float32, "reference", seed=seed).quantities
-    calls = []
+@pytest.mark.parametrize(
+    ("overrun", "growth", "draws", "passes"),
+    [(1.4, 1.0, DRAWS + CLOSE_DRAWS, False), (1.4, 1.5, DRAWS + CLOSE_DRAWS, True), (3.0, 9.0, DRAWS, False)],
+)
+def test_a_close_verdict_is_settled_by_more_draws(monkeypatch, overrun, growth, draws, passes, seed):
+    """growth: of the budget, as plain code's largest error over many draws makes it."""
+    calls, budget = [], 1e-3  # beside which what is truly rounded is nothing
 
     def shift(tokens, *_):
         calls.append(1)
-        tokens += overrun * budgets[0].budget
+        tokens += overrun * budget
 
     plant(monkeypatch, **patch_forward(shift))
-    assert "tokens is off by" in failures("patch_embed", "P16", seed=seed)
-    assert len(calls) == draws + 1  # the second run of the first draw
+    monkeypatch.setattr(Quantity, "budget", property(lambda _: budget * (growth if len(calls) > DRAWS + 1 else 1)))
+    outcome = run_case(case_named("patch_embed", "P16"), torch.float32, "triton", seed=seed)
+    assert outcome.passed == passes and len(calls) == draws + 1  # the first draw is run twice
 
 
 @pytest.mark.parametrize("name", ["P16", "crop", "rows, strided"])
