@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,18 +65,40 @@ def full(queries: int, keys: int, device: torch.device, *, causal: bool = False,
 # ---- masks that a model made itself
 
 
-def kept(mask: Tensor | None, key: tuple, make):
-    """What make() gives, once for this very tensor, as long as it is not written to: spans are made once a mask, not
-    once a layer. They are kept on the tensor, and lost with any view of it: then they are only made again."""
-    if mask is None or torch.compiler.is_compiling():
+class _Kept(threading.local):
+    def __init__(self):
+        self.entries: dict[int, tuple[weakref.ref, Tensor, dict]] = {}  # tensor, its values then, what was made of it
+
+
+_kept = _Kept()
+
+
+def kept(tensor: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What make() gives of a tensor, once for as long as the tensor lives and its values are what they were: spans are
+    made once a mask, not once a layer.
+
+    The values are compared. Nothing cheaper is proof: a tensor's version does not count what is written to it under
+    inference_mode, through `.data`, by other processes or by kernels. Nothing is left on the tensor.
+    """
+    if torch.compiler.is_compiling():
         return make()
-    version = None if mask.is_inference() else mask._version
-    held = getattr(mask, "_mmkernels_spans", None)
-    if held is None or held[0] != version:
-        held = mask._mmkernels_spans = (version, {})
-    if key not in held[1]:
-        held[1][key] = make()
-    return held[1][key]
+    entries, at, values = _kept.entries, id(tensor), _distinct(tensor)
+    entry = entries.get(at)
+    if entry is None or entry[0]() is not tensor or not torch.equal(entry[1], values):
+        reference = weakref.ref(tensor, lambda _: entries.pop(at, None))
+        entry = entries[at] = (reference, values.clone(), {})
+    made = entry[2]
+    if key not in made:
+        made[key] = make()
+    return made[key]
+
+
+def _distinct(tensor: Tensor) -> Tensor:
+    """Without the repetitions of axes that were only expanded."""
+    for axis, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[axis] > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
 
 
 def spans_of(mask: Tensor) -> RowSpans:
@@ -102,12 +129,23 @@ def _seen(mask: Tensor) -> Tensor:
     return seen
 
 
-def keys_first(mask: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """mask: (B, K) bool, the keys that all queries see. k and v with these first, and how many they are, (B,).
+def runs_of_keys(seen: Tensor) -> int:
+    """(B, K) bool -> the most runs of keys in a row. Waits for the device."""
+    return 1 + (int((seen[:, 1:] & ~seen[:, :-1]).sum(-1).max()) if seen.shape[1] > 1 and len(seen) else 0)
 
-    Attention does not mind the order of its keys, so what was many runs becomes one. Two copies, no wait.
+
+def seen_first(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """seen: (B, K) bool, the keys that any query may see. -> an order of the keys, (B, K), in which these come first,
+    and how many of them stand before each place of the old order, (B, K + 1).
+
+    Attention does not mind the order of its keys: in this one, what was a run of keys with holes is a run without, from
+    rank[lo] to rank[hi]. It costs a copy of keys and values, and no wait.
     """
-    order = (~mask).to(torch.int8).sort(dim=-1, stable=True).indices
-    row = torch.arange(len(k), device=k.device)[:, None]
-    k, v = (x.transpose(1, 2)[row, order].transpose(1, 2) for x in (k, v))
-    return k, v, mask.sum(-1, dtype=torch.int32)
+    order = (~seen).to(torch.int8).sort(dim=-1, stable=True).indices
+    return order, torch.nn.functional.pad(seen.cumsum(-1), (1, 0))
+
+
+def in_order(order: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(B, H, K, D) tensors with their keys in the order of `seen_first`; copies: what was given stays as it is."""
+    row = torch.arange(len(order), device=order.device)[:, None]
+    return tuple(x.transpose(1, 2)[row, order].transpose(1, 2) for x in tensors)

@@ -10,15 +10,18 @@ import torch
 from torch import nn
 
 from .. import backends
+from .swap import plain_class
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One module: where it is in the model, its class, and what was done, or why not."""
+    """One module: where it is in the model, its class, and what was done, or why not. kind: of hot path, "patch
+    embedding", "attention" or "loss"; "" for what is none (a library that is not served, a call that fell back)."""
 
     path: str
     cls: str
     what: str
+    kind: str = ""
 
 
 @dataclass
@@ -70,7 +73,7 @@ def count_fallback(module: nn.Module, reason: str) -> None:
 
 def fallbacks(model: nn.Module) -> list[Entry]:
     return [
-        Entry(path, type(module).__name__, f"{reason} ({count} calls)")
+        Entry(path, plain_class(module).__name__, f"{reason} ({count} calls)")
         for path, module in model.named_modules()
         for reason, count in module.__dict__.get(_FALLBACKS, {}).items()
     ]

@@ -241,9 +241,9 @@ def test_a_forward_of_the_instance_is_left():
 
 def test_output_attentions_goes_the_models_own_way():
     model, inputs = drawn(FAMILY["llava"].build()), FAMILY["llava"].inputs("right")
+    model.set_attn_implementation("eager")
     fast = copy.deepcopy(model)
     accelerate(fast, only="attention", verbose=False)
-    model.set_attn_implementation("eager")
     exact = copy.deepcopy(model).double()
     runs = [(exact, tree_map(in_float64, inputs)), (model, inputs), (fast, inputs)]
     weights = [x(**given, output_attentions=True).attentions for x, given in runs]
@@ -252,7 +252,7 @@ def test_output_attentions_goes_the_models_own_way():
     rows = ({f"output {i}": layer.transpose(1, 2)[words] for i, layer in enumerate(x)} for x in weights)
     found = misses(*rows, swapped=4)
     assert not found, "\n".join(found)
-    assert any("output_attentions" in entry.what for entry in accelerate(fast, verbose=False).fallbacks)
+    assert any("weights are asked for" in entry.what for entry in accelerate(fast, verbose=False).fallbacks)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "pixtral"])
@@ -346,22 +346,6 @@ def test_weights_that_are_asked_for_are_there():
     expected = attention(x, x, x)
     accelerate(nn.ModuleDict({"attention": attention}), verbose=False)
     torch.testing.assert_close(attention(x, x, x), expected)
-
-
-def test_models_that_share_a_config():
-    """transformers gives both the same config object: the attention of one is that of the other. Both compute right,
-    and restoring one restores the attention of both."""
-    config = hf.LlamaConfig(
-        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
-    )
-    one, other = (drawn(hf.LlamaForCausalLM(config)) for _ in range(2))
-    inputs = text("left")
-    expected, plain = other(**inputs).logits, copy.deepcopy(other)
-    accelerate(one, verbose=False)
-    assert other.config._attn_implementation == "mmkernels"
-    assert not disagreements(plain, other, 1, inputs)
-    restore(one)
-    assert torch.equal(other(**inputs).logits, expected)
 
 
 # ---- compiled

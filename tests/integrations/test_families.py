@@ -38,6 +38,7 @@ REPORTED = {
     "janus": "Conv2d 1, JanusVisionAttention 2, LlamaAttention 2",
     "chameleon": "ChameleonAttention 2",
     "gemma3": f"{SIGLIP_TOWER}, Gemma3Attention 2",
+    "gemma4": "Gemma4VisionAttention 2, Gemma4TextAttention 2",
     "paligemma": f"{SIGLIP_TOWER}, GemmaAttention 2",
     "internvl": "Conv2d 1, InternVLVisionAttention 2, Qwen2Attention 2",
     "molmo2": "Molmo2VisionAttention 3, Molmo2Attention 2",

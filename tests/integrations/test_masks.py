@@ -1,13 +1,18 @@
 """The masks of transformers as spans: equal to the dense ones, on random settings of every mask function."""
 
+import copy
+import pickle
 import random
 
 import pytest
 import torch
-from transformers import masking_utils
+from transformers import PerceiverConfig, masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.perceiver import modeling_perceiver  # noqa: F401 (which says what Perceiver supports)
 
-from mmkernels.integrations.transformers.codes import decode, is_code
-from mmkernels.integrations.transformers.masks import span_mask
+from mmkernels.integrations.transformers.attention import span_attention_forward
+from mmkernels.integrations.transformers.masks import additive_span_mask, span_mask
+from mmkernels.integrations.transformers.span_mask import SpanMask
 
 causal = masking_utils.causal_mask_function
 
@@ -123,26 +128,31 @@ def setting(draw, name):
     return sizes | {"mask_function": made, "attention_mask": mask}
 
 
+@pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_dense_mask(seed, name):
+def test_equals_the_dense_mask(seed, name, kind):
     draw = random.Random(seed)
-    for _ in range(150):
+    for _ in range(75):
         arguments = setting(draw, name)
-        dense = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
-        spans = span_mask(**arguments)
-        queries, keys = arguments["q_length"], arguments["kv_length"]
-        if name == "bidirectional" and arguments["attention_mask"] is not None:
-            assert spans.dtype == torch.bool and (queries == 1 or spans.stride(2) == 0)
-        elif name == "unknown":
-            assert spans.dtype == torch.bool
+        if kind == "bool":
+            dense, mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False), span_mask(**arguments)
         else:
-            assert is_code(spans) and spans.shape[2:] == (queries, keys) and (keys == 1 or spans.stride(3) == 0)
-            spans = decode(spans)
-            some = spans.lo < spans.hi
-            apart = (spans.lo[:, 1:] > spans.hi[:, :-1]) | ~some[:, 1:]
-            assert apart.all(), "runs are ascending and do not touch"
-            spans = spans.to_dense()[:, None]
-        assert torch.equal(spans.expand_as(dense), dense), arguments
+            arguments["dtype"] = draw.choice([torch.float32, torch.bfloat16])
+            dense, mask = masking_utils.eager_mask(**arguments), additive_span_mask(**arguments)
+        if isinstance(mask, SpanMask):
+            assert mask.untyped_storage().nbytes() == 0 or not mask.is_dense
+            assert_runs_are_apart(mask)
+        assert isinstance(mask, SpanMask) == (name != "unknown")
+        assert mask.shape == (*dense.shape[:1], 1, *dense.shape[2:]) and mask.dtype == dense.dtype
+        assert torch.equal(mask.expand_as(dense) + 0, dense + 0), arguments
+
+
+def assert_runs_are_apart(mask: SpanMask) -> None:
+    """Ascending, and they do not touch."""
+    if mask.code is not None:
+        spans = mask.spans()
+        some = spans.lo < spans.hi
+        assert ((spans.lo[:, 1:] > spans.hi[:, :-1]) | ~some[:, 1:]).all()
 
 
 @pytest.mark.parametrize("name", ["causal", "sliding", "chunked", "blocks", "sliding and blocks"])
@@ -151,20 +161,106 @@ def test_one_run_where_padding_is_on_one_side(seed, name):
     for style in ("left", None):
         mask = None if style is None else padding(draw, 2, 40, style)
         left = torch.zeros(2, dtype=torch.long) if mask is None else (mask.cumsum(-1) == 0).sum(-1)
-        code = span_mask(2, 40, 40, mask_function=function(draw, name, 2, 40, 7, left), attention_mask=mask)
-        assert code.shape[1] == 1
-
-
-def test_code_is_no_mask():
-    """What does not know it refuses it, in place of attending wrongly."""
-    code = span_mask(1, 4, 4)
-    q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(RuntimeError):
-        torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=code)
+        sizes = {"batch_size": 2, "q_length": 40, "kv_length": 40}
+        made = span_mask(**sizes, mask_function=function(draw, name, 2, 40, 7, left), attention_mask=mask)
+        assert made.spans().runs == 1
 
 
 def test_costs_no_dense_mask(seed):
     """8 bytes a query and run, however many keys there are."""
     blocks = masking_utils.or_masks(causal, masking_utils.blockwise_overlay(torch.arange(30000).view(1, -1) // 100))
-    code = span_mask(1, 30000, 30000, mask_function=blocks)
-    assert code.untyped_storage().nbytes() == 8 * 30000
+    mask = span_mask(batch_size=1, q_length=30000, kv_length=30000, mask_function=blocks)
+    assert mask.code.untyped_storage().nbytes() == 8 * 30000 and not mask.made
+
+
+# ---- a mask of spans where a mask is expected: each operation sees the dense one
+
+
+def a_mask(kind: torch.dtype) -> tuple[SpanMask, torch.Tensor]:
+    padding = torch.ones(2, 9, dtype=torch.bool)
+    padding[1, :4] = False
+    sizes = {"batch_size": 2, "q_length": 9, "kv_length": 9, "attention_mask": padding}
+    if kind == torch.bool:
+        return span_mask(**sizes), masking_utils.sdpa_mask(**sizes, allow_is_causal_skip=False)
+    return additive_span_mask(**sizes, dtype=kind), masking_utils.eager_mask(**sizes, dtype=kind)
+
+
+USES = {
+    "compared": lambda mask: mask != 0,
+    "added to scores": lambda mask: torch.ones(2, 3, 9, 9) + mask,
+    "joined": lambda mask: torch.cat([mask, mask], dim=-1),
+    "padded": lambda mask: torch.nn.functional.pad(mask, (0, 3)),
+    "a head's": lambda mask: mask[:, 0],
+    "fewer keys": lambda mask: mask[:, :, :, :5],
+    "other keys": lambda mask: mask[..., 2:],
+    "the last queries": lambda mask: mask[:, :, -3:] + 0,
+    "every other query": lambda mask: mask[:, :, ::2] + 0,
+    "summed": lambda mask: mask.sum(-1),
+    "repeated": lambda mask: mask.repeat(1, 2, 1, 1),
+    "expanded": lambda mask: mask.expand(-1, 4, -1, -1),
+    "of another dtype": lambda mask: mask.to(torch.float64),
+    "asked": lambda mask: torch.tensor(bool((mask == 0).any())),
+    "chosen by": lambda mask: torch.where(mask == 0, 1.0, -1.0),
+    "indexed": lambda mask: mask[torch.tensor([1, 0])],
+    "in sdpa": lambda mask: torch.nn.functional.scaled_dot_product_attention(
+        *[torch.ones(2, 1, 9, 4)] * 3, attn_mask=mask
+    ),
+    "a list": lambda mask: torch.tensor(mask.tolist()),
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("use", USES)
+def test_is_the_mask_it_stands_for(use, kind, how):
+    mask, dense = a_mask(kind)
+    used = USES[use]
+    expected = used(dense)
+    if how == "compiled":
+        torch.compiler.reset()
+        used = torch.compile(used, backend="aot_eager")
+    assert torch.equal(used(mask), expected)
+
+
+WRITES = {
+    "filled": lambda mask: mask.fill_(0),
+    "written through a view": lambda mask: mask[:, 0].fill_(0),
+    "set": lambda mask: mask.__setitem__((slice(None), slice(None), 3), 0),
+    "and'ed": lambda mask: mask.mul_(0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_counts(write):
+    """In attention too, which reads spans of a mask that nobody wrote to."""
+    mask, dense = a_mask(torch.float32)
+    for x in (mask, dense):
+        WRITES[write](x)
+    assert torch.equal(mask + 0, dense)
+    q, k, v = (torch.randn(2, 2, 9, 8) for _ in range(3))
+    module = torch.nn.Module()
+    ours, _ = span_attention_forward(module, q, k, v, mask)
+    theirs, _ = sdpa_attention_forward(module, q, k, v, dense)
+    seeing = (dense == 0).any(-1)[:, 0]  # what sees nothing is padding, of which nobody asks
+    torch.testing.assert_close(ours[seeing], theirs[seeing])
+
+
+def test_keeps_spans_where_it_can():
+    mask, dense = a_mask(torch.bool)
+    last = mask[:, :, -3:]
+    assert isinstance(last, SpanMask) and torch.equal(last + 0, dense[:, :, -3:] + 0)
+    for same in (mask.detach(), mask.to("cpu"), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert isinstance(same, SpanMask) and torch.equal(same + 0, dense + 0)
+    assert not isinstance(mask.to(torch.float32), SpanMask)
+
+
+def test_refuses_where_no_bool_mask_is_known():
+    """Of a model by name: the padding of Perceiver, which would be added to its scores."""
+    padding = torch.ones(2, 9, dtype=torch.bool)
+    function = masking_utils.bidirectional_mask_function
+    sizes = {"batch_size": 2, "q_length": 9, "kv_length": 9, "mask_function": function, "attention_mask": padding}
+    mask = span_mask(**sizes, config=PerceiverConfig())
+    with pytest.raises(ValueError, match=r"perceiver models compute attention themselves.*accelerate\(model\)"):
+        torch.ones(2, 1, 9, 9) + mask
+    q = torch.randn(2, 2, 9, 8)
+    span_attention_forward(torch.nn.Module(), q, q, q, mask)  # attention reads its spans

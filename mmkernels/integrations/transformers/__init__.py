@@ -5,20 +5,20 @@ Importing this module gives transformers' models the attention implementation "m
     import mmkernels.integrations.transformers
     model = AutoModel.from_pretrained(..., attn_implementation="mmkernels")
 
-It serves every model that goes through AttentionInterface. `mmkernels.accelerate(model)` does more: it also swaps patch
-embeddings, losses and modules with attention of their own, and packs the vision towers that loop over their images.
+It serves every model that goes through AttentionInterface, and refuses by name what it does not know.
+`mmkernels.accelerate(model)` does more: it also swaps patch embeddings, losses and modules with attention of their own,
+packs the vision towers that loop over their images, and leaves to the model what it does not know.
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .attention import span_attention_forward
-from .masks import span_mask
+from .attention import NAME, span_attention_forward
+from .finder import find, fits, restored, swapped
+from .masks import EAGER_NAME, SDPA_NAME, additive_span_mask, bool_span_mask, span_mask
 
-NAME = "mmkernels"
-# With "flash" in the name, the towers of Qwen-VL and Pixtral pass cu_seq_lens in one call, where else they loop over
-# images or make a dense mask. transformers refuses such a name from users; accelerate sets it on the tower's config.
-PACKED_NAME = "mmkernels_flash"
+AttentionInterface.register(NAME, span_attention_forward)
+AttentionMaskInterface.register(NAME, span_mask)
+AttentionMaskInterface.register(SDPA_NAME, bool_span_mask)
+AttentionMaskInterface.register(EAGER_NAME, additive_span_mask)
 
-for _name in (NAME, PACKED_NAME):
-    AttentionInterface.register(_name, span_attention_forward)
-    AttentionMaskInterface.register(_name, span_mask)
+__all__ = ["NAME", "find", "fits", "restored", "swapped"]

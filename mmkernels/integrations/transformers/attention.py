@@ -1,19 +1,46 @@
-"""The attention call of any transformers model, by span_attention."""
+"""The attention call of transformers' models, by span_attention."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import output_capturing
 
 from ... import backends
 from ...spans import RowSpans
 from .. import _attend
 from .._attend import NotSpans
 from ..report import count_fallback
-from .codes import decode, is_code
+from .span_mask import SpanMask
+
+NAME = "mmkernels"
+
+# Keywords that say what is computed, and that spans express.
+_SERVED = {"attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "dropout", "is_causal", "scaling", "softcap"}
+# Those that say nothing of it: what other parts of the model return, or what the mask says already.
+_HARMLESS = {
+    "cache_position",
+    "deterministic",  # of flash-attn's backward; ours is
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "seq_idx",
+    "sliding_window",
+    "use_cache",
+}
+# Those that an attention function of transformers may take, and that go its way.
+_OWN_WAY = {"cache", "output_attentions", "position_bias", "s_aux"}
 
 
 def span_attention_forward(
@@ -22,105 +49,286 @@ def span_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
-    **kwargs,
+    **options,
 ) -> tuple[Tensor, Tensor | None]:
     """For AttentionInterface, with the arguments of its functions: query (B, Hq, Lq, D), key, value (B, Hkv, Lk, D) ->
-    (B, Lq, Hq, D). What spans do not express goes the model's own way: dropout, weights that are asked for, biases."""
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    cu_seqlens = cu_seq_lens_q if query.shape[2] == key.shape[2] else None  # they describe self-attention only
-    call = _Call(query, key, attention_mask, cu_seqlens, is_causal, sliding_window)
-    try:
-        _refuse(dropout, kwargs)
-        key, value, spans = call.keys_values_and_spans(key, value)
-        out = _attend.attend(
-            query, key, value, spans, scale=scaling, softcap=softcap, backend=backends.of_module(module)
+    (B, Lq, Hq, D). What spans do not express goes the model's own way: dropout, weights that are asked for, biases.
+
+    Raises ValueError for a keyword that it does not know: it may be what decides which keys are seen."""
+    options = {name: value for name, value in options.items() if value is not None}
+    unknown = options.keys() - _SERVED - _HARMLESS - _OWN_WAY
+    if unknown:
+        raise ValueError(
+            f'attn_implementation="{NAME}" does not know {", ".join(sorted(unknown))}, which {type(module).__name__} '
+            'hands to its attention. Load the model with "sdpa" or "eager" and call mmkernels.accelerate(model), which '
+            "leaves to the model what it does not know"
         )
-        return out, None
+    call = _Call(module, query, key, attention_mask, options, window=options.get("sliding_window"))
+    try:
+        for name in _OWN_WAY & options.keys():
+            if name != "output_attentions" or options[name]:
+                raise NotSpans(name)
+        return call.by_spans(query, key, value), None
     except NotSpans as reason:
         count_fallback(module, str(reason))
-    if cu_seqlens is not None:  # which only a packed call says, and no code of the model's own reads
-        attention_mask, is_causal = call.dense_mask(), False
-    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window}
-    return own_path(module, query, key, value, attention_mask, softcap=softcap, **options, **kwargs)
+    eager = eager_function(module)
+    adds = call.mask is not None and call.mask.is_floating_point()
+    if eager is not None and (adds or options.get("output_attentions") or {"softcap", "s_aux"} & options.keys()):
+        options.setdefault("scaling", None)
+        mask = call.dense_mask() if call.causal or call.cu_seqlens is not None else call.own_mask()
+        return eager(module, query, key, value, _additive(mask, query.dtype), **options)
+    options.pop("output_attentions", None)
+    return call.own_way(sdpa_attention_forward, query, key, value, options)
 
 
-def _refuse(dropout: float, kwargs: dict) -> None:
-    if dropout:
-        raise NotSpans("dropout on the attention weights")
-    if kwargs.get("output_attentions"):
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def eager_function(module: nn.Module) -> Callable | None:
+    """The one of the modeling file that the module is of."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None
+
+
+# ---- in an accelerated model
+
+
+class Interface:
+    """In the place of a model's ALL_ATTENTION_FUNCTIONS: each function it gives attends by spans, and hands to the one
+    that the model would have got what spans do not express."""
+
+    def __init__(self, plain: AttentionInterface):
+        self.plain = plain
+
+    def get_interface(self, name: str | None, default: Callable) -> Callable:
+        return _over(name, self.plain.get_interface(name, default))
+
+    def __getitem__(self, name: str) -> Callable:
+        return _over(name, self.plain[name])
+
+    def __getattr__(self, name: str):
+        return getattr(self.plain, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.plain
+
+
+def takes_the_place_of(name: str | None) -> bool:
+    """Whether spans serve where a config has this name: not in the place of a user's own attention, or a paged one."""
+    if name in (None, "eager", "sdpa", NAME):
+        return True
+    return ("flash" in name or "flex" in name) and not name.startswith("paged|")
+
+
+def _over(name: str | None, plain: Callable) -> Callable:
+    return functools.partial(_in_place_of, name, plain) if takes_the_place_of(name) else plain
+
+
+def _in_place_of(
+    name: str | None,
+    plain: Callable,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor | None]:
+    """plain: the function that the model would call; name: its name in the model's config."""
+    if not isinstance(query, Tensor) or torch.jit.is_tracing():  # a graph is to hold what runs without mmkernels
+        return plain(module, query, key, value, attention_mask, **options)
+    eager = name in (None, "eager")
+    plain = sdpa_attention_forward if name == NAME else plain
+    call = _Call(module, query, key, attention_mask, options, reads_is_causal=not eager)
+    try:
+        _refuse(plain, eager, module, options)
+        return call.by_spans(query, key, value), None
+    except NotSpans as reason:
+        count_fallback(module, str(reason))
+    if not eager and isinstance(attention_mask, SpanMask):
+        plain = sdpa_attention_forward  # flash-attn and flex take masks of other forms
+    return call.own_way(plain, query, key, value, options)
+
+
+def _refuse(plain: Callable, eager: bool, module: nn.Module, options: dict) -> None:
+    if eager and _wants_weights(module, options):
+        raise NotSpans("attention weights are asked for")
+    if options.get("output_attentions"):
         raise NotSpans("output_attentions")
-    for name in ("position_bias", "s_aux", "cache"):
-        if kwargs.get(name) is not None:
+    for name in _parameters(plain) & options.keys():
+        if options[name] is not None:
             raise NotSpans(f"{name} is given")
 
 
-class _Call:
-    """Which keys the queries of a call see."""
+@functools.cache
+def _parameters(plain: Callable) -> frozenset[str]:
+    """What a model's attention function takes that spans do not express. What else a model hands to it, it ignores."""
+    harmless = _HARMLESS - {"sliding_window"} if _is_eager(plain) else _HARMLESS  # which for others the mask says
+    return frozenset(inspect.signature(plain).parameters) - _SERVED - harmless
 
-    def __init__(self, query, key, mask, cu_seqlens, is_causal, window):
+
+def _wants_weights(module: nn.Module, options: dict) -> bool:
+    """Whether someone will read the weights that eager attention returns: transformers' recorders, or a hook."""
+    if options.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    active = output_capturing._active_collector
+    recorded = active.global_var if torch.compiler.is_compiling() else active.get()
+    if recorded and any("attentions" in name for name in recorded):
+        return True
+    return any(hook.__module__ != output_capturing.__name__ for hook in module._forward_hooks.values())
+
+
+# ---- a call
+
+
+class _Call:
+    """Which keys the queries of a call see.
+
+    window: that of a causal call without a mask. reads_is_causal: whether without a mask the call is causal by its
+    keyword, else by its module, as sdpa has it; eager functions are causal by masks alone.
+    """
+
+    def __init__(self, module, query, key, mask, options, *, window=None, reads_is_causal=True):
+        self.module, self.options, self.window = module, options, window
         self.batch, _, self.queries, _ = query.shape
         self.keys, self.device = key.shape[2], query.device
-        self.mask, self.cu_seqlens, self.window = mask, cu_seqlens, window
-        self.causal = bool(is_causal) and self.queries > 1  # as sdpa
+        self.mask = mask.dense() if isinstance(mask, SpanMask) and mask.is_dense else mask
+        # Of the text's tokens: attention to other keys gets them too.
+        self.cu_seqlens = options.get("cu_seq_lens_q") if self.queries == self.keys else None
+        is_causal = options.get("is_causal")
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        self.causal = reads_is_causal and mask is None and self.queries > 1 and bool(is_causal)
 
-    def keys_values_and_spans(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, RowSpans]:
-        same = self._same_for_all_queries()
-        if same is not None and self._scattered(same):
-            key, value, count = _attend.keys_first(same, key, value)
-            hi = count[:, None, None].expand(-1, 1, self.queries)
-            return key, value, RowSpans(torch.zeros_like(hi), hi, self.keys)
-        if torch.compiler.is_compiling():
-            return key, value, self._spans()
-        on = self.mask if self.mask is not None else self.cu_seqlens
-        use = (self.queries, self.keys, self.causal, self.window, self.batch, id(self.cu_seqlens))
-        spans, _ = _attend.kept(on, use, lambda: (self._spans(), self.cu_seqlens))  # held, so that its id stays its own
-        return key, value, spans
+    def by_spans(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.options.get("dropout"):
+            raise NotSpans("dropout on the attention weights")
+        order, spans = self._order_and_spans()
+        if order is not None:
+            key, value = _attend.in_order(order, key, value)
+        scale, softcap = self.options.get("scaling"), self.options.get("softcap")
+        backend = backends.of_module(self.module)
+        return _attend.attend(query, key, value, spans, scale=scale, softcap=softcap, backend=backend)
+
+    def own_way(self, plain: Callable, query, key, value, options: dict) -> tuple[Tensor, Tensor | None]:
+        mask = self.own_mask()
+        if self.cu_seqlens is not None:  # which no code of the model's own reads
+            mask = self.dense_mask()
+            mask = _additive(mask, query.dtype) if _is_eager(plain) else mask
+            options = options | {"is_causal": False}
+        return plain(self.module, query, key, value, mask, **options)
+
+    def own_mask(self) -> Tensor | None:
+        """The mask that the model made."""
+        if not isinstance(self.mask, SpanMask):
+            return self.mask
+        mask = self._span_mask()
+        return mask if mask.refusal is None else mask.dense()
 
     def dense_mask(self) -> Tensor:
-        """(B, 1, Q, K), what spans say of these segments and whatever else the mask says."""
-        if self.mask is None or is_code(self.mask):
+        """(B, 1, Q, K): what the mask says, or is_causal, within the segments."""
+        if self.mask is None or isinstance(self.mask, SpanMask):
             return self._spans().to_dense()[:, None]
         everything = _attend.full(self.queries, self.keys, self.device)
         seen = _within_segments(everything, self.cu_seqlens, self.batch).to_dense()[:, None]
-        mask = self.mask[..., : self.queries, : self.keys]
+        mask = self._foreign_mask()
         return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
-    def _same_for_all_queries(self) -> Tensor | None:
-        """(B, K) bool, where this is a mask of keys only."""
+    def _order_and_spans(self) -> tuple[Tensor | None, RowSpans]:
+        """Spans, of the keys in another order if that is not None."""
+        seen = self._seen_keys()
+        if seen is not None and self.cu_seqlens is None and self._scattered(seen):
+            order, rank = _attend.seen_first(seen)
+            lo, hi = self._without_seen()
+            lo, hi = (rank.gather(1, x.flatten(1).long()).view(x.shape).int() for x in (lo, hi))
+            return order, RowSpans(lo, hi, self.keys)
+        return None, self._spans()
+
+    def _seen_keys(self) -> Tensor | None:
+        """(B, K) bool: the keys that may be seen, of a mask that is one of keys beside its spans."""
         mask = self.mask
-        if mask is None or is_code(mask) or mask.dtype != torch.bool or self.cu_seqlens is not None:
+        if isinstance(mask, SpanMask):
+            return mask.seen
+        if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
             return None
-        if mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.stride(2) == 0):
-            return mask[:, 0, 0, : self.keys]
+        if mask.shape[2] == 1 or mask.stride(2) == 0:
+            return mask[:, 0, 0, : self.keys].expand(self.batch, self.keys)
         return None
 
-    def _scattered(self, keys: Tensor) -> bool:
+    def _scattered(self, seen: Tensor) -> bool:
         """Whether they are in many runs; taken for granted under torch.compile, which cannot wait for the device."""
         if torch.compiler.is_compiling():
+            if self.queries == 1:
+                raise NotSpans("one query, and padding, under torch.compile")  # the copy of all keys costs more
             return True
-        return _attend.kept(self.mask, ("scattered",), lambda: _runs_of_keys(keys) > _attend.MOST_KEY_RUNS)
+
+        def scattered() -> bool:
+            return _attend.runs_of_keys(seen) > _attend.MOST_KEY_RUNS
+
+        if isinstance(self.mask, SpanMask):
+            return self.mask.once("scattered", scattered)
+        return _attend.kept(self.mask, "scattered", scattered)
+
+    def _without_seen(self) -> tuple[Tensor, Tensor]:
+        if isinstance(self.mask, SpanMask) and self.mask.code is not None:
+            spans = self._span_mask().spans()
+            return spans.lo, spans.hi
+        lo = torch.zeros(self.batch, 1, self.queries, dtype=torch.int32, device=self.device)
+        return lo, lo + self.keys
 
     def _spans(self) -> RowSpans:
+        if self.cu_seqlens is None:
+            return self._spans_of_mask()
+        if self.mask is None or isinstance(self.mask, SpanMask):
+            use = (id(self.mask), self.queries, self.causal, self.window, self.batch)
+            return _attend.kept(self.cu_seqlens, use, self._spans_in_segments)[0]
+        return self._spans_in_segments()[0]
+
+    def _spans_in_segments(self) -> tuple[RowSpans, object]:
+        """With the mask, so that while they are kept its id stays its own."""
+        return _within_segments(self._spans_of_mask(), self.cu_seqlens, self.batch), self.mask
+
+    def _spans_of_mask(self) -> RowSpans:
         if self.mask is None:
             window = self.window if self.causal or self.queries == 1 else None
-            spans = _attend.full(self.queries, self.keys, self.device, causal=self.causal, window=window)
-        elif is_code(self.mask):
-            spans = decode(self.mask, self.queries)  # the Q-Former of BLIP-2 cross-attends from the first rows only
-        else:
-            spans = _attend.spans_of(self.mask[..., : self.queries, : self.keys])
-        return spans if self.cu_seqlens is None else _within_segments(spans, self.cu_seqlens, self.batch)
+            return _attend.full(self.queries, self.keys, self.device, causal=self.causal, window=window)
+        if not isinstance(self.mask, SpanMask):
+            mask = self._foreign_mask()
+            return _attend.kept(self.mask, ("spans", *mask.shape), lambda: _attend.spans_of(mask))
+        if self.mask.shape[3] != self.keys:
+            raise NotSpans(f"a mask of {self.mask.shape[3]} keys for {self.keys}")
+        mask = self._span_mask()
+        if mask.seen is None:
+            return mask.spans()
+        return mask.once("spans of dense", lambda: _attend.spans_of(mask.dense()))
+
+    def _span_mask(self) -> SpanMask:
+        """Of these queries. The Q-Former of BLIP-2 makes a mask of more rows than its cross-attention has."""
+        return self.mask if self.mask.shape[2] == self.queries else self.mask.rows(0, self.queries)
+
+    def _foreign_mask(self) -> Tensor:
+        """(B or 1, H or 1, Q, K), as sdpa and eager functions broadcast it."""
+        mask = self.mask
+        if mask.dim() != 4:
+            raise NotSpans(f"a mask of {mask.dim()} axes")
+        mask = mask[..., : self.queries, : self.keys]
+        try:
+            return mask.expand(-1, -1, self.queries, self.keys)
+        except RuntimeError:
+            raise NotSpans(
+                f"a mask of shape {tuple(mask.shape)} for {self.queries} queries, {self.keys} keys"
+            ) from None
 
 
-def _runs_of_keys(mask: Tensor) -> int:
-    return 1 + (int((mask[:, 1:] & ~mask[:, :-1]).sum(-1).max()) if mask.shape[1] > 1 else 0)
+def _is_eager(function: Callable) -> bool:
+    """Whether it is the eager function of a modeling file, which adds its mask to the scores."""
+    return "eager" in function.__name__
 
 
 def _within_segments(spans: RowSpans, cu_seqlens: Tensor, batch: int) -> RowSpans:
@@ -133,40 +341,3 @@ def _within_segments(spans: RowSpans, cu_seqlens: Tensor, batch: int) -> RowSpan
     bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])  # a token past the last segment sees nothing
     start, end = (bounds[segment + side] - token[..., :1] for side in (0, 1))
     return RowSpans(torch.maximum(lo, start), torch.minimum(hi, end), spans.num_keys)
-
-
-# ---- the model's own way
-
-
-def dense_mask(mask: Tensor | None, queries: int, keys: int, dtype: torch.dtype | None = None) -> Tensor | None:
-    """A mask as sdpa takes it, or additive in `dtype` as eager code does."""
-    if mask is None:
-        return None
-    mask = decode(mask).to_dense()[:, None, :queries] if is_code(mask) else mask[..., :queries, :]
-    mask = mask[..., :keys]
-    if dtype is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    return mask
-
-
-def own_path(module, query, key, value, mask, *, softcap, **options) -> tuple[Tensor, Tensor | None]:
-    """What the model does without us: its eager function where weights, a softcap or sinks are wanted, else sdpa."""
-    queries, keys = query.shape[2], key.shape[2]
-    eager = _eager_function(module)
-    if eager is not None and (options.get("output_attentions") or softcap or options.get("s_aux") is not None):
-        if mask is None and options["is_causal"] and queries > 1:
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
-        options = {
-            name: x for name, x in (options | {"softcap": softcap}).items() if x is not None or name == "scaling"
-        }
-        return eager(module, query, key, value, dense_mask(mask, queries, keys, query.dtype), **options)
-    options.pop("output_attentions", None)
-    return sdpa_attention_forward(module, query, key, value, dense_mask(mask, queries, keys), **options)
-
-
-def _eager_function(module: nn.Module):
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
-    return None

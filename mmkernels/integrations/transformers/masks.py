@@ -10,27 +10,81 @@ A function of other origin gives the dense mask that sdpa would be given; `atten
 
 from __future__ import annotations
 
-import inspect
+import functools
 import sys
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 from ... import _layouts
-from .codes import encode
+from .attention import NAME, takes_the_place_of
 from .runs import FAR, Runs, compact
+from .span_mask import SpanMask, encode
 
-COMPILED_RUNS = 2  # of padding, under torch.compile: left, right, both, or prompts padded before what they generate
+# Of masks alone, in accelerated models: what they are where a model works on them.
+SDPA_NAME, EAGER_NAME = "mmkernels for sdpa", "mmkernels for eager"
 
 
 class NotRecognised(Exception):
     """A mask function that is not made of those of masking_utils."""
 
 
-def span_mask(
+def span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
+    """For AttentionMaskInterface, with the arguments of its functions: a bool SpanMask, or None where every query sees
+    every key. Where a model knows no bool masks, the mask refuses to be anything but spans."""
+    return _mask(torch.bool, None if config is None else _why_no_bool_mask(type(config)), **arguments)
+
+
+def bool_span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
+    """The same in the place of a mask for sdpa."""
+    return _mask(torch.bool, None, **arguments)
+
+
+def additive_span_mask(*, config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.float32, **arguments):
+    """The same in the place of a mask for eager attention."""
+    return _mask(dtype, None, **arguments)
+
+
+def with_spans(function: Callable) -> Callable:
+    """One of the functions of masking_utils, making masks of spans for models that attend by another name."""
+
+    @functools.wraps(function)
+    def make(*args, **kwargs):
+        if "config" in kwargs:
+            kwargs["config"] = _renamed(kwargs["config"])
+        else:
+            args = (_renamed(args[0]), *args[1:])
+        return function(*args, **kwargs)
+
+    return make
+
+
+def _renamed(config: PreTrainedConfig) -> PreTrainedConfig | _Renamed:
+    name = config._attn_implementation
+    if not takes_the_place_of(name) or (name == NAME and _why_no_bool_mask(type(config))):
+        return config
+    return _Renamed(config, EAGER_NAME if name in (None, "eager") else SDPA_NAME)
+
+
+class _Renamed:
+    """A config as the functions that make masks see it: with another attention, and nothing written to it."""
+
+    def __init__(self, config: PreTrainedConfig, name: str):
+        self._config, self._attn_implementation = config, name
+
+    def __getattr__(self, name: str):
+        return getattr(self._config, name)
+
+    def get_text_config(self, *args, **kwargs) -> _Renamed:
+        return _Renamed(self._config.get_text_config(*args, **kwargs), self._attn_implementation)
+
+
+def _mask(
+    kind: torch.dtype,
+    refusal: str | None,
+    *,
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -40,64 +94,59 @@ def span_mask(
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
-    config: PreTrainedConfig | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """For AttentionMaskInterface, with the arguments of its functions: a code of spans (codes.py); None where every
-    query sees every key; bool (B, 1, Q, K), stride 0 along Q, where all queries see the same keys, not padding.
-
-    Raises ValueError for a model that would take the mask and attend in code of its own."""
-    if config is not None and not torch.compiler.is_compiling():
-        _check_reaches(type(config))
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
+        padding = padding.expand(batch_size, -1)
     if mask_function is masking_utils.bidirectional_mask_function:
         if padding is not None:
-            return padding[:, None, None].expand(batch_size, 1, q_length, kv_length)
+            return SpanMask(None, padding, q_length, kv_length, kind, refusal)
         if allow_is_bidirectional_skip:
             return None
     q = torch.arange(q_length, device=device)[None] + q_offset
     try:
         runs = evaluate(mask_function, q)
     except NotRecognised:
-        return masking_utils.sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            device=device,
-            config=config,
-            **kwargs | {"allow_is_causal_skip": False},
-        )
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+        offsets = {"q_offset": q_offset, "kv_offset": kv_offset, "device": device, "dtype": kind}
+        make = masking_utils.sdpa_mask if kind == torch.bool else masking_utils.eager_mask
+        rest = kwargs | {"allow_is_causal_skip": False, "attention_mask": attention_mask}
+        return make(mask_function=mask_function, **sizes, **offsets, **rest)
     tracing = torch.compiler.is_compiling()
-    if padding is not None:
-        runs = runs & _key_runs(padding, COMPILED_RUNS if tracing else None).shift(kv_offset)
+    if padding is not None and not tracing:  # which would ask how many runs there are: attention joins them there
+        runs = runs & _key_runs(padding).shift(kv_offset)
+        padding = None
     lo, hi = runs.lo - kv_offset, runs.hi - kv_offset
     if len(lo) > 1:
         lo, hi = compact(lo.clamp(0, kv_length), hi.clamp(0, kv_length), len(lo))
         if not tracing:
             used = max(1, int((lo < hi).flatten(1).any(1).sum()))
             lo, hi = lo[:used], hi[:used]
-    return encode(lo, hi, batch_size, q_length, kv_length)
+    code = encode(lo, hi, batch_size, q_length, kv_length)
+    return SpanMask(code, padding, q_length, kv_length, kind, refusal)
 
 
-@cache
-def _check_reaches(config: type) -> None:
+@torch.compiler.assume_constant_result
+@functools.cache
+def _why_no_bool_mask(config: type) -> str | None:
     """Models that write their attention out accept the name of an implementation, never call it, and add the mask that
-    comes with the name to their scores: wrong results, silently (Perceiver, and some forty others)."""
+    comes with the name to their scores: with a bool one, wrong results (Perceiver, GIT's text, and some forty others).
+    Those that support sdpa know bool masks."""
     modeling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
-    if modeling is None or "get_interface" in inspect.getsource(modeling):
-        return
-    classes = (value for value in vars(modeling).values() if isinstance(value, type))
-    if any("Attention" in cls.__name__ and cls.__module__ == modeling.__name__ for cls in classes):
-        raise ValueError(
-            f'{config.model_type} models compute attention themselves: attn_implementation="mmkernels" does not reach '
-            "it. Load the model without, and call mmkernels.accelerate(model)"
-        )
+    models = [x for x in vars(modeling or masking_utils).values() if _is_model_of(x, config)]
+    if not models or any(model._supports_sdpa for model in models):
+        return None
+    return (
+        f"{config.model_type} models compute attention themselves, or work on their masks in code that knows no bool "
+        f'ones: attn_implementation="{NAME}" does not reach it. Load the model without, and call '
+        "mmkernels.accelerate(model)"
+    )
+
+
+def _is_model_of(value: object, config: type) -> bool:
+    return isinstance(value, type) and issubclass(value, PreTrainedModel) and value.config_class is config
 
 
 def evaluate(function: Callable, q: Tensor) -> Runs:
@@ -169,16 +218,11 @@ def _offset(q: Tensor, mask_function: Callable, q_offset: int | Tensor, kv_offse
     return evaluate(mask_function, q + q_offset).shift(-kv_offset)
 
 
-def _key_runs(mask: Tensor, runs: int | None) -> Runs:
-    """(B, K) bool, True where a key is seen: the same for every query. `runs`: room for so many, which is asserted on
-    the device; None: as many as there are."""
+def _key_runs(mask: Tensor) -> Runs:
+    """(B, K) bool, True where a key is seen: the same for every query. Waits for the device."""
     mask = mask[:, None]
     counts = _layouts.run_starts(mask).sum(-1)
-    if runs is None:
-        runs = max(1, int(counts.max())) if counts.numel() else 1
-    else:
-        message = f"the padding mask has a row with more than {runs} runs of tokens, the most under torch.compile"
-        torch._assert_async((counts <= runs).all(), message)
+    runs = max(1, int(counts.max())) if counts.numel() else 1
     return Runs(*(x.transpose(0, 1).long() for x in _layouts.runs_of(mask, runs)))
 
 
@@ -198,7 +242,7 @@ _RULES = {
     "chunked_overlay": _chunked,
     "blockwise_overlay": _blocks,
     "packed_sequence_mask_function": _packed,
-    "padding_mask_function": lambda q, padding_mask: _key_runs(padding_mask.bool(), None),
+    "padding_mask_function": lambda q, padding_mask: _key_runs(padding_mask.bool()),
     "add_offsets_to_mask_function": _offset,
 }
 

@@ -1,29 +1,24 @@
-"""Modules of transformers that do not go through AttentionInterface, or not rightly: subclasses to swap in place.
+"""Modules of transformers that do not go through AttentionInterface, or not only: what is mixed in before their class.
 
-Each keeps the parameters of the class it extends, and hands on to its forward what spans do not express.
+Each uses the parameters of the class it is mixed into, and hands on to its forward what spans do not express. They are
+known by name, so that no model is imported for its own sake.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.models.idefics import perceiver as idefics_perceiver
-from transformers.models.llama4 import modeling_llama4 as llama4
-from transformers.models.mllama import modeling_mllama as mllama
-from transformers.models.perceiver import modeling_perceiver as perceiver
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
-from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
-from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ... import backends
 from ...ops.patch_embed import patch_embed
 from ...ops.rotary_embed import rotary_embed
 from .. import _attend
 from ..report import count_fallback
-from .attention import span_attention_forward
+from .attention import Interface, eager_function
 
 
-class IdeficsPerceiverAttention(idefics_perceiver.IdeficsPerceiverAttention):
+class IdeficsPerceiverAttention:
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         context, latents = self.context_layer_norm(context), self.latents_layer_norm(latents)
         both = torch.cat([context, latents], dim=-2)
@@ -36,7 +31,7 @@ class IdeficsPerceiverAttention(idefics_perceiver.IdeficsPerceiverAttention):
         return self.output_proj(out.flatten(-2))
 
 
-class PerceiverSelfAttention(perceiver.PerceiverSelfAttention):
+class PerceiverSelfAttention:
     def forward(
         self,
         hidden_states: Tensor,
@@ -65,16 +60,13 @@ class PerceiverSelfAttention(perceiver.PerceiverSelfAttention):
         if mask is None:
             spans = _attend.full(q.shape[2], k.shape[2], q.device)
         else:
-            wide = mask.expand(-1, -1, q.shape[2], -1)
-            spans = _attend.kept(mask, (q.shape[2],), lambda: _attend.spans_of(wide))
+            wide = mask.expand(-1, -1, q.shape[2], k.shape[2])
+            spans = _attend.kept(mask, tuple(wide.shape), lambda: _attend.spans_of(wide))
         return _attend.attend(q, k, v, spans, backend=backends.of_module(self)).flatten(2)
 
 
-class MllamaTextCrossAttention(mllama.MllamaTextCrossAttention):
-    """Goes through the interface, but has no `is_causal`, without which no mask reads as a causal one; and it gets the
-    text's cu_seq_lens, which say nothing of tiles."""
-
-    is_causal = False
+class MllamaTextCrossAttention:
+    """Gets the text's cu_seq_lens, which say nothing of tiles."""
 
     def forward(self, *args, **kwargs):
         for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
@@ -82,7 +74,7 @@ class MllamaTextCrossAttention(mllama.MllamaTextCrossAttention):
         return super().forward(*args, **kwargs)
 
 
-class _RotaryVisionAttention:
+class RotaryVisionAttention:
     """Of Qwen's towers: queries and keys, which lie side by side in the projection, are turned in one pass, and all
     pictures and windows attend in one call."""
 
@@ -100,36 +92,32 @@ class _RotaryVisionAttention:
         asked = backends.of_module(self)
         fit = asked if asked and backends.is_written("rotary_embed", asked) else None
         q, k = rotary_embed(both, *position_embeddings, backend=fit).chunk(2, 1)
-        kwargs |= {"scaling": self.scaling, "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+        kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
+        kwargs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "is_causal": False}
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out, _ = span_attention_forward(self, q, k, v, None, is_causal=False, **kwargs)
+        attend = Interface(ALL_ATTENTION_FUNCTIONS).get_interface(
+            self.config._attn_implementation, eager_function(self)
+        )
+        out, _ = attend(self, q, k, v, None, **kwargs)
         return self.proj(out.flatten(-2)[0])
 
 
-class Qwen2VLVisionAttention(_RotaryVisionAttention, qwen2_vl.VisionAttention):
-    pass
-
-
-class Qwen2_5_VLVisionAttention(_RotaryVisionAttention, qwen2_5_vl.Qwen2_5_VLVisionAttention):
-    pass
-
-
-class Qwen3VLVisionAttention(_RotaryVisionAttention, qwen3_vl.Qwen3VLVisionAttention):
-    pass
-
-
-class Llama4UnfoldConvolution(llama4.Llama4UnfoldConvolution):
+class Llama4UnfoldConvolution:
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.linear.weight.unflatten(1, (-1, *self.unfold.kernel_size))  # unfold's order is a convolution's
         return patch_embed(hidden_states, weight, self.linear.bias, backend=backends.of_module(self))
 
 
-SWAPS = {
-    qwen2_vl.VisionAttention: (Qwen2VLVisionAttention, "attention"),
-    qwen2_5_vl.Qwen2_5_VLVisionAttention: (Qwen2_5_VLVisionAttention, "attention"),
-    qwen3_vl.Qwen3VLVisionAttention: (Qwen3VLVisionAttention, "attention"),
-    idefics_perceiver.IdeficsPerceiverAttention: (IdeficsPerceiverAttention, "attention"),
-    perceiver.PerceiverSelfAttention: (PerceiverSelfAttention, "attention"),
-    mllama.MllamaTextCrossAttention: (MllamaTextCrossAttention, "attention"),
-    llama4.Llama4UnfoldConvolution: (Llama4UnfoldConvolution, "patch embedding"),
+_QWEN = ["qwen2_vl.modeling_qwen2_vl.VisionAttention"]
+_QWEN += [
+    "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention",
+    "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionAttention",
+]
+
+MODULES = {  # by the name of a class within transformers.models: what is mixed in, and the kind of hot path
+    **dict.fromkeys(_QWEN, (RotaryVisionAttention, "attention")),
+    "idefics.perceiver.IdeficsPerceiverAttention": (IdeficsPerceiverAttention, "attention"),
+    "perceiver.modeling_perceiver.PerceiverSelfAttention": (PerceiverSelfAttention, "attention"),
+    "mllama.modeling_mllama.MllamaTextCrossAttention": (MllamaTextCrossAttention, "attention"),
+    "llama4.modeling_llama4.Llama4UnfoldConvolution": (Llama4UnfoldConvolution, "patch embedding"),
 }
