@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.bridgetower import modeling_bridgetower  # noqa: F401 (which says what it supports)
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from mmkernels import accelerate
@@ -86,6 +87,15 @@ def test_reads_is_causal_as_the_models_function_does():
         torch.testing.assert_close(attend(layer(is_causal=False), q, k, v, None), full)
         torch.testing.assert_close(attend(layer(is_causal=False), q, k, v, None, is_causal=True), causal)
     torch.testing.assert_close(in_place_of("eager")(layer(), q, k, v, None, scaling=8**-0.5, is_causal=True), full)
+
+
+def test_by_name_a_family_without_sdpa_is_causal_by_masks_alone():
+    """BridgeTower's attention layers say that they are causal, and are called without a mask."""
+    q, k, v = tensors(2, 4, 5, 8)
+    module = layer(is_causal=True, config=hf.BridgeTowerConfig())
+    full = scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(by_name(module, q, k, v, None), full)
+    torch.testing.assert_close(by_name(module, *(x.double() for x in (q, k, v)), None), full.double())
 
 
 # ---- masks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 
 import torch
@@ -18,6 +17,7 @@ from ...spans import RowSpans
 from .. import _attend
 from .._attend import NotSpans
 from ..report import count_fallback
+from .known import eager_function, supports_sdpa
 from .span_mask import SpanMask
 
 NAME = "mmkernels"
@@ -63,7 +63,9 @@ def span_attention_forward(
             'hands to its attention. Load the model with "sdpa" or "eager" and call mmkernels.accelerate(model), which '
             "leaves to the model what it does not know"
         )
-    call = _Call(module, query, key, attention_mask, options, window=options.get("sliding_window"))
+    by_masks_alone = hasattr(module, "config") and not supports_sdpa(type(module.config))
+    window = options.get("sliding_window")
+    call = _Call(module, query, key, attention_mask, options, window=window, reads_is_causal=not by_masks_alone)
     try:
         for name in _OWN_WAY & options.keys():
             if name != "output_attentions" or options[name]:
@@ -73,27 +75,20 @@ def span_attention_forward(
         count_fallback(module, str(reason))
     eager = eager_function(module)
     adds = call.mask is not None and call.mask.is_floating_point()
-    if eager is not None and (adds or options.get("output_attentions") or {"softcap", "s_aux"} & options.keys()):
+    if eager is not None and (
+        adds or by_masks_alone or options.get("output_attentions") or {"softcap", "s_aux"} & options.keys()
+    ):
         options.setdefault("scaling", None)
         mask = call.dense_mask() if call.causal or call.cu_seqlens is not None else call.own_mask()
         return eager(module, query, key, value, _additive(mask, query.dtype), **options)
     options.pop("output_attentions", None)
-    return call.own_way(sdpa_attention_forward, query, key, value, options)
+    return call.own_way(sdpa_attention_forward, query, key, value, options | {"is_causal": call.causal})
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def eager_function(module: nn.Module) -> Callable | None:
-    """The one of the modeling file that the module is of."""
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
-    return None
 
 
 # ---- in an accelerated model

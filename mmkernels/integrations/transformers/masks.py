@@ -11,15 +11,15 @@ A function of other origin gives the dense mask that sdpa would be given; `atten
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import PreTrainedConfig, masking_utils
 
 from ... import _layouts
 from .attention import NAME, takes_the_place_of
+from .known import supports_sdpa
 from .runs import FAR, Runs, compact
 from .span_mask import SpanMask, encode
 
@@ -34,7 +34,7 @@ class NotRecognised(Exception):
 def span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
     """For AttentionMaskInterface, with the arguments of its functions: a bool SpanMask, or None where every query sees
     every key. Where a model knows no bool masks, the mask refuses to be anything but spans."""
-    return _mask(torch.bool, None if config is None else _why_no_bool_mask(type(config)), **arguments)
+    return _mask(torch.bool, _refusal(config), **arguments)
 
 
 def bool_span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
@@ -63,7 +63,7 @@ def with_spans(function: Callable) -> Callable:
 
 def _renamed(config: PreTrainedConfig) -> PreTrainedConfig | _Renamed:
     name = config._attn_implementation
-    if not takes_the_place_of(name) or (name == NAME and _why_no_bool_mask(type(config))):
+    if not takes_the_place_of(name) or (name == NAME and not supports_sdpa(type(config))):
         return config
     return _Renamed(config, EAGER_NAME if name in (None, "eager") else SDPA_NAME)
 
@@ -128,25 +128,17 @@ def _mask(
     return SpanMask(code, padding, q_length, kv_length, kind, refusal)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def _why_no_bool_mask(config: type) -> str | None:
+def _refusal(config: PreTrainedConfig | None) -> str | None:
     """Models that write their attention out accept the name of an implementation, never call it, and add the mask that
     comes with the name to their scores: with a bool one, wrong results (Perceiver, GIT's text, and some forty others).
     Those that support sdpa know bool masks."""
-    modeling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
-    models = [x for x in vars(modeling or masking_utils).values() if _is_model_of(x, config)]
-    if not models or any(model._supports_sdpa for model in models):
+    if config is None or supports_sdpa(type(config)):
         return None
     return (
         f"{config.model_type} models compute attention themselves, or work on their masks in code that knows no bool "
         f'ones: attn_implementation="{NAME}" does not reach it. Load the model without, and call '
         "mmkernels.accelerate(model)"
     )
-
-
-def _is_model_of(value: object, config: type) -> bool:
-    return isinstance(value, type) and issubclass(value, PreTrainedModel) and value.config_class is config
 
 
 def evaluate(function: Callable, q: Tensor) -> Runs:

@@ -15,7 +15,8 @@ from ...ops.patch_embed import patch_embed
 from ...ops.rotary_embed import rotary_embed
 from .. import _attend
 from ..report import count_fallback
-from .attention import Interface, eager_function
+from .attention import Interface
+from .known import eager_function
 
 
 class IdeficsPerceiverAttention:
