@@ -25,11 +25,11 @@ def span_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v, in which query i sees the keys that `spans` gives it and no others.
 
-    A query that sees no key gives zeros, an lse of -inf and no gradient. Keys and values outside every span, such as
-    padding, may hold anything, NaN too, without reaching the result or a gradient; and what one document holds reaches
-    no other, if no query sees keys of both. (Where queries have several runs and the keys of two documents interleave,
-    a NaN in one may reach the other's gradients on the CPU, never its result. And flash-attn 3, where the backend
-    "flash-attn" finds it, lets a document's NaN reach the one before it.)
+    A query that sees no key gives zeros, an lse of -inf and no gradient, whatever the gradients of these hold. Keys and
+    values outside every span, such as padding, may hold anything, NaN too, without reaching the result or a gradient;
+    and what one document holds reaches no other, if no query sees keys of both. (Where queries have several runs and
+    the keys of two documents interleave, a NaN in one may reach the other's gradients on the CPU, never its result. And
+    flash-attn 3, where the backend "flash-attn" finds it, lets a document's NaN reach the one before it.)
 
     Args:
         q: queries (Tq, Hq, D), or with a batch axis (B, Tq, Hq, D); float32, bfloat16 or float16 (the reference
@@ -42,14 +42,15 @@ def span_attention(
             row of the batch; key numbers count within a row.
         scale: factor on q k^T; None: 1 / sqrt(D).
         softcap: if given, scores become softcap * tanh(scores / softcap) before the softmax, as in Gemma 2.
-        return_lse: return also the log-sum-exp of every query's scores, natural logarithm, not differentiable.
+        return_lse: return also the log-sum-exp of every query's scores, natural logarithm, differentiable: parts of the
+            keys can be merged by it, or a loss may hold it. It is of autograd's graph: detach() one that is kept.
         backend: "cuda", "triton", "cpu", "reference"; None takes the fastest of them that supports the call. Or, by
             name only, "flash-attn": flash-attn's kernels, or torch's build of them, for spans of `RowSpans.packed` and
             `RowSpans.full`.
 
     Returns:
-        (Tq, Hq, Dv) of q's dtype, contiguous, with the batch axis of q if it has one; differentiable once in q, k and
-        v. Softmax and sums are computed in float32. With return_lse, also float32 (Hq, Tq), or (B, Hq, Tq).
+        (Tq, Hq, Dv) of q's dtype, contiguous, with the batch axis of q if it has one; differentiable once in q, k
+        and v. Softmax and sums are computed in float32. With return_lse, also float32 (Hq, Tq), or (B, Hq, Tq).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, dtype, shape, stride or device; the message names it.
@@ -70,9 +71,10 @@ def span_attention(
     hulls = spans.hulls() if backends.considered(asked, device, "cuda", "triton") else None
     documents = spans.documents() if backends.considered(asked, device, "flash-attn") else None
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    out, lse = op.span_attention(q, k, v, lo, hi, hulls, documents, scale, float(softcap or 0.0), asked)
+    out, lse = op.span_attention(q, k, v, lo, hi, hulls, documents, scale, float(softcap or 0.0), return_lse, asked)
     if not batched:
-        out, lse = out.squeeze(0), lse.squeeze(0)  # by an index, the gradient would be copied
+        out = out.squeeze(0)  # by an index, the gradient would be copied
+        lse = lse.squeeze(0) if return_lse else None
     return (out, lse) if return_lse else out
 
 
