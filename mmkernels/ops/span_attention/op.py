@@ -87,5 +87,10 @@ def span_attention(
     cu_seqlens, cu_seqlens_k, causal, window = documents or (None, None, False, None)
     spans, call = (lo, hi, hulls, cu_seqlens, cu_seqlens_k), (causal, window, scale, softcap, backend)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _SpanAttention.apply(want_lse, q, k, v, *spans, *call)
+        return _SpanAttention.apply(want_lse, q, k, v, *map(_savable, spans), *call)
     return _forward_op(q, k, v, *spans, *call)
+
+
+def _savable(x: Tensor | None) -> Tensor | None:
+    """What spans hold may be of an evaluation in inference mode, whose tensors autograd does not save: then a copy."""
+    return x.clone() if x is not None and not torch.compiler.is_compiling() and x.is_inference() else x
