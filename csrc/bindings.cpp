@@ -184,13 +184,15 @@ void bind_span_attention(py::module_& module) {
     module.def(
         "span_attention_backward",
         [](const Heads& d_out, const Heads& q, const Heads& k, const Heads& v, const Heads& out, uintptr_t lse,
-           const Spans& spans, double scale, double softcap, const Heads& d_q, const Heads& d_k, const Heads& d_v) {
+           uintptr_t d_lse, const Spans& spans, double scale, double softcap, const Heads& d_q, const Heads& d_k,
+           const Heads& d_v) {
             py::gil_scoped_release release;
-            run_span_attention_backward(
-                {d_out, q, k, v, out, reinterpret_cast<const float*>(lse), spans, scale, softcap, d_q, d_k, d_v});
+            run_span_attention_backward({d_out, q, k, v, out, reinterpret_cast<const float*>(lse),
+                                         reinterpret_cast<const float*>(d_lse), spans, scale, softcap, d_q, d_k, d_v});
         },
-        py::arg("d_out"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("spans"),
-        py::arg("scale"), py::arg("softcap"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"), "Fills d_q, d_k, d_v.");
+        py::arg("d_out"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("d_lse"),
+        py::arg("spans"), py::arg("scale"), py::arg("softcap"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"),
+        "Fills d_q, d_k, d_v.");
 }
 
 // ---- rotary_embed

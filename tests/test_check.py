@@ -18,6 +18,7 @@ from mmkernels.ops.contrastive import reference as contrastive_reference
 from mmkernels.ops.patch_embed import reference as patch_reference
 from mmkernels.ops.rotary_embed import reference as rotary_reference
 from mmkernels.ops.span_attention import reference as span_reference
+from mmkernels.ops.span_attention.sinks import with_sinks
 
 GPU = torch.cuda.is_available()
 # Without a GPU, Triton's kernels run in its interpreter, which only the quick cases are small enough for.
@@ -233,6 +234,41 @@ def test_finds_a_swallowed_nan(monkeypatch):
 def test_finds_a_scaled_gradient_of_attention(monkeypatch, index, name, dtype):
     plant(monkeypatch, **span_backward(lambda grads: grads[index].mul_(1.05)))
     assert f"{name} is off by" in failures("span_attention", "small causal", dtype)
+
+
+@pytest.mark.parametrize("name", ["small, lse", "small, lse, two runs, softcap"])
+@pytest.mark.parametrize("wrong", [lambda x: None, lambda x: -x, lambda x: x.roll(1, 1)], ids=["lost", "sign", "head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finds_a_wrong_gradient_of_the_log_sum_exp(monkeypatch, name, wrong, dtype):
+    def changed(d_out, q, k, v, out, lse, d_lse, *rest):
+        return span_reference.span_attention_backward(d_out, q, k, v, out, lse, wrong(d_lse.nan_to_num(0.0)), *rest)
+
+    plant(monkeypatch, span_attention_backward=changed)
+    found = failures("span_attention", name, dtype)
+    assert "d_q is off by" in found and "d_k is off by" in found and "d_v" not in found
+
+
+def test_finds_a_gradient_of_the_log_sum_exp_of_nothing(monkeypatch):
+    """It is NaN, and reaches what the queries' padding beside it gives: their dQ."""
+
+    def leak(d_out, q, k, v, out, lse, d_lse, *rest):
+        d_q, d_k, d_v = span_reference.span_attention_backward(d_out, q, k, v, out, lse, d_lse, *rest)
+        return d_q + 0 * d_lse.mT[..., None].to(d_q), d_k, d_v
+
+    plant(monkeypatch, span_attention_backward=leak)
+    assert "d_q has" in failures("span_attention", "small, lse")
+
+
+def test_finds_a_wrong_gradient_of_sinks(monkeypatch, seed):
+    """Every backend and the truth share the code of sinks: plain PyTorch is who contradicts."""
+
+    def wrong(out, lse, sinks, want_lse):
+        return with_sinks(out, lse, sinks * 1.01 - sinks.detach() * 0.01, want_lse)
+
+    monkeypatch.setattr("mmkernels.ops.span_attention.with_sinks", wrong)
+    for name in ("sinks, small, lse", "sinks alone, heads 6/2"):
+        with pytest.raises(AssertionError, match="d_sinks"):
+            test_reference_and_plain_code_mean_the_same(case_named("span_attention", name), seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -32,6 +32,7 @@ struct SpanAttention {
 struct SpanAttentionBackward {
     Heads d_out, q, k, v, out;
     const float* lse;
+    const float* d_lse;  // as lse, or null; not read of queries that see nothing
     Spans spans;
     double scale, softcap;
     Heads d_q, d_k, d_v;  // contiguous

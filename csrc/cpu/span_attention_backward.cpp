@@ -1,7 +1,7 @@
 // Span attention, backward. With S = scale Q K^T for the keys that a query sees, capped where there is a cap, and the
 // forward's lse_i = log sum_j exp(S_ij):
 //
-//     P_ij = exp(S_ij - lse_i)          delta_i = sum_d dO_id O_id          dS = P (dO V^T - delta) [(1 - tanh^2)]
+//     P_ij = exp(S_ij - lse_i)      delta_i = sum_d dO_id O_id - dlse_i      dS = P (dO V^T - delta) [(1 - tanh^2)]
 //     dV = P^T dO                       dQ = scale dS K                     dK = scale dS^T Q
 //
 // Five products, of 2 D operations a visible pair each. P and dS exist a tile at a time (attention_backward_keys.h).
@@ -194,6 +194,7 @@ class Backward {
         std::fill_n(mine.d_q, count * d_q_stride_, 0.0f);
         KeyBlock<Operand>& block = memory.keys;
         if (std::is_same_v<T, float> && mine.few && task.part < 0) normalize(task, mine, block);
+        if (call_.d_lse != nullptr) subtract_d_lse(task, mine);
         const GradientRows<T> d_k(call_.d_k, task.batch, task.head), d_v(call_.d_v, task.batch, task.head);
         for (int64_t key = task.first_key; key < task.last_key; key += kBlockKeys) {
             pack(task, key, block);
@@ -230,6 +231,16 @@ class Backward {
             if (!(total > 0.5 && total < 2)) continue;  // a row of padding, or of NaN
             rows.lse[r] = TwoFloats(lse + __builtin_log2(total));
             if (call_.softcap == 0) rows.delta[r] += static_cast<float>(d_totals[r] / total);
+        }
+    }
+
+    // After normalize, which moves delta to where dS without this adds up to 0.
+    void subtract_d_lse(const Task& task, QueryRows<Operand>& rows) const {
+        for (int64_t r = 0; r < task.last_row - task.first_row; r++) {
+            if (!task.plan->sees_anything(task.first_row + r)) continue;  // whatever d_lse holds there
+            const Row row = task.plan->rows[task.first_row + r];
+            const int64_t head = task.head * heads_ + row.head;
+            rows.delta[r] -= call_.d_lse[(task.batch * call_.q.heads + head) * call_.q.tokens + row.query];
         }
     }
 

@@ -99,11 +99,12 @@ void bind_span_attention(py::module_& module) {
         py::arg("call"), py::arg("stream"), "The same on Hopper, of what it serves.");
     py::class_<SpanAttentionBackward>(module, "SpanAttentionBackward", "A call: see span_attention.h.")
         .def(py::init([](const SpanAttention& forward, const Heads& d_out, const Heads& d_q, const Heads& d_k,
-                         const Heads& d_v, uintptr_t workspace) {
-                 return SpanAttentionBackward{forward, d_out, d_q, d_k, d_v, pointer<void>(workspace)};
+                         const Heads& d_v, uintptr_t d_lse, uintptr_t workspace) {
+                 return SpanAttentionBackward{
+                     forward, d_out, d_q, d_k, d_v, pointer<const float>(d_lse), pointer<void>(workspace)};
              }),
              py::kw_only(), py::arg("forward"), py::arg("d_out"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"),
-             py::arg("workspace"));
+             py::arg("d_lse"), py::arg("workspace"));
     module.def("span_attention_backward_bytes", &span_attention_backward_bytes, "Of the workspace.");
     module.def(
         "span_attention_backward",

@@ -39,7 +39,8 @@ Error span_attention_forward_sm90(const SpanAttention& call, cudaStream_t stream
 struct SpanAttentionBackward {
     SpanAttention forward;
     Heads d_out, d_q, d_k, d_v;
-    void* workspace;  // span_attention_backward_bytes(forward) of them, aligned to 16
+    const float* d_lse;  // as lse, or null; not read of queries that see nothing
+    void* workspace;     // span_attention_backward_bytes(forward) of them, aligned to 16
 };
 
 // What the backward's workspace holds, in this order; both kernels of it, that of sm_80 and that of Hopper, use it so.
@@ -48,7 +49,7 @@ struct SpanAttentionBackward {
 constexpr int kTableKeys = 64;
 struct alignas(8) RowTerms {
     float lse;    // in units of log 2; 0 for a query that sees nothing
-    float delta;  // sum of d_out * out
+    float delta;  // sum of d_out * out, less d_lse
 };
 struct KeyBlock {
     int32_t first, end;  // queries / kHullRows, outside which none sees any of the block's keys

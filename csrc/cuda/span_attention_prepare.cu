@@ -1,13 +1,14 @@
 // What both backward kernels of span attention need of all queries and of all keys, made before either begins.
 //
-//   RowTerms of a query: lse in units of log 2 and delta_i = dO_i . O_i, which is sum_j P_ij (dO_i . v_j)
+//   RowTerms of a query: lse in units of log 2 and delta_i = dO_i . O_i - dlse_i, where dO_i . O_i is
+//   sum_j P_ij (dO_i . v_j)
 //   KeyBlock of kTableKeys keys: between which queries those lie that see any of them
 //
 // One launch does both: its first blocks make the terms, eight threads a query, its last ones the table, a warp an
 // entry.
 //
-// Memory moved, in numbers: d_out and out are read once, eight bytes a query are written; the table reads the spans'
-// hulls once an entry, from the L2 cache. Nothing is computed twice, and nothing else limits it than memory.
+// Memory moved, in numbers: d_out, out and d_lse are read once, eight bytes a query are written; the table reads the
+// spans' hulls once an entry, from the L2 cache. Nothing is computed twice, and nothing else limits it than memory.
 #include "span_attention_device.h"
 
 namespace mmk::cuda {
@@ -51,7 +52,9 @@ MMK_DEVICE void make_terms(const SpanAttentionBackward& call, int64_t line, RowT
     for (int other = 1; other < kLanes; other *= 2) delta += __shfl_xor_sync(kAllLanes, delta, other);
     if (!inside || lane != 0) return;
     const float lse = p.lse[line];
-    terms[line] = {lse == -INFINITY ? 0.0f : lse * kLog2E, delta};
+    const bool idle = lse == -INFINITY;
+    if (call.d_lse != nullptr && !idle) delta -= call.d_lse[line];
+    terms[line] = {idle ? 0.0f : lse * kLog2E, delta};
 }
 
 // One entry of the table, by a warp.

@@ -84,6 +84,7 @@ inline Touched touched(const SpanAttentionBackward& call) {
     found.reads(numbers(f.out), extent(f.out, f.batch, f.queries, f.heads, f.value_size));
     found.reads(f.lse, int64_t{f.batch} * f.heads * f.queries);
     found.reads(numbers(call.d_out), extent(call.d_out, f.batch, f.queries, f.heads, f.value_size));
+    if (call.d_lse != nullptr) found.reads(call.d_lse, int64_t{f.batch} * f.heads * f.queries);
     found.writes(numbers(call.d_q), extent(call.d_q, f.batch, f.queries, f.heads, f.head_size));
     found.writes(numbers(call.d_k), extent(call.d_k, f.batch, f.keys, f.key_heads, f.head_size));
     found.writes(numbers(call.d_v), extent(call.d_v, f.batch, f.keys, f.key_heads, f.value_size));

@@ -1,7 +1,7 @@
 """Span attention's cases: every layout, every head size, every place in memory.
 
 Keys that no query sees, queries that see no key, and the gradients of these queries' results hold NaN in every case:
-padding reaches nothing.
+padding reaches nothing. Where a case differentiates the log-sum-exp, the gradient of a sum of both is compared.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ class AttentionCase:
     batch: int | None = None
     scale: float | None = None
     softcap: float | None = None
+    sinks: bool = False
+    lse_gradient: bool = False
     memory: str = "plain"
     kv_memory: str | None = None  # None: as the queries'
     growing: bool = False  # later keys have larger scores, so that a running maximum moves all the time
@@ -134,9 +136,17 @@ class AttentionCase:
         tensors["v"] = padded(v, unseen, kv_memory)
         spans = spans.to(device)  # which keeps what they remember of their documents
         spans.lo, spans.hi = (guarded(x, "odd") for x in (spans.lo, spans.hi))
+        if self.sinks:
+            tensors["sinks"] = guarded(draw.normal(q_heads).to(device, dtype))
         options = {"spans": spans, "return_lse": True}
         options |= {"scale": self.scale, "softcap": self.softcap}
-        return Call(tensors, options, tuple(tensors))
+        fed = {}
+        if self.lse_gradient:
+            d_lse = normal(q_heads, spans.num_queries)
+            if not self.sinks:  # with them, the lse of a query that sees nothing is its sink's, and that has a gradient
+                d_lse = d_lse.masked_fill(idle[..., None, :], torch.nan)
+            fed["lse"] = d_lse.to(device, dtype)
+        return Call(tensors, options, tuple(tensors), fed)
 
     def upstream(self, draw: Draw, result: Tensor) -> Tensor:
         idle = (result == 0).all(-1).all(-1).cpu()
@@ -149,6 +159,15 @@ _SMALL = AttentionCase("small causal", causal((5, 17, 1, 9)), dims=(32, 32), qui
 _IMAGES = (range(6, 31), range(40, 57), range(57, 80), range(110, 175))
 
 _ODD = (13, 7, 19, 29)  # no multiples of any kernel's tile
+
+_OF_LSE = [  # cases that differentiate the log-sum-exp: with and without sinks
+    replace(_SMALL, name="small, lse", layout=causal((13, 6), padding=7), heads=(4, 2), dims=(16, 16)),
+    replace(_SMALL, name="small, lse, two runs, softcap", layout=scattered(20, 50, runs=2), softcap=2.0, dims=(40, 16)),
+    AttentionCase("lse, windows of a batch", causal((70, 41), window=17, padding=4), batch=2, memory="fused"),
+    AttentionCase("lse, chunks of keys", full(70, 2100), heads=(1, 1), dims=(40, 40)),
+    AttentionCase("lse, few queries", last_rows(3, 400), heads=(4, 1), dims=(72, 72)),
+]
+_OF_LSE = [replace(case, plain_draws=20) for case in _OF_LSE]
 
 HEAD_DIMS = (16, 24, 32, 48, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
 
@@ -229,6 +248,9 @@ ATTENTION: list[AttentionCase] = [
     AttentionCase("heads first, batch", causal((70, 41)), batch=2, memory="heads_first"),
     AttentionCase("crop", causal((70, 41)), dims=(72, 72), memory="crop", kv_memory="fused"),
     AttentionCase("odd address", causal((50, 41)), dims=(61, 61), memory="odd", kv_memory="crop"),
+    *(replace(case, lse_gradient=True) for case in _OF_LSE),
+    *(replace(case, name=f"sinks, {case.name}", lse_gradient=True, sinks=True) for case in _OF_LSE),
+    AttentionCase("sinks alone, heads 6/2", causal((40, 31), padding=9), heads=(6, 2), sinks=True, plain_draws=20),
     AttentionCase("beyond 2^31", full(5, 7), memory="far", dtypes=(torch.bfloat16,)),
     AttentionCase("beyond 2^31, batch", full(1, 20), batch=3, memory="far", dtypes=(torch.bfloat16,)),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,16 +19,17 @@ from .contrastive_truth import contrastive_truth
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call, and which of them get a gradient."""
+    """The arguments of one call, which of them get a gradient, and what outputs beside the result are fed with."""
 
     tensors: dict[str, Tensor]
     options: dict[str, object] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
+    fed: dict[str, Tensor] = field(default_factory=dict)
 
     def in_dtype(self, dtype: torch.dtype) -> Call:
         """The same numbers in another dtype; what is not differentiable (uint8 images, mean, std) stays as it is."""
         moved = {name: x.to(dtype) if name in self.differentiable else x for name, x in self.tensors.items()}
-        return Call(moved, self.options, self.differentiable)
+        return replace(self, tensors=moved)
 
     def inputs(self) -> dict[str, Tensor]:
         """Every tensor of the call by name, those of its row spans too."""
@@ -39,7 +40,7 @@ class Call:
 @dataclass(frozen=True)
 class Op:
     name: str
-    outputs: tuple[str, ...]  # what it returns; only the first, its result, has gradients
+    outputs: tuple[str, ...]  # what it returns; the first is its result
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     plain: Callable[..., Tensor | tuple[Tensor, ...]]
     # See mmkernels.check.budget; the largest of each quantity's elements.

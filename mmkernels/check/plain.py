@@ -124,8 +124,8 @@ def channel_of_column(channels: int, columns: int, weight: Tensor, layout: str) 
     return torch.arange(columns, device=weight.device) // pixels % channels
 
 
-def span_attention(q, k, v, spans, *, scale=None, softcap=None, return_lse=False):
-    """SDPA with a dense mask, or with a softcap the eager code that Gemma 2 is left with.
+def span_attention(q, k, v, spans, *, scale=None, softcap=None, sinks=None, return_lse=False):
+    """SDPA with a dense mask, or with a softcap the eager code that Gemma 2 is left with, and with sinks gpt-oss.
 
     A row without keys sees all of them and is zeroed afterwards, as idefics does; what no query sees is zeroed before,
     since a masked NaN is a NaN.
@@ -141,15 +141,23 @@ def span_attention(q, k, v, spans, *, scale=None, softcap=None, return_lse=False
     def scores(visible: Tensor) -> Tensor:
         products = queries @ keys.mT * scale
         capped = products if softcap is None else softcap * (products / softcap).tanh()
-        return capped.masked_fill(~visible, -torch.inf)
+        capped = capped.masked_fill(~visible, -torch.inf)
+        if sinks is None:
+            return capped
+        return torch.cat([capped, sinks.to(q.dtype)[:, None, None].expand(*capped.shape[:-1], 1)], -1)
 
-    if softcap is None:
+    if softcap is None and sinks is None:
         out = _sdpa(queries, keys, values, mask | idle, scale)
     else:
         wide = torch.promote_types(q.dtype, torch.float32)
-        out = scores(mask | idle).softmax(-1, dtype=wide).to(q.dtype) @ values
+        weights = scores(mask | idle).softmax(-1, dtype=wide).to(q.dtype)
+        out = weights[..., : mask.shape[-1]] @ values
     out = out.masked_fill(idle, 0.0).transpose(-3, -2)
-    return (out, scores(mask).detach().logsumexp(-1)) if return_lse else out
+    if not return_lse:
+        return out
+    if sinks is not None:
+        return out, scores(mask).logsumexp(-1)
+    return out, scores(mask | idle).logsumexp(-1).masked_fill(idle[..., 0], -torch.inf)
 
 
 def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

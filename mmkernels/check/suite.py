@@ -9,7 +9,7 @@ import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -113,11 +113,14 @@ def _unserved(case: Case, dtype: torch.dtype, outcome: Outcome) -> str | None:
 
 
 def evaluate(function, call: Call, op: Op, upstream: Tensor, **options) -> dict[str, Tensor]:
-    """What `function` returns on the call's arguments and every gradient of its result, by name."""
+    """By name: what `function` returns, and the gradients of the result and of other outputs that the call feeds."""
     leaves = {name: call.tensors[name].detach().requires_grad_() for name in call.differentiable}
     outputs = op.named(function(**(call.tensors | leaves), **call.options, **options))
-    result = outputs[op.result]
-    gradients = torch.autograd.grad(result, list(leaves.values()), upstream.to(result), allow_unused=True)
+    fed = {op.result: upstream} | call.fed
+    upstreams = [value.to(outputs[name]) for name, value in fed.items()]
+    gradients = torch.autograd.grad(
+        [outputs[name] for name in fed], list(leaves.values()), upstreams, allow_unused=True
+    )
     named = {
         f"d_{name}": torch.zeros_like(leaf) if gradient is None else gradient
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
@@ -170,10 +173,9 @@ def _plain_in_another_order(op: Op, call: Call, upstream: Tensor, draw: Draw) ->
     for group in op.orders:
         order |= dict.fromkeys(group, draw.order(call.tensors[group[0]].shape[-1]).to(upstream.device))
     tensors = {name: x[..., order[name]] if name in order else x for name, x in call.tensors.items()}
-    reordered = Call(tensors, call.options, call.differentiable)
-    values = evaluate(op.plain, reordered, op, upstream[..., order[op.result]])
-    back = {name: order[name.removeprefix("d_")].argsort() for name in values if name not in op.wide}
-    return {name: values[name][..., index] for name, index in back.items()}
+    values = evaluate(op.plain, replace(call, tensors=tensors), op, upstream[..., order[op.result]])
+    back = {name: order.get(name.removeprefix("d_")) for name in values if name not in op.wide}
+    return {name: values[name] if x is None else values[name][..., x.argsort()] for name, x in back.items()}
 
 
 def _check_draw(case: Case, dtype: torch.dtype, outcome: Outcome, number: int, quantities: dict[str, Quantity]) -> None:

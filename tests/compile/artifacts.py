@@ -118,6 +118,7 @@ class Attention:
     queries: int = 1003
     keys: int = 1501
     batch: int = 40
+    lse_gradient: bool = False
 
     def run(self) -> None:
         heads, key_heads = 6, 2
@@ -130,7 +131,8 @@ class Attention:
         spans = lo, lo, RowSpans(lo, lo, self.keys).hulls(), None, self.head**-0.5, 0.0
         out, lse = span_attention.span_attention(q, k, v, *spans)
         if self.queries > 1:
-            span_attention.span_attention_backward(out, q, k, v, out, lse, *spans)
+            d_lse = lse if self.lse_gradient else None
+            span_attention.span_attention_backward(out, q, k, v, out, lse, d_lse, *spans)
 
     @property
     def resized(self) -> Attention:
@@ -184,6 +186,7 @@ CALLS = {
     "attention-256": Attention(256),
     "attention-128-decode": Attention(128, queries=1),
     "attention-64-float32": Attention(64, dtype="float32"),
+    "attention-64-lse": Attention(64, lse_gradient=True),
     "rotary-80": Rotation(80),
     "rotary-128-float32": Rotation(128, dtype="float32"),
 }

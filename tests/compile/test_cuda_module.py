@@ -113,7 +113,7 @@ def test_launchers_for_hopper_refuse_where_there_are_no_kernels_alone(built):
 
     forward = call_of_attention(queries=0, head_size=0)
     gradients = dict.fromkeys(("d_out", "d_q", "d_k", "d_v"), _cuda.Heads(0, 0, 0, 0))
-    backward = _cuda.SpanAttentionBackward(forward=forward, **gradients, workspace=0)
+    backward = _cuda.SpanAttentionBackward(forward=forward, **gradients, d_lse=0, workspace=0)
     has_kernels = "90a" in {name.removesuffix("+ptx") for name in _cuda.architectures}
     launchers = {_cuda.span_attention_forward_sm90: forward, _cuda.span_attention_backward_sm90: backward}
     for launcher, call in launchers.items():

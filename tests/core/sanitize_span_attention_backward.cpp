@@ -2,7 +2,7 @@
 // that ends where the tensors end, and threads. Besides, the gradients must be those of the formula, the same to the
 // bit on one thread and on three, and the same to the bit whatever a foreign document holds. NaN stands in all that
 // must not count: in queries that see nothing, in their results and the gradients of these, and in keys that no query
-// sees.
+// sees. Every second layout has a gradient of the log-sum-exp too.
 #include "span_attention_backward.cpp"
 #include "span_attention_cases.h"
 
@@ -35,8 +35,8 @@ static void add(double* to, double factor, const double* x, int64_t count) {
 }
 
 // One query of one head: its keys' scores, then all that follows from them.
-static void differentiate(const Case& c, const std::vector<double> (&inputs)[4], int64_t b, int64_t i, int64_t h,
-                          Formula& found) {
+static void differentiate(const Case& c, const std::vector<double> (&inputs)[4], const float* d_lse, int64_t b,
+                          int64_t i, int64_t h, Formula& found) {
     const auto& [q, k, v, d_out] = inputs;
     const int64_t heads = c.heads * c.group, row = (b * c.queries + i) * heads + h;
     const double *q_row = q.data() + row * c.dim, *d_out_row = d_out.data() + row * c.out_dim;
@@ -61,6 +61,7 @@ static void differentiate(const Case& c, const std::vector<double> (&inputs)[4],
         add(out, weights[n], v.data() + keys[n] * c.out_dim, c.out_dim);
     }
     for (int64_t d = 0; d < c.out_dim && !keys.empty(); d++) delta += out[d] * d_out_row[d];
+    if (d_lse != nullptr) delta -= d_lse[(b * heads + h) * c.queries + i];
     for (size_t n = 0; n < keys.size(); n++) {
         const double d_weight = dot(d_out_row, v.data() + keys[n] * c.out_dim, c.out_dim);
         const double d_score = c.scale * weights[n] * (d_weight - delta) * slopes[n];
@@ -70,7 +71,8 @@ static void differentiate(const Case& c, const std::vector<double> (&inputs)[4],
     }
 }
 
-static Formula formula(const Case& c, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& d_out) {
+static Formula formula(const Case& c, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& d_out,
+                       const float* d_lse) {
     const std::vector<double> inputs[] = {values(q), values(k), values(v), values(d_out)};
     Formula found;
     found.d_q.resize(inputs[0].size()), found.d_k.resize(inputs[1].size()), found.d_v.resize(inputs[2].size());
@@ -78,7 +80,7 @@ static Formula formula(const Case& c, const Tensor& q, const Tensor& k, const Te
     found.lse.resize(c.batch * c.heads * c.group * c.queries);
     for (int64_t b = 0; b < c.batch; b++) {
         for (int64_t i = 0; i < c.queries; i++) {
-            for (int64_t h = 0; h < c.heads * c.group; h++) differentiate(c, inputs, b, i, h, found);
+            for (int64_t h = 0; h < c.heads * c.group; h++) differentiate(c, inputs, d_lse, b, i, h, found);
         }
     }
     return found;
@@ -109,7 +111,7 @@ struct Gradients {
 
 // A case's tensors in one layout, filled; d_out and out lie in the next two.
 struct Problem {
-    Problem(const Case& c, DType dtype, Layout layout)
+    Problem(const Case& c, DType dtype, Layout layout, bool with_d_lse)
         : q(dtype, c.batch, c.queries, c.heads * c.group, c.dim, layout),
           k(dtype, c.batch, c.keys, c.heads, c.dim, layout),
           v(dtype, c.batch, c.keys, c.heads, c.out_dim, layout),
@@ -118,14 +120,16 @@ struct Problem {
           lo((c.shared_spans ? 1 : c.batch) * c.runs * c.queries),
           hi((c.shared_spans ? 1 : c.batch) * c.runs * c.queries),
           lse(c.batch * c.heads * c.group * c.queries),
-          case_(c) {
+          d_lse(c.batch * c.heads * c.group * c.queries),
+          case_(c),
+          with_d_lse_(with_d_lse) {
         for (size_t at = 0; at < lo.count; at++) {
             const auto number = static_cast<int64_t>(at), table = c.runs * c.queries;
             const Run span = c.span(number / table, number % table / c.queries, number % c.queries);
             lo.data[at] = span.lo, hi.data[at] = span.hi;
         }
         for (int64_t b = 0; b < c.batch; b++) fill(b);
-        expected = formula(c, q, k, v, d_out);
+        expected = formula(c, q, k, v, d_out, given_d_lse());
         std::copy(expected.lse.begin(), expected.lse.end(), lse.data);
         const double* next = expected.out.data();
         for (int64_t b = 0; b < c.batch; b++) {
@@ -145,6 +149,7 @@ struct Problem {
                                  v.heads,
                                  out.heads,
                                  lse.data,
+                                 given_d_lse(),
                                  {lo.data, hi.data, case_.runs, case_.queries, stride},
                                  case_.scale,
                                  case_.softcap,
@@ -155,10 +160,11 @@ struct Problem {
 
     Tensor q, k, v, d_out, out;
     Array<int32_t> lo, hi;
-    Array<float> lse;
+    Array<float> lse, d_lse;
     Formula expected;
 
   private:
+    const float* given_d_lse() const { return with_d_lse_ ? d_lse.data : nullptr; }
     bool sees_any(int64_t b, int64_t i) const {
         for (int64_t j = 0; j < case_.keys; j++) {
             if (sees(case_, b, i, j)) return true;
@@ -167,7 +173,11 @@ struct Problem {
     }
     void fill(int64_t b) {
         for (int64_t i = 0; i < case_.queries; i++) {
-            if (sees_any(b, i)) q.fill_token(b, i, draw), d_out.fill_token(b, i, draw);
+            const bool counts = sees_any(b, i);
+            if (counts) q.fill_token(b, i, draw), d_out.fill_token(b, i, draw);
+            for (int64_t h = 0; h < q.heads.heads; h++) {
+                d_lse.data[(b * q.heads.heads + h) * case_.queries + i] = counts ? draw() : not_a_number();
+            }
         }
         for (int64_t j = 0; j < case_.keys; j++) {
             bool seen = false;
@@ -177,10 +187,11 @@ struct Problem {
     }
 
     const Case& case_;
+    const bool with_d_lse_;
 };
 
 static void run(const Case& c, DType dtype, Layout layout) {
-    const Problem problem(c, dtype, layout);
+    const Problem problem(c, dtype, layout, layout % 2 == 1);
     const Gradients first(c, dtype), again(c, dtype);
     problem.differentiate(1, first);
     problem.differentiate(3, again);
@@ -194,13 +205,13 @@ static void run(const Case& c, DType dtype, Layout layout) {
 static void isolate(DType dtype) {
     const int64_t tokens = 160, first = 40, last = 100;  // the third document
     const Case c{"isolation", 1, tokens, tokens, 1, 1, 24, 24, 1, documents({37, 3, 60, 60}, true)};
-    Problem problem(c, dtype, kTokens);
+    Problem problem(c, dtype, kTokens, true);
     const Gradients clean(c, dtype), found(c, dtype);
     problem.differentiate(1, clean);
     for (int64_t i = first; i < last; i++) {
         const auto bad = [=] { return i % 2 ? not_a_number() : std::numeric_limits<float>::infinity(); };
         for (Tensor* x : {&problem.q, &problem.k, &problem.v, &problem.d_out, &problem.out}) x->fill_token(0, i, bad);
-        problem.lse.data[i] = bad();
+        problem.lse.data[i] = problem.d_lse.data[i] = bad();
     }
     problem.differentiate(1, found);
     for (int64_t i = 0; i < tokens; i++) {

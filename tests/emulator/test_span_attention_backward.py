@@ -29,37 +29,44 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class Backward:
-    """A case, what its forward gave, and the gradient of its result."""
+    """A case, what its forward gave, and the gradients of its result and its log-sum-exp: zeros are none."""
 
     case: Case
     d_out: Tensor
+    d_lse: Tensor  # (batch, heads, queries)
 
     @classmethod
-    def draw(cls, case: Case) -> Backward:
+    def draw(cls, case: Case, with_d_lse: bool = False) -> Backward:
         """What no query sees, and queries that see nothing, hold NaN."""
         case, visible = case.draw(), case.spans.to_dense()
         idle, unseen = ~visible.any(-1), ~visible.any(-2)
         d_out = torch.randn(case.out_shape).to(case.dtype)
+        d_lse = torch.zeros(case.out_shape[:3]).mT.contiguous()
+        if with_d_lse:
+            d_lse.normal_().masked_fill_(idle[..., None, :], torch.nan)
         for x, rows in ((case.q, idle), (d_out, idle), (case.k, unseen), (case.v, unseen)):
             x.masked_fill_(rows[..., None, None].expand(*x.shape[:2], 1, 1), torch.nan)
-        return cls(case, d_out)
+        return cls(case, d_out, d_lse)
 
     def truth(self) -> Gradients:
         """In float64."""
         case, out, lse = self.case, *self.case.truth()
         wide = (x.double() for x in (self.d_out, case.q, case.k, case.v))
         spans = case.spans.with_axes()
-        return reference.span_attention_backward(*wide, out, lse, *spans, None, None, case.scale, case.softcap)
+        d_lse = self.d_lse.double()
+        return reference.span_attention_backward(*wide, out, lse, d_lse, *spans, None, None, case.scale, case.softcap)
 
     def plain(self) -> Gradients:
         leaves = [x.detach().requires_grad_() for x in (self.case.q, self.case.k, self.case.v)]
-        out, _ = replace(self.case, q=leaves[0], k=leaves[1], v=leaves[2]).plain()
-        return torch.autograd.grad(out, leaves, self.d_out.view(out.shape))
+        out, lse = replace(self.case, q=leaves[0], k=leaves[1], v=leaves[2]).plain()
+        fed = self.d_out.view(out.shape), self.d_lse.view(lse.shape).to(lse.dtype)
+        return torch.autograd.grad((out, lse), leaves, fed)
 
     def pack(self) -> bytes:
         out, lse = self.case.truth()
         shapes = [x.shape for x in (self.case.q, self.case.k, self.case.v)]
-        return packed_case(self.case, out.to(self.case.dtype), self.d_out, lse.float().flatten(), results=shapes)
+        rows = lse.float().flatten(), self.d_lse.flatten()
+        return packed_case(self.case, out.to(self.case.dtype), self.d_out, *rows, results=shapes)
 
 
 @pytest.fixture(params=KERNELS)
@@ -87,9 +94,11 @@ def run_cases(run, kernel: str, folder: Path, cases: list[Backward]) -> list[Gra
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_are_within_the_budget(run, kernel, seed, tmp_path, dtype):
-    """But of one token: its d_q and d_k are differences of equal numbers, and no rounding is a budget of nothing."""
-    every = (replace(case, dtype=dtype) for case in served(kernel, all_cases(random.Random(seed))))
-    cases = [Backward.draw(case) for case in every if case.name != "one token"]
+    """But of one token: its d_q and d_k are differences of equal numbers, and no rounding is a budget of nothing. In
+    one of the two dtypes, each case has a gradient of the log-sum-exp too."""
+    every = enumerate(replace(case, dtype=dtype) for case in served(kernel, all_cases(random.Random(seed))))
+    first = int(dtype == torch.float16)
+    cases = [Backward.draw(case, number % 2 == first) for number, case in every if case.name != "one token"]
     results = run_cases(run, kernel, tmp_path, cases)
     found = [
         failure
@@ -103,13 +112,16 @@ def test_gradients_are_within_the_budget(run, kernel, seed, tmp_path, dtype):
 def test_what_does_not_see_each_other_reaches_nothing(run, kernel, tmp_path, poison):
     """To the bit; and a NaN reaches the gradients of all that see it, however late in the walk."""
     spans = documents(20, 90, 13, padding=3)
-    clean = Backward.draw(Case("clean", spans, head_size=80))
+    clean = Backward.draw(Case("clean", spans, head_size=80), with_d_lse=True)
     sees, cases = spans.to_dense(), [clean]
     for token in (3, 70, 108, 115):
-        for name in ("q", "k", "v", "d_out"):
+        for name in ("q", "k", "v", "d_out", "d_lse"):
             case = replace(clean.case, name=f"{name} {token}", **{x: getattr(clean.case, x).clone() for x in "qkv"})
-            dirty = Backward(case, clean.d_out.clone())
-            getattr(dirty if name == "d_out" else case, name)[0, token, :, 7] = poison
+            dirty = Backward(case, clean.d_out.clone(), clean.d_lse.clone())
+            if name == "d_lse":
+                dirty.d_lse[0, :, token] = poison
+            else:
+                getattr(dirty if name == "d_out" else case, name)[0, token, :, 7] = poison
             cases.append(dirty)
     expected, *results = run_cases(run, kernel, tmp_path, cases)
     for each, gradients in zip(cases[1:], results, strict=True):
@@ -118,14 +130,15 @@ def test_what_does_not_see_each_other_reaches_nothing(run, kernel, tmp_path, poi
         keys = sees[touched].any(0)
         for what, ours, clean_one, may in zip("qkv", gradients, expected, (touched, keys, keys), strict=True):
             assert torch.equal(ours[:, ~may], clean_one[:, ~may]), f"{each.case.name}: d_{what}"
-            # d_v does not depend on v, and exp(-inf) is a number.
-            spoilt = (name, what) != ("v", "v") and (poison != torch.inf or name in ("d_out", "v"))
+            # d_v depends neither on v nor on d_lse, and exp(-inf) is a number.
+            spoilt = (name, what) not in (("v", "v"), ("d_lse", "v"))
+            spoilt = spoilt and (poison != torch.inf or name in ("d_out", "d_lse", "v"))
             assert not spoilt or not ours[:, may].isfinite().all(-1).any(), f"{each.case.name}: d_{what}"
 
 
 def test_keys_that_nobody_sees_and_queries_that_see_nothing_have_no_gradient(run, kernel, tmp_path):
     spans = documents(0, 70, 40, padding=90, num_keys=230)
-    each = Backward.draw(Case("padding", spans, head_size=40))
+    each = Backward.draw(Case("padding", spans, head_size=40), with_d_lse=True)
     d_q, d_k, d_v = run_cases(run, kernel, tmp_path, [each])[0]
     visible = spans.to_dense()
     assert not d_q[:, ~visible.any(1)].any()

@@ -7,11 +7,11 @@ builders give the masks they promise is tests/test_spans.py's.
 import itertools
 import random
 import re
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch._dynamo.testing
+from dense_attention import dense_attention, evaluate, inputs, threads
 from span_layouts import BUILDERS, Layout, int32
 from torch import Tensor
 
@@ -28,47 +28,7 @@ def rng(seed) -> random.Random:
     return random.Random(seed)
 
 
-@contextmanager
-def threads(count: int):
-    """Small work is done sooner by one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def inputs(spans, heads=(2, 2), dims=(16, 16), dtype=torch.float32, batch=None) -> list[Tensor]:
-    """q, k, v of standard normal numbers, leaves."""
-    lead = [] if batch is None else [batch]
-    shapes = ((spans.num_queries, heads[0], dims[0]), (spans.num_keys, heads[1], dims[0]))
-    shapes += ((spans.num_keys, heads[1], dims[1]),)
-    return [torch.randn(*lead, *shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-
-
-def evaluate(function, tensors: list[Tensor], d_out: Tensor, *args, **options) -> list[Tensor]:
-    """out, lse, d_q, d_k, d_v."""
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    out, lse = function(*leaves, *args, return_lse=True, **options)
-    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
-
-
 # ---- against dense softmax -------------------------------------------------------------------------------------------
-
-
-def dense_attention(q, k, v, mask, *, scale=None, softcap=None, return_lse=False) -> tuple[Tensor, Tensor]:
-    """Softmax over a mask, (Tq, Tk) or (B, Tq, Tk), of tensors whose NaNs nobody sees."""
-    q, k, v = (x.nan_to_num().transpose(-3, -2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for x in (k, v))
-    mask = mask[..., None, :, :]
-    scores = torch.einsum("...id,...jd->...ij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    seeing = mask.any(-1, keepdim=True)
-    weights = torch.where(mask | ~seeing, scores, -torch.inf).softmax(-1)
-    out = torch.where(seeing, weights @ v, 0.0)
-    return out.transpose(-3, -2), torch.where(mask, scores, -torch.inf).logsumexp(-1).detach()
 
 
 def drawn_call(rng, layout: Layout, dtype) -> tuple[list[Tensor], Tensor, dict]:
@@ -81,7 +41,11 @@ def drawn_call(rng, layout: Layout, dtype) -> tuple[list[Tensor], Tensor, dict]:
     d_out = torch.randn(*q.shape[:-1], dims[1], dtype=torch.float64).to(dtype)
     idle, unseen = ~mask.any(-1)[..., None, None], ~mask.any(-2)[..., None, None]
     tensors = [q.masked_fill(idle, NAN), k.masked_fill(unseen, NAN), v.masked_fill(unseen, NAN)]
-    return tensors, d_out.masked_fill(idle, NAN), {"scale": rng.choice([None, None, 0.3])}
+    options = {"scale": rng.choice([None, None, 0.3]), "d_lse": None}
+    if rng.random() < 0.5:
+        d_lse = torch.randn(q.transpose(-3, -2).shape[:-1], dtype=torch.float64).to(dtype)
+        options["d_lse"] = d_lse.masked_fill(idle[..., 0].mT, NAN)
+    return tensors, d_out.masked_fill(idle, NAN), options
 
 
 @pytest.mark.parametrize(
@@ -89,7 +53,8 @@ def drawn_call(rng, layout: Layout, dtype) -> tuple[list[Tensor], Tensor, dict]:
 )
 @threads(1)
 def test_any_layout_equals_dense_softmax(rng, dtype, layouts):
-    """Small layouts of every builder and, since kernels work by blocks, larger ones; every gradient.
+    """Small layouts of every builder and, since kernels work by blocks, larger ones; every gradient, of half of them
+    that of the log-sum-exp too.
 
     The error budget is that of all of them together: of a handful of queries alone, luck makes too much of it.
     """
@@ -104,12 +69,12 @@ def test_any_layout_equals_dense_softmax(rng, dtype, layouts):
         truth = evaluate(dense_attention, [x.double() for x in tensors], d_out, mask, **options)
         eager = evaluate(plain.span_attention, tensors, d_out, spans, **options)
         if dtype != torch.float32:  # the log-sum-exp is promised in float32
-            eager[1] = plain.span_attention(*(x.float() for x in tensors), spans, return_lse=True, **options)[1]
+            eager[1] = evaluate(plain.span_attention, [x.float() for x in tensors], d_out, spans, **options)[1]
         for name, *values in zip(NAMES, ours, eager, truth, strict=True):
             before = found[name].error, found[name].complaint
             found[name].add(*values)
             if (found[name].error, found[name].complaint) != before:
-                worst[name] = f"{builder}, layout {number}, {spans}, {options}"
+                worst[name] = f"{builder}, layout {number}, {spans}, {options['scale']}, {options['d_lse'] is None}"
     failures = [f"{failure} ({worst[name]})" for name, x in found.items() if (failure := x.failure())]
     assert not failures, "\n".join(failures)
 
@@ -121,6 +86,9 @@ def test_reference_equals_dense_softmax(rng, builder):
         layout = BUILDERS[builder](rng)
         tensors, d_out, options = drawn_call(rng, layout, torch.float64)
         options["softcap"] = rng.choice([None, 5.0])
+        if rng.random() < 0.5:
+            tensors.append(torch.randn(tensors[0].shape[-2], dtype=torch.float64))  # sinks
+            options["d_lse"] = None if options["d_lse"] is None else options["d_lse"].nan_to_num(0.7)
         ours = evaluate(span_attention, tensors, d_out, layout.spans, backend="reference", **options)
         truth = evaluate(dense_attention, tensors, d_out, layout.oracle(), **options)
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
@@ -129,10 +97,16 @@ def test_reference_equals_dense_softmax(rng, builder):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_reference_gradients_are_those_of_the_result(softcap):
     spans = RowSpans(int32([[0, 0, 2, 5, 1], [2, 3, 4, 5, 9]]), int32([[1, 2, 2, 5, 4], [4, 5, 6, 5, 7]]), 6)
-    tensors = inputs(spans, (4, 2), (3, 2), torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda *x: span_attention(*x, spans, scale=0.7, softcap=softcap, backend="reference"), tensors
-    )
+    tensors = [*inputs(spans, (4, 2), (3, 2), torch.float64), torch.randn(4, dtype=torch.float64, requires_grad=True)]
+
+    def call(q, k, v, sinks=None):
+        out, lse = span_attention(
+            q, k, v, spans, scale=0.7, softcap=softcap, sinks=sinks, return_lse=True, backend="reference"
+        )
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    assert torch.autograd.gradcheck(call, tensors[:3])
+    assert torch.autograd.gradcheck(call, tensors)
 
 
 def test_log_sum_exp_is_the_natural_one_of_the_scaled_and_capped_scores(backend):
@@ -142,7 +116,7 @@ def test_log_sum_exp_is_the_natural_one_of_the_scaled_and_capped_scores(backend)
     scores = 3 * torch.tanh(torch.einsum("ihd,jd->hij", q, k[:, 0]) * 0.5 / 3)
     want = torch.stack([scores[:, 0].logsumexp(-1), scores[:, 1, 1], torch.full((2,), -torch.inf)], -1)
     torch.testing.assert_close(lse, want.detach())
-    assert lse.shape == (2, 3) and lse.dtype == torch.float32 and out.requires_grad and not lse.requires_grad
+    assert lse.shape == (2, 3) and lse.dtype == torch.float32 and out.requires_grad and lse.requires_grad
     assert torch.equal(out, span_attention(q, k, v, spans, scale=0.5, softcap=3.0, backend=backend))
     half = [x.detach().half()[None] for x in (q, k, v)]
     out, lse = span_attention(*half, spans, return_lse=True, backend=backend)
@@ -319,8 +293,9 @@ def test_opcheck(backend, heads, batch):
         torch.library.opcheck(ops.span_attention, (q, k, v, lo, hi, spans.hulls(), *documents, *call))
     out, lse = ops.span_attention(q, k, v, *bare, *call)
     backward = torch.randn_like(out), q, k, v, out, lse
-    torch.library.opcheck(ops.span_attention_backward, (*backward, *bare, *call))
-    torch.library.opcheck(ops.span_attention_backward, (*backward, lo, hi, None, *own_keys.documents(), *call))
+    for d_lse in (None, torch.randn(lse.mT.shape).mT):
+        torch.library.opcheck(ops.span_attention_backward, (*backward, d_lse, *bare, *call))
+    torch.library.opcheck(ops.span_attention_backward, (*backward, None, lo, hi, None, *own_keys.documents(), *call))
 
 
 def test_compiles_whole_and_once_whatever_the_layout(backend):
@@ -342,8 +317,9 @@ def test_compiles_whole_and_once_whatever_the_layout(backend):
         arguments = (*tensors, cu_seqlens, torch.arange(tokens) // 3 % 3 - 1, spans)
         (ours, lse), (want, want_lse) = compiled(*arguments), step(*arguments)
         torch.testing.assert_close((ours, lse), (want, want_lse))
-        d_out = torch.randn_like(want)
-        torch.testing.assert_close(torch.autograd.grad(ours, tensors, d_out), torch.autograd.grad(want, tensors, d_out))
+        fed = torch.randn_like(want), torch.randn_like(want_lse)
+        found, expected = (torch.autograd.grad(x, tensors, fed) for x in ((ours, lse), (want, want_lse)))
+        torch.testing.assert_close(found, expected)
     assert counter.frame_count == 1
 
 
@@ -428,6 +404,11 @@ ERRORS = [
     ((Q, K, K, RowSpans.full(4, 5)), {}, ValueError, "spans are for 5 keys, k has 6"),
     ((Q, K, K, B), {}, ValueError, "spans have a batch of 3, q has none; they must be equal"),
     ((Q[None], K[None], K[None], B), {}, ValueError, "spans have a batch of 3, q has 1; they must be equal"),
+    ((Q, K, K, S), {"sinks": [0.0] * 8}, TypeError, "sinks must be a torch.Tensor, got list"),
+    ((Q, K, K, S), {"sinks": Q[0, :, 0].int()}, TypeError, "sinks has dtype torch.int32; accepted are float32"),
+    ((Q, K, K, S), {"sinks": Q[0, :2, 0]}, ValueError, "sinks has shape (2,), q 8 heads; sinks must be (8,), one for"),
+    ((Q, K, K, S), {"sinks": Q[0, :, :1]}, ValueError, "sinks has shape (8, 1), q 8 heads; sinks must be (8,)"),
+    ((Q, K, K, S), {"sinks": Q[0, :, 0].to("meta")}, ValueError, "sinks is on meta, q on cpu; move one to the other's"),
     ((Q, K, K, S), {"softcap": 0.0}, ValueError, "softcap is 0.0; it must be positive, or None for none"),
     ((Q, K, K, S), {"softcap": -1}, ValueError, "softcap is -1; it must be positive"),
     ((Q, K, K, S), {"softcap": NAN}, ValueError, "softcap is nan; it must be positive"),

@@ -273,15 +273,19 @@ def inputs(spans: RowSpans, heads=(2, 2), width=16, batch=()) -> list[Tensor]:
 def agree(spans: RowSpans, tensors: list[Tensor]) -> None:
     """With the reference, forward and backward, within the budget that its own rounding gives."""
     upstream = torch.randn(*tensors[0].shape).bfloat16()
+    d_lse = torch.randn(upstream.shape[:-1]).mT
+    d_lse = d_lse.masked_fill(~spans.to_dense().any(-1), torch.nan)
 
     def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in tensors] if dtype != torch.bfloat16 else tensors
         out, lse = span_attention(*leaves, spans, return_lse=True, backend=backend)
-        return [out, lse, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+        alone = torch.autograd.grad(out, leaves, upstream.to(dtype), retain_graph=True)
+        return [out, lse, *alone, *torch.autograd.grad((out, lse), leaves, (upstream.to(dtype), d_lse.to(lse)))]
 
     ours, plain = (results(backend, torch.bfloat16) for backend in ("flash-attn", "reference"))
     truth = results("reference", torch.float64)
-    for name, mine, other, exact in zip(("out", "lse", "d_q", "d_k", "d_v"), ours, plain, truth, strict=True):
+    names = "out", "lse", "d_q", "d_k", "d_v", "d_q with d_lse", "d_k with d_lse", "d_v with d_lse"
+    for name, mine, other, exact in zip(names, ours, plain, truth, strict=True):
         assert mine.is_contiguous()
         quantity = Quantity(name, mine.dtype, other.dtype)
         quantity.add(mine, other, exact)
@@ -306,6 +310,19 @@ UNUSUAL = {
 def test_unusual_layouts(kernels, name):
     spans, batch = UNUSUAL[name]
     agree(spans, inputs(spans, (4, 2), batch=batch))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_gradient_of_the_log_sum_exp_is_not_rounded_to_half(dtype):
+    """d_out and out in half precision hold it to float32's last digit, whatever its size, and NaN is NaN."""
+    d_lse = torch.cat([torch.randn(50, 2) * 2.0 ** torch.randint(-30, 20, (50, 2)), torch.zeros(1, 2)])
+    q, k = torch.zeros(51, 2, 8, dtype=dtype), torch.ones(40, 1, 8, dtype=dtype)
+    d_out, _, _, v, out = flash_attn._of_lse(d_lse, q, k, k)
+    assert d_out.dtype == out.dtype == dtype and not v.any() and d_out.isfinite().all() and out.isfinite().all()
+    found = -(d_out.double() * out.double()).sum(-1)
+    assert ((found - d_lse.double()).abs() <= d_lse.abs() * 2.0**-24 + 2.0**-38).all()
+    d_out, *_, out = flash_attn._of_lse(torch.full((1, 1), torch.nan), q[:1, :1], k, k)
+    assert (d_out * out).isnan().any()
 
 
 def test_a_document_of_nan_spoils_no_other_unless_tiles_reach_it(kernels):

@@ -8,6 +8,7 @@ from ... import backends
 from ...spans import RowSpans
 from .. import _checks
 from . import op
+from .sinks import with_sinks
 
 _NAME = "span_attention"
 
@@ -20,16 +21,17 @@ def span_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v, in which query i sees the keys that `spans` gives it and no others.
 
-    A query that sees no key gives zeros, an lse of -inf and no gradient. Keys and values outside every span, such as
-    padding, may hold anything, NaN too, without reaching the result or a gradient; and what one document holds reaches
-    no other, if no query sees keys of both. (Where queries have several runs and the keys of two documents interleave,
-    a NaN in one may reach the other's gradients on the CPU, never its result. And flash-attn 3, where the backend
-    "flash-attn" finds it, lets a document's NaN reach the one before it.)
+    A query that sees no key gives zeros, an lse of -inf and no gradient, whatever the gradients of these hold. Keys and
+    values outside every span, such as padding, may hold anything, NaN too, without reaching the result or a gradient;
+    and what one document holds reaches no other, if no query sees keys of both. (Where queries have several runs and
+    the keys of two documents interleave, a NaN in one may reach the other's gradients on the CPU, never its result. And
+    flash-attn 3, where the backend "flash-attn" finds it, lets a document's NaN reach the one before it.)
 
     Args:
         q: queries (Tq, Hq, D), or with a batch axis (B, Tq, Hq, D); float32, bfloat16 or float16 (the reference
@@ -42,14 +44,20 @@ def span_attention(
             row of the batch; key numbers count within a row.
         scale: factor on q k^T; None: 1 / sqrt(D).
         softcap: if given, scores become softcap * tanh(scores / softcap) before the softmax, as in Gemma 2.
-        return_lse: return also the log-sum-exp of every query's scores, natural logarithm, not differentiable.
+        sinks: (Hq,), floating: a logit for each query head that stands beside those of the keys, of a key that every
+            query sees and whose value is zero, as in gpt-oss (OpenAI 2025, https://arxiv.org/abs/2508.10925), where it
+            is learnt; what sinks are for, Xiao et al. 2023, https://arxiv.org/abs/2309.17453. It is neither scaled nor
+            capped. With the lse of the keys alone, the result is that without sinks times sigmoid(lse - sink).
+        return_lse: return also the log-sum-exp of every query's scores, natural logarithm, differentiable: parts of the
+            keys can be merged by it, or a loss may hold it. With sinks, they count in it: log(exp(lse) + exp(sink)),
+            and that of a query that sees no key is its sink. It is of autograd's graph: detach() one that is kept.
         backend: "cuda", "triton", "cpu", "reference"; None takes the fastest of them that supports the call. Or, by
             name only, "flash-attn": flash-attn's kernels, or torch's build of them, for spans of `RowSpans.packed` and
             `RowSpans.full`.
 
     Returns:
-        (Tq, Hq, Dv) of q's dtype, contiguous, with the batch axis of q if it has one; differentiable once in q, k and
-        v. Softmax and sums are computed in float32. With return_lse, also float32 (Hq, Tq), or (B, Hq, Tq).
+        (Tq, Hq, Dv) of q's dtype, contiguous, with the batch axis of q if it has one; differentiable once in q, k,
+        v and sinks. Softmax and sums are computed in float32. With return_lse, also float32 (Hq, Tq), or (B, Hq, Tq).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, dtype, shape, stride or device; the message names it.
@@ -60,6 +68,8 @@ def span_attention(
     q, k, v = _checks.autocast(q, k, v)
     _check_heads(q, k, v)
     _check_spans(spans, q, k)
+    if sinks is not None:
+        _check_sinks(sinks, q)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{_NAME}: softcap is {softcap}; it must be positive, or None for none")
     batched = q.dim() == 4
@@ -70,9 +80,13 @@ def span_attention(
     hulls = spans.hulls() if backends.considered(asked, device, "cuda", "triton") else None
     documents = spans.documents() if backends.considered(asked, device, "flash-attn") else None
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    out, lse = op.span_attention(q, k, v, lo, hi, hulls, documents, scale, float(softcap or 0.0), asked)
+    want_lse = return_lse or sinks is not None
+    out, lse = op.span_attention(q, k, v, lo, hi, hulls, documents, scale, float(softcap or 0.0), want_lse, asked)
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks, return_lse)
     if not batched:
-        out, lse = out.squeeze(0), lse.squeeze(0)  # by an index, the gradient would be copied
+        out = out.squeeze(0)  # by an index, the gradient would be copied
+        lse = lse.squeeze(0) if return_lse else None
     return (out, lse) if return_lse else out
 
 
@@ -125,3 +139,13 @@ def _check_spans(spans: RowSpans, q: Tensor, k: Tensor) -> None:
     if spans.batch is not None and (q.dim() == 3 or spans.batch != q.shape[0]):
         batch = "none" if q.dim() == 3 else q.shape[0]
         raise ValueError(f"{_NAME}: spans have a batch of {spans.batch}, q has {batch}; they must be equal")
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+    _checks.floating(_NAME, "sinks", sinks)
+    _checks.same_device(_NAME, "sinks", sinks, "q", q)
+    heads = q.shape[-2]
+    if tuple(sinks.shape) != (heads,):
+        raise ValueError(
+            f"{_NAME}: sinks has shape {tuple(sinks.shape)}, q {heads} heads; sinks must be ({heads},), one for each"
+        )

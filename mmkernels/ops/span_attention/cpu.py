@@ -47,6 +47,7 @@ def span_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    d_lse: Tensor | None,
     lo: Tensor,
     hi: Tensor,
     hulls: Tensor | None,
@@ -59,6 +60,7 @@ def span_attention_backward(
     _core.span_attention_backward(
         *map(heads_of, (d_out, q, k, v, out)),
         lse.data_ptr(),
+        0 if d_lse is None else d_lse.data_ptr(),
         _spans(lo, hi, q.shape[0]),
         scale,
         softcap,

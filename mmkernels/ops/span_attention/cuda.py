@@ -48,6 +48,7 @@ def span_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    d_lse: Tensor | None,
     lo: Tensor,
     hi: Tensor,
     hulls: Tensor | None,
@@ -66,11 +67,13 @@ def span_attention_backward(
         d_q=_heads(d_q),
         d_k=_heads(d_k),
         d_v=_heads(d_v),
+        d_lse=0 if d_lse is None else d_lse.data_ptr(),
         workspace=workspace.data_ptr(),
     )
     hopper = has_hopper_kernels(q.device) and _cuda.span_attention_backward_sm90_serves(call)
     launcher = _cuda.span_attention_backward_sm90 if hopper else _cuda.span_attention_backward
-    launch(launcher, call, d_out=d_out, q=q, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi, hulls=hulls)
+    fed = {} if d_lse is None else {"d_lse": d_lse}
+    launch(launcher, call, d_out=d_out, **fed, q=q, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi, hulls=hulls)
     return d_q, d_k, d_v
 
 

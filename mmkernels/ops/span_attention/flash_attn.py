@@ -6,6 +6,7 @@ where they keep another contract:
 - What no query sees, and queries that see nothing, are made 0 before each pass. flash-attn masks by a weight of 0, and
   0 * NaN is NaN wherever a tile reaches such rows: inside a document that is a window's early keys, beyond its end
   any row in flash-attn 3, which loads whole tiles by TMA. (flash-attn 2 and torch's build of it fill up with zeros.)
+- It takes no gradient of the log-sum-exp: where there is one, a second backward pass adds what it gives q and k.
 - Afterwards the rows of tokens that belong to no document, which it leaves as they were, become 0, and their
   log-sum-exp -inf; so does its +inf for a query without keys, which is given back as it came.
 - Offsets are clamped to the tokens there are, so that none leads outside the tensors.
@@ -89,6 +90,7 @@ def span_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    d_lse: Tensor | None,
     lo: Tensor,
     hi: Tensor,
     hulls: Tensor | None,
@@ -101,13 +103,34 @@ def span_attention_backward(
     idle, unseen = _idle(lo, hi, k.shape[1]), documents.unseen_keys(k.shape[1])
     call = _varlen(q, k, documents, scale, softcap)
     kernels = _flash_attn.provider(q.shape[3], softcap, q.device)
-    rows = (_cleaned(x, rows) for x, rows in ((d_out, idle), (q, idle), (k, unseen), (v, unseen)))
-    lse = lse.masked_fill(idle[:, None], torch.inf).transpose(0, 1).flatten(1)
-    grads = kernels.backward(*rows, _row(out), lse.contiguous(), call)
+    d_out, *rows = (_cleaned(x, rows) for x, rows in ((d_out, idle), (q, idle), (k, unseen), (v, unseen)))
+    lse = lse.masked_fill(idle[:, None], torch.inf).transpose(0, 1).flatten(1).contiguous()
+    grads = kernels.backward(d_out, *rows, _row(out), lse, call)
+    if d_lse is not None:
+        d_lse = _row(d_lse.masked_fill(idle[:, None], 0.0).transpose(1, 2))
+        d_q, d_k, _ = kernels.backward(*_of_lse(d_lse, *rows), lse, call)
+        grads = grads[0] + d_q, grads[1] + d_k, grads[2]
     return tuple(
         grad.contiguous().view(x.shape).masked_fill_(rows[..., None, None], 0.0)
         for grad, x, rows in zip(grads, (q, k, v), (idle, unseen, unseen), strict=True)
     )
+
+
+def _of_lse(d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d_out, q, k, v and out of a backward pass whose dS, P (d_out . v - d_out . out) [times 1 - tanh^2], is P d_lse.
+
+    v is 0, and d_out . out = -d_lse, (T, H) in float32. The 24 bits of such a number take three of half precision, and
+    one of its powers of two beside each.
+    """
+    exponent = d_lse.frexp().exponent.clamp(-14, 15)  # those of float16
+    power = torch.ldexp(torch.ones_like(d_lse), exponent).to(q.dtype)
+    rest = -d_lse / power.float()
+    d_out, out = torch.zeros_like(q), torch.zeros_like(q)
+    for part in range(3):  # of 8 numbers, at least
+        d_out[..., part] = power
+        out[..., part] = rest
+        rest = rest - out[..., part]
+    return d_out, q, k, torch.zeros_like(v), out
 
 
 def _has_work(q: Tensor, k: Tensor, documents: Documents) -> bool:

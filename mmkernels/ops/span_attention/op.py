@@ -33,12 +33,13 @@ def _forward_fake(q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, wind
 
 
 def _backward(
-    d_out, q, k, v, out, lse, lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, window, scale, softcap, backend
+    d_out, q, k, v, out, lse, d_lse, lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, window, scale, softcap, backend
 ):
     documents = None if cu_seqlens is None else Documents(cu_seqlens, cu_seqlens_k, causal, window)
     kernels = backends.select("span_attention", backend, q, k, v, documents, scale, softcap)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    return kernels.span_attention_backward(d_out, q, k, v, out, lse, lo, hi, hulls, documents, scale, softcap)
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    return kernels.span_attention_backward(d_out, q, k, v, out, lse, d_lse, lo, hi, hulls, documents, scale, softcap)
 
 
 def _backward_fake(d_out, q, k, v, *_):
@@ -49,7 +50,7 @@ _forward_op = register(
     f"span_attention(Tensor q, Tensor k, Tensor v, {_SPANS}) -> (Tensor, Tensor)", _forward, _forward_fake
 )
 _backward_op = register(
-    "span_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "span_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? d_lse, "
     f"{_SPANS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -58,23 +59,38 @@ _backward_op = register(
 
 class _SpanAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, *call):
+    def forward(ctx, want_lse, q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, *call):
         out, lse = _forward_op(q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, *call)
         ctx.save_for_backward(q, k, v, out, lse, lo, hi, hulls, cu_seqlens, cu_seqlens_k)
-        ctx.call = call
-        ctx.mark_non_differentiable(lse)
+        ctx.want_lse, ctx.call = want_lse, call
+        ctx.set_materialize_grads(False)  # an lse that nobody differentiates has none, and costs nothing
+        if not want_lse:
+            ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, d_out, _):
-        return *_backward_op(d_out, *ctx.saved_tensors, *ctx.call), *[None] * (5 + len(ctx.call))
+    def backward(ctx, d_out, d_lse):
+        q, k, v, out, lse, *spans = ctx.saved_tensors
+        others = [None] * (len(spans) + len(ctx.call))
+        d_lse = d_lse if ctx.want_lse else None  # a compiled function makes zeros of it
+        if d_out is None and d_lse is None:
+            return None, None, None, None, *others
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        return None, *_backward_op(d_out, q, k, v, out, lse, d_lse, *spans, *ctx.call), *others
 
 
 def span_attention(
-    q, k, v, lo, hi, hulls, documents: Documents | None, scale, softcap, backend
+    q, k, v, lo, hi, hulls, documents: Documents | None, scale, softcap, want_lse, backend
 ) -> tuple[Tensor, Tensor]:
-    arguments = (q, k, v, lo, hi, hulls, *(documents or (None, None, False, None)), scale, softcap, backend)
+    """Without want_lse, the lse has no gradient."""
+    cu_seqlens, cu_seqlens_k, causal, window = documents or (None, None, False, None)
+    spans, call = (lo, hi, hulls, cu_seqlens, cu_seqlens_k), (causal, window, scale, softcap, backend)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _SpanAttention.apply(*arguments)
-    return _forward_op(*arguments)
+        return _SpanAttention.apply(want_lse, q, k, v, *map(_savable, spans), *call)
+    return _forward_op(q, k, v, *spans, *call)
+
+
+def _savable(x: Tensor | None) -> Tensor | None:
+    """What spans hold may be of an evaluation in inference mode, whose tensors autograd does not save: then a copy."""
+    return x.clone() if x is not None and not torch.compiler.is_compiling() and x.is_inference() else x

@@ -2,7 +2,7 @@
 
     S = scale q k^T, then softcap tanh(S / softcap) where there is one
     P_ij = exp(S_ij - lse_i) for the keys j that query i sees, lse_i = log sum_j exp(S_ij), O = P V
-    delta_i = sum_d dO_id O_id,  dS = P (dO V^T - delta)  [times 1 - (S / softcap)^2],  dQ = scale dS K,
+    delta_i = sum_d dO_id O_id - dlse_i,  dS = P (dO V^T - delta)  [times 1 - (S / softcap)^2],  dQ = scale dS K,
     dK = scale dS^T Q,  dV = P^T dO
 
 A query that sees nothing: O = 0, lse = -inf, and no gradient. What it does not see reaches it in no way: a plain
@@ -48,6 +48,7 @@ def span_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    d_lse: Tensor | None,
     lo: Tensor,
     hi: Tensor,
     hulls: Tensor | None,
@@ -55,13 +56,16 @@ def span_attention_backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, each of its shape and dtype, contiguous."""
+    """The gradients of q, k and v, each of its shape and dtype, contiguous. d_lse, as lse; None: zeros."""
     mask = _mask(lo, hi, k.shape[1])
     scores, d_cap = _scores(q, k, mask, scale, softcap)
     weights = _weights(scores)
     queries, keys, values, d_o, o = (_by_heads(x, q) for x in (q, k, v, d_out, out))
     d_weights = d_o @ values.mT
-    d_scores = weights * (d_weights - (d_o * o).sum(-1, keepdim=True)) * d_cap * scale
+    delta = (d_o * o).sum(-1, keepdim=True)
+    if d_lse is not None:
+        delta = delta - d_lse[..., None]
+    d_scores = weights * (d_weights - delta) * d_cap * scale
     d_scores = d_scores.masked_fill(~mask, 0.0)
     d_q = _visible_product(d_scores, keys, mask)
     d_k = _visible_product(d_scores.mT, queries, mask.mT)

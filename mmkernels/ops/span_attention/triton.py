@@ -3,7 +3,7 @@
 For query i of head h, which sees the keys j of its runs lo <= j < hi, with c the scale and u the softcap:
 
     S_ij = c q_i . k_j   [or u tanh(c q_i . k_j / u)],   P_ij = exp(S_ij - lse_i),   O_i = sum_j P_ij v_j
-    delta_i = dO_i . O_i,   dS_ij = P_ij (dO_i . v_j - delta_i)   [times 1 - (S_ij / u)^2]
+    delta_i = dO_i . O_i - dlse_i,   dS_ij = P_ij (dO_i . v_j - delta_i)   [times 1 - (S_ij / u)^2]
     dQ_i = c sum_j dS_ij k_j,   dK_j = c sum_i dS_ij q_i,   dV_j = sum_i P_ij dO_i
 
 `forward` keeps a block of queries and walks blocks of keys with an online softmax. Of the block's spans it takes the
@@ -95,6 +95,7 @@ def span_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    d_lse: Tensor | None,
     lo: Tensor,
     hi: Tensor,
     hulls: Tensor | None,
@@ -110,19 +111,20 @@ def span_attention_backward(
     rows = tuple(map(_rows, (q, k, v, d_out)))
     lo, hi, lse = lo.contiguous(), hi.contiguous(), lse.contiguous()
     row_terms = torch.empty_like(lse), torch.empty_like(lse)
-    _query_grad(rows, _rows(out), lo, hi, lse, row_terms, d_q, scale, softcap, meta)
+    _query_grad(rows, _rows(out), lo, hi, lse, d_lse, row_terms, d_q, scale, softcap, meta)
     _key_grads(rows, hulls, lo, hi, row_terms, d_k, d_v, scale, softcap, meta)
     return d_q if sign > 0 else d_q.mul_(sign), d_k, d_v
 
 
-def _query_grad(rows, out, lo, hi, lse, row_terms, d_q, scale, softcap, meta) -> None:
+def _query_grad(rows, out, lo, hi, lse, d_lse, row_terms, d_q, scale, softcap, meta) -> None:
     q, k, v, _ = rows
     batch, queries, heads, width = d_q.shape
     tile = _tile("query_grad", q, v)
     launch(
-        query_grad, batch * heads * triton.cdiv(queries, tile.BLOCK_M), *rows, out, lo, hi, lse, *row_terms, d_q,
-        *_strides(*rows, out), queries, k.shape[1], heads, heads // k.shape[2], lo.shape[1], _batch_stride(lo), scale,
-        softcap, D_OUT=width, **meta, **tile.meta(),
+        query_grad, batch * heads * triton.cdiv(queries, tile.BLOCK_M), *rows, out, lo, hi, lse,
+        lse if d_lse is None else d_lse, *row_terms, d_q, *_strides(*rows, out), queries, k.shape[1], heads,
+        heads // k.shape[2], lo.shape[1], _batch_stride(lo), scale, softcap, D_OUT=width, LSE_GRAD=d_lse is not None,
+        **meta, **tile.meta(),
     )  # fmt: skip
 
 

@@ -94,14 +94,14 @@ def query_grad(
     q, k, v,  # [B, Tq, Hq, D], [B, Tk, Hkv, D], [B, Tk, Hkv, DV]
     grad, out,  # [B, Tq, Hq, DV]
     lo, hi,  # [B or 1, runs, Tq]
-    lse,  # [B, Hq, Tq]
+    lse, d_lse,  # [B, Hq, Tq]; the latter is read if LSE_GRAD
     reference, delta,  # [B, Hq, Tq], written: lse in the units of `factors`, NaN where dO is not finite, and delta
     d_q,  # [B, Tq, Hq, D_OUT]
     stride_qb8, stride_qt8, stride_qh8, stride_kb8, stride_kt8, stride_kh8, stride_vb8, stride_vt8, stride_vh8,
     stride_gb8, stride_gt8, stride_gh8, stride_ob8, stride_ot8, stride_oh8,
     queries, keys, heads, group, runs, stride_sb, scale, cap,
     HEAD: tl.constexpr, VALUE: tl.constexpr, D_OUT: tl.constexpr, MATH: tl.constexpr, ONE_RUN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LSE_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, BLOCK_M)
     block, rest = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -120,8 +120,11 @@ def query_grad(
     if V1 > 0:
         b_delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     line = (batch * heads + head) * queries
-    tl.store(delta + line + i, b_delta, mask=inside)
     b_lse = tl.load(lse + line + i, mask=inside, other=0.0)
+    if LSE_GRAD:
+        sees = inside & (b_lse != float("-inf"))  # of others, d_lse may hold anything
+        b_delta -= tl.load(d_lse + line + i, mask=sees, other=0.0)
+    tl.store(delta + line + i, b_delta, mask=inside)
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)  # of rows that see nothing, whose weights masks make 0
     EXACT: tl.constexpr = MATH[1]
     if not EXACT:
