@@ -30,9 +30,10 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """q: (B, Hq, Lq, D), k, v: (B, Hkv, Lk, D), any strides -> (B, Lq, Hq, Dv), contiguous.
+    """q: (B, Hq, Lq, D), k, v: (B, Hkv, Lk, D), any strides -> (B, Lq, Hq, Dv), contiguous. sinks: (Hq,).
 
     Raises NotSpans where only the reference would serve the call and it was not asked for: the model's own code is
     faster than that.
@@ -40,7 +41,7 @@ def attend(
     q, k, v = (_last_stride_one(x.transpose(1, 2)) for x in (q, k, v))
     if backend is None and not has_kernel("span_attention", q, k, v):
         raise NotSpans(f"no kernel serves heads of {max(q.shape[-1], v.shape[-1])} numbers in {q.dtype} on {q.device}")
-    return span_attention(q, k, v, spans, scale=scale, softcap=softcap, backend=backend)
+    return span_attention(q, k, v, spans, scale=scale, softcap=softcap, sinks=sinks, backend=backend)
 
 
 def has_kernel(op: str, *tensors: Tensor) -> bool:

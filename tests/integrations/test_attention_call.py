@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import transformers as hf
+from agreement import disagreements
 from families import TEXT, drawn, text
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -96,6 +97,27 @@ def test_by_name_a_family_without_sdpa_is_causal_by_masks_alone():
     full = scaled_dot_product_attention(q, k, v).transpose(1, 2)
     torch.testing.assert_close(by_name(module, q, k, v, None), full)
     torch.testing.assert_close(by_name(module, *(x.double() for x in (q, k, v)), None).float(), full)
+
+
+SINKS = {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 5}
+
+
+@pytest.mark.parametrize("by", ["accelerate", "name"])
+def test_sinks_of_gpt_oss(by):
+    """A logit a head beside the keys, of sliding layers and full ones."""
+    model = drawn(hf.GptOssForCausalLM._from_config(hf.GptOssConfig(**TEXT | SINKS), attn_implementation="eager"))
+    inputs = text("left")
+    fast = copy.deepcopy(model)
+    if by == "name":
+        fast.set_attn_implementation("mmkernels")
+        found = disagreements(model, fast, 2, inputs)
+    else:
+        assert len(accelerate(fast, verbose=False).swapped) == 2
+        found = disagreements(model, fast, 2, inputs)
+    assert not found, "\n".join(found)
+    assert not any(map(fallbacks, fast.modules()))
+    sinks = fast.model.layers[0].self_attn.sinks
+    assert sinks.grad is not None and sinks.grad.norm() > 0
 
 
 # ---- masks

@@ -23,7 +23,7 @@ from .span_mask import SpanMask
 NAME = "mmkernels"
 
 # Keywords that say what is computed, and that spans express.
-_SERVED = {"attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "dropout", "is_causal", "scaling", "softcap"}
+_SERVED = {"attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "dropout", "is_causal", "s_aux", "scaling", "softcap"}
 # Those that say nothing of it: what other parts of the model return, or what the mask says already.
 _HARMLESS = {
     "cache_position",
@@ -40,7 +40,7 @@ _HARMLESS = {
     "use_cache",
 }
 # Those that an attention function of transformers may take, and that go its way.
-_OWN_WAY = {"cache", "output_attentions", "position_bias", "s_aux"}
+_OWN_WAY = {"cache", "output_attentions", "position_bias"}
 
 
 def span_attention_forward(
@@ -141,6 +141,7 @@ def _in_place_of(
     eager = name in (None, "eager")
     plain = sdpa_attention_forward if name == NAME else plain
     call = _Call(module, query, key, attention_mask, options, reads_is_causal=not eager)
+    call.has_sinks &= plain is not sdpa_attention_forward  # which does without them
     try:
         _refuse(plain, eager, module, options)
         return call.by_spans(query, key, value), None
@@ -199,6 +200,7 @@ class _Call:
         is_causal = options.get("is_causal")
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
+        self.has_sinks = options.get("s_aux") is not None
         self.causal = reads_is_causal and mask is None and self.queries > 1 and bool(is_causal)
 
     def by_spans(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -207,9 +209,17 @@ class _Call:
         order, spans = self._order_and_spans()
         if order is not None:
             key, value = _attend.in_order(order, key, value)
-        scale, softcap = self.options.get("scaling"), self.options.get("softcap")
-        backend = backends.of_module(self.module)
-        return _attend.attend(query, key, value, spans, scale=scale, softcap=softcap, backend=backend)
+        options = {"scale": self.options.get("scaling"), "softcap": self.options.get("softcap")}
+        if self.has_sinks:
+            options["sinks"] = self._sinks(query)
+        return _attend.attend(query, key, value, spans, **options, backend=backends.of_module(self.module))
+
+    def _sinks(self, query: Tensor) -> Tensor:
+        """A logit a head beside the keys."""
+        sinks = self.options["s_aux"]
+        if tuple(sinks.shape) != (query.shape[1],):
+            raise NotSpans(f"sinks of shape {tuple(sinks.shape)}")
+        return sinks
 
     def own_way(self, plain: Callable, query, key, value, options: dict) -> tuple[Tensor, Tensor | None]:
         mask = self.own_mask()

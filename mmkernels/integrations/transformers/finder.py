@@ -24,8 +24,7 @@ from .own_config import take_back as restored
 # Keywords of attention calls that spans do not express, and what they bring.
 _LEFT = {
     "position_bias": "adds a bias of positions to its scores",
-    "s_aux": "has sinks beside its keys",
-    "sinks": "has sinks beside its keys",
+    "sinks": "has other sinks for each query",
     "indices": "chooses its keys by an indexer",
     "block_indices": "chooses its keys by an indexer",
 }
