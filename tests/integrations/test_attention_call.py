@@ -56,6 +56,26 @@ def test_a_keyword_that_is_not_known_is_refused_by_name():
     by_name(layer(), *tensors(2, 4, 5, 8), None, indices=None, position_ids=torch.arange(5), num_items_in_batch=3)
 
 
+def test_what_a_layer_only_hands_on_is_not_refused():
+    """InternVL's language layers get the image_sizes of its caller, which sdpa and eager code ignore."""
+    model, inputs = llama()
+    model.set_attn_implementation("mmkernels")
+    expected = model(**inputs).logits
+    assert torch.equal(model(**inputs, image_sizes=torch.zeros(2)).logits, expected)
+    with pytest.raises(ValueError, match="does not know indices"):
+        drawn(indexed())(**inputs)
+
+
+def indexed() -> nn.Module:
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    sizes |= {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16, "n_routed_experts": 2, "n_group": 1}
+    sizes |= {"topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    config = hf.DeepseekV32Config(
+        **{k: v for k, v in TEXT.items() if k not in ("head_dim", "num_key_value_heads")}, **sizes
+    )
+    return hf.DeepseekV32ForCausalLM._from_config(config, attn_implementation="mmkernels")
+
+
 def with_indices(module, query, key, value, attention_mask, scaling=None, dropout=0.0, indices=None, **kwargs):
     """An attention function that takes a keyword of its own."""
     return value.transpose(1, 2) * (0 if indices is None else 1), None

@@ -17,7 +17,9 @@ from ...spans import RowSpans
 from .. import _attend
 from .._attend import NotSpans
 from ..report import count_fallback
+from ..swap import plain_class
 from .known import eager_function, supports_sdpa
+from .layer_source import keywords
 from .span_mask import SpanMask
 
 NAME = "mmkernels"
@@ -56,7 +58,7 @@ def span_attention_forward(
 
     Raises ValueError for a keyword that it does not know: it may be what decides which keys are seen."""
     options = {name: value for name, value in options.items() if value is not None}
-    unknown = options.keys() - _SERVED - _HARMLESS - _OWN_WAY
+    unknown = _unknown(module, options)
     if unknown:
         raise ValueError(
             f'attn_implementation="{NAME}" does not know {", ".join(sorted(unknown))}, which {type(module).__name__} '
@@ -83,6 +85,14 @@ def span_attention_forward(
         return eager(module, query, key, value, _additive(mask, query.dtype), **options)
     options.pop("output_attentions", None)
     return call.own_way(sdpa_attention_forward, query, key, value, options | {"is_causal": call.causal})
+
+
+def _unknown(module: nn.Module, options: dict) -> set[str]:
+    """Keywords of a call that may decide the result: what the layer itself hands to its attention. What it only hands
+    on from its caller means nothing to sdpa or eager code either."""
+    unknown = options.keys() - _SERVED - _HARMLESS - _OWN_WAY
+    named = keywords(plain_class(module)) if unknown else None
+    return unknown if named is None else unknown & named
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

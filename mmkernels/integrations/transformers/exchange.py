@@ -13,12 +13,13 @@ import sys
 import types
 from functools import cache
 
-from transformers import AttentionInterface, masking_utils, modeling_utils
+from transformers import AttentionInterface, masking_utils
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..code_words import authored, methods, reaches, words
 from ..swap import subclass
 from .attention import Interface
+from .layer_source import is_interface, is_of_a_model
 from .masks import with_spans
 
 _MASKS = [
@@ -42,11 +43,6 @@ def exchanged(plain: type) -> type:
     return subclass(plain, None, {name: _exchanged_method(method) for name, method in _reaching(plain)})
 
 
-def attending(cls: type) -> list[types.FunctionType]:
-    """Its methods that call attention by the interface."""
-    return [authored(method) for _, method in _reaching(cls) if reaches(authored(method), _is_interface)]
-
-
 def prepares(cls: type) -> bool:
     """Whether it makes masks, or segments, for attention inside it."""
     return bool(_reaching(cls))
@@ -59,18 +55,13 @@ def _reaching(cls: type) -> list[tuple[str, object]]:
 
 
 def _is_reaching(function: types.FunctionType | None) -> bool:
-    # Where implementations are chosen and checked, none is called.
-    if function is None or function.__module__ == modeling_utils.__name__:
+    if not is_of_a_model(function):
         return False
     return reaches(function, lambda _, value: _is_exchanged(value)) or _is_packed(function)
 
 
 def _is_exchanged(value: object) -> bool:
-    return _is_interface("", value) or (isinstance(value, types.FunctionType) and value in _WITH_SPANS)
-
-
-def _is_interface(_: str, value: object) -> bool:
-    return isinstance(value, AttentionInterface)
+    return is_interface("", value) or (isinstance(value, types.FunctionType) and value in _WITH_SPANS)
 
 
 def _is_packed(function: types.FunctionType) -> bool:
