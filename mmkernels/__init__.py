@@ -5,7 +5,7 @@ import torch  # noqa: F401  (first: the compiled core shares torch's OpenMP runt
 from . import nn
 from ._version import __version__
 from .backends import BackendUnavailable, explain, use_backend
-from .integrations import accelerate, restore
+from .integrations import accelerate, compare, restore
 from .ops.contrastive import clip_loss, siglip_loss
 from .ops.patch_embed import patch_embed
 from .ops.rotary_embed import rotary_embed
@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "clip_loss",
+    "compare",
     "explain",
     "nn",
     "patch_embed",

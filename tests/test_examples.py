@@ -27,3 +27,11 @@ def test_padded_and_packed_documents_are_one_model(monkeypatch, capsys):
     assert float(re.search(r"at most (\S+) apart", printed)[1]) <= 64 * 2**-23 * 4
     for name in ("padded", "packed"):
         assert re.search(rf"{name} .* ms .* MiB .* ms .* MiB", printed)
+
+
+def test_compare_finds_a_clip_right(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare_your_model.py"])
+    runpy.run_path(str(EXAMPLES / "compare_your_model.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "swapped: 1 x Conv2d: patch embedding" in printed and "times as fast" in printed
+    assert printed.rstrip().endswith("ok: every output and gradient is within its error budget")

@@ -1,9 +1,5 @@
-"""Whether an accelerated model computes what the plain one does, within the error budget of the kernels.
-
-The plain model in float64 is the truth. In the norm over all elements of a tensor, the accelerated model may be off by
-at most twice as much as the plain one in the same dtype, plus 2 ulp for each module that was swapped: what an op's own
-budget allows, added over the layers. A maximum over the elements would be a lottery after so many of them.
-"""
+"""What the tests of accelerate share: mmkernels' own rule of how wrong a model may be (integrations/agreement.py), on
+models that are called by keywords, as flat dicts of tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +7,10 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from mmkernels import accelerate, restore
+from mmkernels.integrations import agreement
 
 Values = dict[str, Tensor]
 
@@ -23,33 +20,10 @@ def in_float64(x):
 
 
 def values(model: nn.Module, inputs: dict, gradients: bool = True) -> Values:
-    """Every floating output, and the gradient of every parameter of a scalar made of them. Where a row of tokens is
-    padding, models compute what they like: it does not count."""
-    model.zero_grad()
-    outputs = [x for x in tree_leaves(_plain(model(**inputs))) if isinstance(x, Tensor) and x.is_floating_point()]
-    outputs = [_counting(x, inputs.get("attention_mask")) for x in outputs]
-    found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
-    if gradients:
-        weighed = (
-            x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape) for x in outputs if x.requires_grad
-        )
-        sum(x.sum() / x.numel() ** 0.5 for x in weighed).backward()
-        named = ((name.removeprefix("_orig_mod."), p) for name, p in model.named_parameters())  # torch.compile's prefix
-        found |= {name: p.grad.clone() for name, p in named if p.grad is not None}
-    return found
-
-
-def _plain(output):
-    """Outputs as dicts of tensors, without caches, which are of the language model's own making."""
-    if hasattr(output, "items"):
-        return {name: _plain(x) for name, x in output.items() if name != "past_key_values"}
-    return output
-
-
-def _counting(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and x.shape[:2] == mask.shape:
-        x = x[mask.bool()]
-    return x.masked_fill(x < -1e30, 0.0)  # chameleon's logits of tokens it must not say
+    """Every floating output as `output <its path>`, and the gradient of every parameter of a scalar made of them."""
+    found = agreement.values(model, (), inputs, gradients=gradients)
+    outputs = {f"output {name}": x for name, x in found.outputs.items() if x.is_floating_point()}
+    return outputs | found.gradients
 
 
 def disagreements(model: nn.Module, fast: nn.Module, swapped: int, inputs: dict, gradients: bool = True) -> list[str]:
@@ -62,22 +36,13 @@ def misses(
 ) -> list[str]:
     """What is beyond its budget, and by how much. computed_in: the dtype of autocast, where that is not the values'."""
     assert list(truth) == list(plain) == list(ours)
-    found = []
-    for name, exact in truth.items():
-        error, theirs = ((x[name].double() - exact).norm() for x in (ours, plain))
-        ulps = 2 * swapped * torch.finfo(computed_in or ours[name].dtype).eps
-        if not error <= 2 * theirs + ulps * _what_rounds(name, truth):
-            found.append(f"{name} is off by {error:.2e}, plain by {theirs:.2e}, of {exact.norm():.2e}")
-    return found
+    outputs, gradients = agreement.measured(*map(_sorted, (truth, plain, ours)), swapped, computed_in)
+    return [str(quantity) for quantity in (*outputs, *gradients) if not quantity.ok]
 
 
-def _what_rounds(name: str, truth: Values) -> Tensor:
-    """Gradients cancel: that of a key projection's bias is zero but for rounding. What rounds is as large as the
-    gradients that flow beside it. That of a temperature, one number, is a sum over the terms of the loss."""
-    if name.startswith("output"):
-        return truth[name].norm()
-    scalar = truth[name].dim() == 0
-    return max(x.norm() for other, x in truth.items() if not other.startswith("output") or (scalar and x.dim() == 0))
+def _sorted(found: Values) -> agreement.Values:
+    outputs = {name: x for name, x in found.items() if name.startswith("output")}
+    return agreement.Values(outputs, {name: x for name, x in found.items() if name not in outputs})
 
 
 def assert_agrees(model: nn.Module, inputs: dict, gradients: bool = True) -> nn.Module:

@@ -20,7 +20,7 @@ from ..report import count_fallback
 from ..swap import plain_class
 from .known import eager_function, supports_sdpa
 from .layer_source import keywords
-from .span_mask import SpanMask
+from .span_mask import SpanMask, is_dense, spans_of
 
 NAME = "mmkernels"
 
@@ -204,7 +204,7 @@ class _Call:
         self.module, self.options, self.window = module, options, window
         self.batch, _, self.queries, _ = query.shape
         self.keys, self.device = key.shape[2], query.device
-        self.mask = mask.dense() if isinstance(mask, SpanMask) and mask.is_dense else mask
+        self.mask = mask.dense() if isinstance(mask, SpanMask) and is_dense(mask) else mask
         # Of the text's tokens: attention to other keys gets them too.
         self.cu_seqlens = options.get("cu_seq_lens_q") if self.queries == self.keys else None
         is_causal = options.get("is_causal")
@@ -243,8 +243,8 @@ class _Call:
         """The mask that the model made."""
         if not isinstance(self.mask, SpanMask):
             return self.mask
-        mask = self._span_mask()
-        return mask if mask.refusal is None else mask.dense()
+        mask = self.mask if self.mask.shape[2] == self.queries else self.mask[:, :, : self.queries]
+        return mask if torch.compiler.is_compiling() or mask.refusal is None else mask.dense()
 
     def dense_mask(self) -> Tensor:
         """(B, 1, Q, K): what the mask says, or is_causal, within the segments."""
@@ -292,7 +292,7 @@ class _Call:
 
     def _without_seen(self) -> tuple[Tensor, Tensor]:
         if isinstance(self.mask, SpanMask) and self.mask.code is not None:
-            spans = self._span_mask().spans()
+            spans = spans_of(self.mask, self.queries)
             return spans.lo, spans.hi
         lo = torch.zeros(self.batch, 1, self.queries, dtype=torch.int32, device=self.device)
         return lo, lo + self.keys
@@ -318,14 +318,13 @@ class _Call:
             return _attend.kept(self.mask, ("spans", *mask.shape), lambda: _attend.spans_of(mask))
         if self.mask.shape[3] != self.keys:
             raise NotSpans(f"a mask of {self.mask.shape[3]} keys for {self.keys}")
-        mask = self._span_mask()
-        if mask.seen is None:
-            return mask.spans()
-        return mask.once("spans of dense", lambda: _attend.spans_of(mask.dense()))
-
-    def _span_mask(self) -> SpanMask:
-        """Of these queries. The Q-Former of BLIP-2 makes a mask of more rows than its cross-attention has."""
-        return self.mask if self.mask.shape[2] == self.queries else self.mask.rows(0, self.queries)
+        if self.mask.seen is None:  # the Q-Former of BLIP-2 makes a mask of more rows than its cross-attention has
+            return spans_of(self.mask, self.queries)
+        if torch.compiler.is_compiling():
+            raise NotSpans("segments beside padding under torch.compile")
+        mask = self.own_mask()
+        dense = mask.dense() if isinstance(mask, SpanMask) else mask
+        return _attend.spans_of(dense if dense.dtype == torch.bool else dense == 0)
 
     def _foreign_mask(self) -> Tensor:
         """(B or 1, H or 1, Q, K), as sdpa and eager functions broadcast it."""

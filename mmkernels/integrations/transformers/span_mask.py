@@ -85,14 +85,9 @@ class SpanMask(Tensor):
                 raise ValueError(f"SpanMask: {function} writes to a mask, which a compiled function cannot follow")
             return self.dense()
         # The result is written to, or may be through a view: from here on the dense mask is the mask.
-        if not self.is_dense:
+        if not is_dense(self):
             self.made = {"dense": self.dense().contiguous(), "is dense": True}
         return self.made["dense"]
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether it may have been written to, so that `code` and `seen` may say something else."""
-        return "is dense" in self.made
 
     def dense(self) -> Tensor:
         """The mask that it stands for."""
@@ -115,7 +110,7 @@ class SpanMask(Tensor):
     def _dense(self) -> Tensor:
         seen = torch.ones((), dtype=torch.bool, device=self.device)
         if self.code is not None:
-            seen = self.spans().to_dense()[:, None]
+            seen = _decode(self.code, self.shape[3]).to_dense()[:, None]
         if self.seen is not None:
             seen = seen & self.seen[:, None, None]
         seen = seen.expand(self.shape)
@@ -124,17 +119,24 @@ class SpanMask(Tensor):
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         return torch.where(seen, zero, torch.finfo(self.dtype).min)
 
-    def spans(self) -> RowSpans:
-        """Those of `code`, with a batch axis."""
-        return self.once("spans", self._spans)
 
-    def _spans(self) -> RowSpans:
-        return RowSpans((self.code >> 32).int(), (self.code & 0xFFFFFFFF).int(), self.shape[3])
+# Functions, not methods: torch.compile traces into these.
 
-    def rows(self, first: int, last: int) -> SpanMask:
-        """The mask of queries `first` to `last` - 1."""
-        code = None if self.code is None else self.code[:, :, first:last]
-        return SpanMask(code, self.seen, last - first, self.shape[3], self.dtype, self.refusal)
+
+def spans_of(mask: SpanMask, queries: int) -> RowSpans:
+    """Of its code, for the first `queries` of its rows, with a batch axis."""
+    if torch.compiler.is_compiling():
+        return _decode(mask.code[:, :, :queries], mask.shape[3])
+    return mask.once(f"spans of {queries}", lambda: _decode(mask.code[:, :, :queries], mask.shape[3]))
+
+
+def _decode(code: Tensor, keys: int) -> RowSpans:
+    return RowSpans((code >> 32).int(), (code & 0xFFFFFFFF).int(), keys)
+
+
+def is_dense(mask: SpanMask) -> bool:
+    """Whether it may have been written to, so that what it holds says something else than its dense mask."""
+    return not torch.compiler.is_compiling() and "is dense" in mask.made
 
 
 @cache
@@ -153,11 +155,11 @@ def encode(lo: Tensor, hi: Tensor, batch: int, queries: int, keys: int) -> Tenso
 
 
 def _same(mask: SpanMask, *args, **kwargs) -> SpanMask | None:
-    return None if mask.is_dense else SpanMask(mask.code, mask.seen, *mask.shape[2:], mask.dtype, mask.refusal)
+    return None if is_dense(mask) else SpanMask(mask.code, mask.seen, *mask.shape[2:], mask.dtype, mask.refusal)
 
 
 def _moved(mask: SpanMask, *, dtype=None, layout=None, device=None, non_blocking=False, **kwargs) -> SpanMask | None:
-    if mask.is_dense or dtype not in (None, mask.dtype) or layout not in (None, torch.strided):
+    if is_dense(mask) or dtype not in (None, mask.dtype) or layout not in (None, torch.strided):
         return None
     code, seen = (x if x is None else x.to(device=device, non_blocking=non_blocking) for x in (mask.code, mask.seen))
     return SpanMask(code, seen, *mask.shape[2:], mask.dtype, mask.refusal)
@@ -165,11 +167,13 @@ def _moved(mask: SpanMask, *, dtype=None, layout=None, device=None, non_blocking
 
 def _sliced(mask: SpanMask, dim: int = 0, start=None, end=None, step: int = 1) -> SpanMask | None:
     """Some of the queries, as of models that need the last ones only."""
-    if mask.is_dense or dim not in (2, -2) or step != 1:
+    if is_dense(mask) or dim not in (2, -2) or step != 1:
         return None
     queries = mask.shape[2]
     first, last, _ = slice(start, end).indices(queries)
-    return mask.rows(first, max(first, last))
+    last = max(first, last)
+    code = None if mask.code is None else mask.code[:, :, first:last]
+    return SpanMask(code, mask.seen, last - first, mask.shape[3], mask.dtype, mask.refusal)
 
 
 _KEEPS = {
