@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import peft
 import pytest
 import torch
 from families import FAMILIES, drawn
@@ -132,7 +133,6 @@ def test_set_input_size_of_timm():
 @pytest.mark.parametrize("first", ["accelerate", "lora"])
 def test_lora(first):
     """On projections inside swapped attention: a LoRA layer stands where the linear layer stood."""
-    peft = pytest.importorskip("peft")
     plain, inputs = drawn(FAMILY["llava"].build()), FAMILY["llava"].inputs("left")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     fast = copy.deepcopy(plain)
