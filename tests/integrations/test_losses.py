@@ -22,7 +22,7 @@ from transformers.models.align import modeling_align
 from transformers.models.clip import modeling_clip
 
 import mmkernels
-from mmkernels import accelerate
+from mmkernels import accelerate, backends
 from mmkernels.integrations import report
 from mmkernels.integrations.transformers import lazy_logits, losses
 from mmkernels.integrations.transformers.lazy_logits import Logits
@@ -399,6 +399,13 @@ def test_dtypes_without_a_kernel(few):
     report.set_backend(fast, "reference")
     torch.testing.assert_close(fast(**inputs).loss, theirs.loss)
     assert len(fallbacks(fast)) == 1 and "(1 calls)" in fallbacks(fast)[0]
+
+
+def test_a_backend_by_name_runs_or_raises(few):
+    _, fast, inputs = few
+    report.set_backend(fast, "cuda")
+    with pytest.raises(backends.BackendUnavailable):
+        fast(**inputs)
 
 
 def test_signature(pair):
