@@ -5,7 +5,7 @@ nothing of the user's is touched and dropout drops the same. How wrong a result 
 
 A quantity of few elements, a loss above all, can be lucky: plain code that happens to round to the truth would leave
 the accelerated model a budget of nothing. So where a budget is overrun, that counts only if it also is over several
-draws: the same model with each weight moved by up to an ulp, which changes every rounding of all three runs.
+draws: the same model with each weight moved by some rounding, which changes every rounding of all three runs.
 
 Where no wider dtype can tell the truth (the model's code takes no float64, or draws other random numbers in it), the
 plain model is the truth, and its own error is taken to be how far its results move when its weights move so.
@@ -14,24 +14,31 @@ plain model is the truth, and its own error is taken to be how far its results m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..check.plain import exact_float32
 from . import report as reports
-from .agreement import Quantity, Values, measured, over_draws
+from .agreement import Quantity, measured, modules_measured, over_draws
 from .comparison import Comparison, Cost
-from .first_wrong import FirstWrong, Watch, first_wrong
+from .first_wrong import FirstWrong, first_wrong
 from .subject import Subject, told
+from .values import Values
+from .watch import Watch
 
 DRAWS = 4  # more of them, where one is not enough
 SECONDS = 1.0  # of measuring time, or three rounds if they take longer
 
-_Measured = tuple[list[Quantity], list[Quantity]]  # the outputs, and the gradients
+
+class _Measured(NamedTuple):
+    outputs: Sequence[Quantity]
+    gradients: Sequence[Quantity]
+    modules: Sequence[Quantity]  # what those that were swapped return
 
 
 def compare(
@@ -46,11 +53,12 @@ def compare(
 
     The truth is the plain model in float64 (float32 where that fails or does not fit; the table says which). An output
     or gradient passes if, in the norm over its elements, it is off by at most twice as much as the plain model's is in
-    its own dtype, plus 2 ulp for each module swapped. Outputs that are no floating numbers have to be equal. Rows that
-    a 2-D `attention_mask` among the keywords calls padding do not count, nor do caches. Time and memory are printed
-    only for a result that passed. The model is left exactly as it was, and so are all random generators; hooks of your
-    own run with the copies too. It takes memory for two more models (in evaluation mode their large weights are shared
-    with yours), and before that for one in float64.
+    its own dtype, plus 2 ulp for each module swapped; these add as independent errors do, in squares. What each swapped
+    module returns has to pass as well, in its rows that have a gradient. Outputs that are no floating numbers have to
+    be equal. Rows that a 2-D `attention_mask` among the keywords calls padding do not count, nor do caches. Time and
+    memory are told only of a result that passed. The model is left exactly as it was, and so are all random generators;
+    hooks of your own run with the copies too. It takes memory for two more models (in evaluation mode their large
+    weights are shared with yours), and before that for one in float64.
 
     Args:
         model: in training or evaluation, on any device, accelerated before (then with what it has, by the backend it
@@ -94,19 +102,17 @@ def _compare(subject: Subject) -> Comparison:
         ours, exception = _attempt(partial(subject.values, fast))
         other_draws = ours is not None and subject.random.ahead() != drawn
         report.fallbacks = reports.fallbacks(fast)
-        swapped = len(report.swapped)
-        outputs, gradients = [], []
-        if ours is not None:
-            outputs, gradients = _verdict(subject, truth, theirs, ours, swapped, more=not other_draws)
-        ok = exception is None and all(x.ok for x in (*outputs, *gradients))
-        where = None if ok else _where(subject, truth, [x.path for x in report.swapped], gradients)
+        found = _Measured((), (), ()) if ours is None else _verdict(subject, truth, theirs, ours, not other_draws)
+        ok = exception is None and all(x.ok for each in found for x in each)
+        where = None if ok else _where(subject, truth, found.gradients)
     costs = _costs(subject, plain, fast) if ok else (None, None)
     return Comparison(
         model=type(subject.model).__name__,
         backward=subject.gradients,
         truth=truth.name,
-        outputs=outputs,
-        gradients=gradients,
+        outputs=list(found.outputs),
+        gradients=list(found.gradients),
+        modules=list(found.modules),
         report=report,
         exception=exception,
         other_draws=other_draws,
@@ -179,39 +185,45 @@ def _apart(one: Values, plain: Values) -> dict[str, float]:
     return found
 
 
-def _verdict(subject: Subject, truth: _Truth, plain: Values, ours: Values, swapped: int, more: bool) -> _Measured:
+def _verdict(subject: Subject, truth: _Truth, plain: Values, ours: Values, more: bool) -> _Measured:
     """more: whether further draws may tell more, where a budget is overrun."""
-    measure = partial(measured, swapped=swapped, computed_in=subject.autocast)
     if truth.dtype is None:
         nudged = (subject.values(subject.plain(draw)) for draw in range(1, DRAWS + 1))
-        return _over([measure(plain, each, ours) for each in nudged])
-    first = measure(truth.values, plain, ours)
+        return _over([_measure(subject, plain, each, ours) for each in nudged])
+    first = _measure(subject, truth.values, plain, ours)
     overrun = [x for each in first for x in each if not x.ok]
     if not overrun or not more or any(x.complaint for x in overrun):
         return first
     draws = [first]
     for draw in range(1, DRAWS + 1):
         exact = subject.values(subject.plain(draw, truth.dtype), truth.dtype)
-        draws.append(measure(exact, *(subject.values(x) for x in (subject.plain(draw), subject.fast(draw)[0]))))
+        both = (subject.values(x) for x in (subject.plain(draw), subject.fast(draw)[0]))
+        draws.append(_measure(subject, exact, *both))
     return _over(draws)
 
 
+def _measure(subject: Subject, truth: Values, plain: Values, ours: Values) -> _Measured:
+    swapped = math.sqrt(len(subject.swapped))  # of 64 layers in bfloat16, the plain sum would excuse any result
+    return _Measured(
+        *measured(truth, plain, ours, swapped, subject.dtype), modules_measured(truth, plain, ours, subject.dtype)
+    )
+
+
 def _over(draws: list[_Measured]) -> _Measured:
-    outputs, gradients = zip(*draws, strict=True)
-    return over_draws(list(outputs)), over_draws(list(gradients))
+    return _Measured(*(over_draws(list(same)) for same in zip(*draws, strict=True)))
 
 
-def _where(subject: Subject, truth: _Truth, swapped: list[str], gradients: list[Quantity]) -> FirstWrong | None:
-    """Runs all three again, and keeps what the swapped modules give and are given on the way."""
+def _where(subject: Subject, truth: _Truth, gradients: Sequence[Quantity]) -> FirstWrong | None:
+    """Runs all three again, and keeps what modules give and are given on the way."""
     twins = [(subject.plain(dtype=truth.dtype), truth.dtype), (subject.plain(), None), (subject.fast()[0], None)]
     if truth.dtype is None:
         twins[1] = subject.plain(1), None
     watches = []
     for twin, dtype in twins:
-        watch = Watch(twin, swapped, subject.kwargs.get("attention_mask"))
-        _attempt(partial(subject.values, twin, dtype))
+        with Watch(twin, subject.swapped, subject.kwargs.get("attention_mask"), wide=True) as watch:
+            _attempt(partial(subject.values, twin, dtype))
         watches.append(watch)
-    return first_wrong(*watches, swapped, [x.name for x in gradients if not x.ok], subject.autocast)
+    return first_wrong(*watches, subject.swapped, [x.name for x in gradients if not x.ok], subject.dtype)
 
 
 # ---- what it costs

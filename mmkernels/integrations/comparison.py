@@ -14,7 +14,7 @@ from rich.table import Table
 from .agreement import Quantity
 from .report import Report
 
-OUTPUTS, GRADIENTS, WRONG = 20, 5, 20  # shown at most, of those that pass and of those that do not
+OUTPUTS, OTHERS, WRONG = 20, 5, 20  # shown at most, of those that pass and of those that do not
 WIDTH = 120  # where there is no terminal to ask
 
 
@@ -38,6 +38,7 @@ class Comparison:
     truth: str  # what the errors are measured against
     outputs: list[Quantity] = field(repr=False)
     gradients: list[Quantity] = field(repr=False)
+    modules: list[Quantity] = field(repr=False)  # what those that were swapped return, by path
     report: Report = field(repr=False)  # what was swapped, what was left, which calls fell back in this run
     exception: str | None = None  # of the accelerated model
     first_wrong: str | None = None  # the path of the module where it goes wrong; "" is the model itself
@@ -48,13 +49,13 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether every output and gradient is within its budget."""
-        return self.exception is None and all(x.ok for x in (*self.outputs, *self.gradients))
+        """Whether every output, gradient and swapped module is within its budget."""
+        return self.exception is None and not self.wrong
 
     @property
     def wrong(self) -> list[Quantity]:
         """What is beyond its budget."""
-        return [x for x in (*self.outputs, *self.gradients) if not x.ok]
+        return [x for x in (*self.outputs, *self.gradients, *self.modules) if not x.ok]
 
     def print(self, console: Console | None = None) -> None:
         console = console or _console()
@@ -80,7 +81,9 @@ class Comparison:
         table.add_column("", overflow="fold")
         for heading in ("error", "plain's", "budget", "error / budget"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for kind, quantities, most in (("outputs", self.outputs, OUTPUTS), ("gradients", self.gradients, GRADIENTS)):
+        groups = {"outputs": self.outputs, "gradients": self.gradients, "swapped modules": self.modules}
+        for kind, quantities in groups.items():
+            most = OUTPUTS if kind == "outputs" else OTHERS
             shown = _shown(quantities, most)
             if shown:
                 table.add_row(_heading(kind, quantities, len(shown)))
@@ -108,8 +111,9 @@ class Comparison:
         if self.exception is not None:
             yield f"[bold red]WRONG:[/] the accelerated model raises {escape(self.exception)}"
         else:
-            count = len(self.outputs) + len(self.gradients)
-            yield f"[bold red]WRONG:[/] {len(self.wrong)} of {count} outputs and gradients are beyond their budget"
+            count = len(self.outputs) + len(self.gradients) + len(self.modules)
+            kinds = "outputs, gradients and modules"
+            yield f"[bold red]WRONG:[/] {len(self.wrong)} of {count} {kinds} are beyond their budget"
         if self.other_draws:
             yield (
                 "[yellow]It drew other random numbers than the plain model, as dropout does over another shape: "

@@ -6,6 +6,7 @@ Nothing of the user's is written to: not the model, its gradients and buffers, n
 from __future__ import annotations
 
 import copy
+import math
 import random
 import sys
 import zlib
@@ -18,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from . import report as reports
 from .accelerate import accelerate, restore
-from .agreement import Projection, Values, named_inputs, step, values
 from .report import Report
 from .swap import swap_of
+from .values import Projection, Values, named_inputs, step, values
+from .watch import Watch
 
 SHARED = 1 << 16  # elements from which a parameter is worth sharing
 
@@ -32,11 +34,13 @@ class Subject:
         self.model, self.args, self.kwargs, self.loss = model, args, kwargs, loss
         self.random = Random()
         self.projection = Projection()
-        tensors = [*model.parameters(), *named_inputs(args, kwargs).values()]
+        self.swapped: list[str] = []  # paths, as soon as there is an accelerated twin
+        weights, inputs = list(model.parameters()), list(named_inputs(args, kwargs).values())
+        tensors = [*weights, *inputs]
         devices = {x.device.type for x in tensors}
         self.device = "cuda" if "cuda" in devices else "cpu"
         self.autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
-        dtypes = [x.dtype for x in tensors if x.is_floating_point()] or [torch.float32]
+        dtypes = [x.dtype for x in weights or inputs if x.is_floating_point() and x.itemsize > 1] or [torch.float32]
         self.dtype = min([*dtypes, self.autocast or dtypes[0]], key=lambda dtype: dtype.itemsize)
         self.gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         self._training = any(module.training for module in model.modules())
@@ -58,6 +62,7 @@ class Subject:
         """Where the user has accelerated the model, it stays what they made of it."""
         twin = self._twin(draw)
         report = accelerate(twin, only=() if _is_accelerated(twin) else None, verbose=False)
+        self.swapped = list(dict.fromkeys(entry.path for entry in report.swapped))
         for module in twin.modules():
             module.__dict__.pop(reports._FALLBACKS, None)  # those of the user's own calls
         return twin, report
@@ -68,8 +73,14 @@ class Subject:
         if anew:
             self.random.put_back()
         exact = self.autocast is not None and dtype is not None
-        with torch.autocast(self.device, enabled=False) if exact else nullcontext():
-            return values(twin, args, kwargs, loss=self.loss, gradients=self.gradients, projection=self.projection)
+        options = {"loss": self.loss, "gradients": self.gradients, "projection": self.projection}
+        with (
+            torch.autocast(self.device, enabled=False) if exact else nullcontext(),
+            Watch(twin, self.swapped, kwargs.get("attention_mask")) as watch,
+        ):
+            found = values(twin, args, kwargs, **options)
+        found.modules, found.rows = watch.modules()
+        return found
 
     def step(self, twin: nn.Module) -> None:
         """As one trains, or infers; without gradients left, so that every step allocates its own."""
@@ -104,7 +115,7 @@ class Subject:
         them, and twins need no memory of their own for them."""
         data = p.detach()
         if draw and data.is_floating_point():
-            data = _nudged(data, torch.finfo(self.autocast or data.dtype).eps, f"{draw} {number}")
+            data = _nudged(data, self.autocast or data.dtype, f"{draw} {number}")
         elif self._training or data.numel() < SHARED:
             data = data.clone()
         return nn.Parameter(data, p.requires_grad)
@@ -132,12 +143,21 @@ def _copied(x: object, memo: dict, name: str):
         raise ValueError(f"compare: {name} cannot be copied, which every run needs: {told(error)}") from error
 
 
-def _nudged(x: Tensor, eps: float, key: str) -> Tensor:
-    """Each number moved by up to an ulp, the same way for the same key."""
+def _nudged(x: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """Each number moved by up to an ulp of the dtype that computes with it; and each row of K, by which a sum of K
+    products is made that rounds K times, as a whole by up to the root of K ulp of the dtype that it is summed in. The
+    same way for the same key."""
     wide = torch.promote_types(x.dtype, torch.float32)
     generator = torch.Generator(x.device).manual_seed(zlib.crc32(key.encode()))
-    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=wide) * 2 - 1
-    return (x * (1 + eps * noise)).to(x.dtype)
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, generator=generator, device=x.device, dtype=wide) * 2 - 1
+
+    factor = 1 + torch.finfo(dtype).eps * noise(x.shape)
+    if x.dim() > 1 and len(x):
+        terms, each_row = x[0].numel(), (len(x), *[1] * (x.dim() - 1))
+        factor += math.sqrt(terms) * torch.finfo(wide).eps * noise(each_row)
+    return (x * factor).to(x.dtype)
 
 
 def _is_accelerated(model: nn.Module) -> bool:

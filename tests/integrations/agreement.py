@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from mmkernels import accelerate, restore
 from mmkernels.integrations import agreement
+from mmkernels.integrations import values as compared
 
 Values = dict[str, Tensor]
 
@@ -21,7 +22,7 @@ def in_float64(x):
 
 def values(model: nn.Module, inputs: dict, gradients: bool = True) -> Values:
     """Every floating output as `output <its path>`, and the gradient of every parameter of a scalar made of them."""
-    found = agreement.values(model, (), inputs, gradients=gradients)
+    found = compared.values(model, (), inputs, gradients=gradients)
     outputs = {f"output {name}": x for name, x in found.outputs.items() if x.is_floating_point()}
     return outputs | found.gradients
 
@@ -40,9 +41,9 @@ def misses(
     return [str(quantity) for quantity in (*outputs, *gradients) if not quantity.ok]
 
 
-def _sorted(found: Values) -> agreement.Values:
-    outputs = {name: x for name, x in found.items() if name.startswith("output")}
-    return agreement.Values(outputs, {name: x for name, x in found.items() if name not in outputs})
+def _sorted(found: Values) -> compared.Values:
+    outputs = {name: compared.without_padding(x, None) for name, x in found.items() if name.startswith("output")}
+    return compared.Values(outputs, {name: x for name, x in found.items() if name not in outputs})
 
 
 def assert_agrees(model: nn.Module, inputs: dict, gradients: bool = True) -> nn.Module:

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from mmkernels import RowSpans, accelerate, backends, compare, restore
 from mmkernels.bench import machine
 from mmkernels.integrations import _attend
-from mmkernels.integrations.agreement import LOSS, Projection, Quantity, Values, measured, named_outputs, over_draws
+from mmkernels.integrations.agreement import Quantity, measured, over_draws
+from mmkernels.integrations.values import LOSS, Projection, Values, named_outputs
 
 FAMILY = {family.name: family for family in FAMILIES}
 MODULE = importlib.import_module("mmkernels.integrations.compare")  # the package has the function under this name
@@ -97,19 +98,23 @@ class Swollen(torch.autograd.Function):
 # ---- what is right passes
 
 
-@pytest.mark.parametrize("name", ["clip", "llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["clip", "llava", "qwen2_vl", "idefics"])
 def test_families(name, capsys):
+    """Idefics drops what queries give that see no image, whatever that is: as the plain model's, or zeros."""
     model, inputs = model_of(name)
     found = compare(model, **inputs)
     assert found.ok and found.backward and found.truth == "the plain model in float64", found
     assert found.first_wrong is None and found.exception is None and not found.report.fallbacks
+    inner = {entry.path for entry in found.report.swapped if entry.path}
+    assert {x.name for x in found.modules} == inner
     unused = {name for name, _ in model.named_parameters()} - {x.name for x in found.gradients}
     assert all("post_layernorm" in name for name in unused)  # LLaVA reads the layer before it
     assert found.plain.ms > 0 and found.accelerated.peak_bytes is not None
     printed = capsys.readouterr().out
     assert printed.rstrip() == str(found)
     worst = max(found.gradients, key=lambda x: x.ratio)
-    for part in (*(x.name for x in found.outputs), worst.name, str(found.report), "times as fast", "ok: "):
+    shown = [*found.outputs, worst, max(found.modules, key=lambda x: x.ratio)]
+    for part in (*(x.name for x in shown), str(found.report), "times as fast", "ok: "):
         assert part in printed
 
 
@@ -179,6 +184,23 @@ def test_a_model_that_ran_before_and_collects_its_layers():
 # ---- the truth
 
 
+def test_the_dtype_whose_ulps_count(monkeypatch):
+    """Is that of the weights, or of autocast, whatever outputs and inputs are in."""
+    asked, whole = [], MODULE.measured
+    monkeypatch.setattr(MODULE, "measured", lambda *x: asked.append(x[3:]) or whole(*x))
+    assert compare(Encoder().bfloat16(), torch.randn(4, 3, 32, 32, dtype=torch.bfloat16)).ok
+    assert asked[0] == (2**0.5, torch.bfloat16)  # of two modules swapped
+    model, images = Encoder(), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    assert SUBJECT.Subject(model, (images,), {}, None).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert SUBJECT.Subject(model, (images,), {}, None).dtype == torch.bfloat16
+    assert SUBJECT.Subject(model.bfloat16(), (images,), {}, None).dtype == torch.bfloat16
+    assert SUBJECT.Subject(nn.Identity(), (images,), {}, None).dtype == torch.float64
+    in_float32 = [Values({"loss": torch.tensor(x, dtype=torch.float64)}) for x in (1.0, 1.0, 1.01)]
+    in_float32 = [in_float32[0], *(Values({"loss": x.outputs["loss"].float()}) for x in in_float32[1:])]
+    assert not measured(*in_float32, 1)[0][0].ok and measured(*in_float32, 1, torch.bfloat16)[0][0].ok
+
+
 class Picky(Encoder):
     """Takes no float64, as kernels that somebody wrote for a model."""
 
@@ -203,16 +225,25 @@ def test_float32_is_the_truth_where_float64_does_not_fit(monkeypatch):
 
 
 def test_plain_is_the_truth_where_nothing_else_is(monkeypatch):
-    """Its error is what an ulp in the weights does to it, which is about what its error really is."""
+    """Its error is what some rounding in the weights does to it, which is no less than its error really is."""
     model, images = drawn(Picky()), torch.randn(4, 3, 32, 32)
     found = compare(model, images)
     assert found.ok and "there is no better one (float64: RuntimeError: no kernel for Double)" in found.truth, found
     exact = copy.deepcopy(model).double()
     error = (model(images) - Encoder.forward(exact, images.double())).norm().item()
-    assert error / 3 < found.outputs[0].plain_error / MODULE.DRAWS**0.5 < 10 * error
+    assert error < found.outputs[0].plain_error / MODULE.DRAWS**0.5 < 20 * error
     plant(monkeypatch, model, "attention", lambda q, k, v, spans: (q * (1 + 1e-4), k, v, spans))
     found = compare(model, images)
     assert not found.ok and found.first_wrong == "attention", found
+
+
+def test_long_sums_where_nothing_tells_the_truth(monkeypatch):
+    """Of 3072 positive terms, that the convolution and the product round in different orders."""
+    monkeypatch.setattr(SUBJECT.Subject, "too_large", lambda *_: "no room")
+    model, images = nn.Sequential(nn.Conv2d(3, 64, 32, 32), nn.Flatten(2)), torch.rand(2, 3, 96, 96)
+    model[0].weight.data.abs_()
+    found = compare(model, images)
+    assert found.ok and "the plain model itself, there is no better one (float64: no room)" in found.truth, found
 
 
 class Float64IsOther(Encoder):
@@ -338,7 +369,7 @@ def test_the_projection_is_the_same_in_every_dtype():
 
 def test_loss():
     model, inputs = model_of("clip")
-    found = compare(model, **inputs, loss=lambda output: output.text_embeds.square().sum())
+    found = compare(model, **inputs, loss=lambda output: output.text_embeds[:, 3:].square().sum())
     assert found.ok and LOSS in {x.name for x in found.outputs}, found
     assert found.gradients and all(x.name.startswith("text_") for x in found.gradients)
     for wrong, given in [(lambda x: x.text_embeds, r"a tensor of shape \(3, 16\)"), (lambda x: 3.0, "a float")]:
@@ -416,8 +447,8 @@ def test_luck_is_no_verdict(monkeypatch):
     assert not over_draws([draw(9.0, 0.0), draw(9.0, 1.0), draw(9.0, 1.0)])[0].ok
     verdict, asked = MODULE.measured, []
 
-    def first_is_wrong(truth, plain, ours, **options):
-        outputs, gradients = verdict(truth, plain, ours, **options)
+    def first_is_wrong(truth, plain, ours, *options):
+        outputs, gradients = verdict(truth, plain, ours, *options)
         asked.append(ours.outputs["logits"])
         return ([*outputs, *(lucky if len(asked) == 1 else usual)], gradients)
 
@@ -440,6 +471,17 @@ def test_a_window_one_key_too_long_is_named(monkeypatch, capsys, layer):
     printed = capsys.readouterr().out
     for part in ("WRONG", f"first wrong: model.layers.{layer}.self_attn: its 0 is off by", "measured of right results"):
         assert part in printed
+
+
+@pytest.mark.parametrize("layer", [1, 16, 31])
+def test_a_window_one_key_too_long_shows_in_a_deep_model_in_bfloat16(monkeypatch, layer):
+    """By what the layer itself returns: on the way to the output it may drown in the rounding of 32 layers."""
+    model, inputs = mistral(32).bfloat16(), text("left")
+    assert compare(model, **inputs).ok
+    plant(monkeypatch, model, f"model.layers.{layer}.self_attn", one_more_key)
+    found = compare(model, **inputs)
+    assert not found.ok and found.first_wrong == f"model.layers.{layer}.self_attn", found
+    assert found.first_wrong == next(x.name for x in found.modules if not x.ok)
 
 
 class Checkpointed(Encoder):
@@ -469,8 +511,8 @@ def test_what_is_wrong_is_named_under_checkpointing(monkeypatch):
 def test_a_wrong_gradient_alone_is_named(monkeypatch, name, path):
     model, inputs = (vit(), {"x": torch.randn(2, 3, 32, 32)}) if name == "vit" else model_of(name)
     plant(monkeypatch, model, path, lambda q, k, v, spans: (q, Swollen.apply(k), v, spans))
-    found = compare(model, **inputs)
-    assert all(x.ok for x in found.outputs) and not found.ok and found.first_wrong == path, found
+    found = compare(model, **inputs, loss=(lambda output: output.loss) if name == "clip" else None)
+    assert all(x.ok for x in (*found.outputs, *found.modules)) and not found.ok and found.first_wrong == path, found
     assert f"first wrong: {path}: the gradient it is handed is right, that of {path}" in str(found)
 
 
