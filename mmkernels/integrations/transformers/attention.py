@@ -292,7 +292,7 @@ class _Call:
 
     def _without_seen(self) -> tuple[Tensor, Tensor]:
         if isinstance(self.mask, SpanMask) and self.mask.code is not None:
-            spans = spans_of(self.mask, self.queries)
+            spans = self._of_every_query(spans_of(self.mask, self.queries))
             return spans.lo, spans.hi
         lo = torch.zeros(self.batch, 1, self.queries, dtype=torch.int32, device=self.device)
         return lo, lo + self.keys
@@ -319,12 +319,21 @@ class _Call:
         if self.mask.shape[3] != self.keys:
             raise NotSpans(f"a mask of {self.mask.shape[3]} keys for {self.keys}")
         if self.mask.seen is None:  # the Q-Former of BLIP-2 makes a mask of more rows than its cross-attention has
-            return spans_of(self.mask, self.queries)
+            return self._of_every_query(spans_of(self.mask, self.queries))
         if torch.compiler.is_compiling():
             raise NotSpans("segments beside padding under torch.compile")
         mask = self.own_mask()
         dense = mask.dense() if isinstance(mask, SpanMask) else mask
-        return _attend.spans_of(dense if dense.dtype == torch.bool else dense == 0)
+        return self._of_every_query(_attend.spans_of(dense if dense.dtype == torch.bool else dense == 0))
+
+    def _of_every_query(self, spans: RowSpans) -> RowSpans:
+        """BridgeTower makes a mask of one row, which every query sees, as sdpa and eager functions broadcast it."""
+        if spans.num_queries == self.queries:
+            return spans
+        if spans.num_queries != 1:
+            raise NotSpans(f"a mask of {spans.num_queries} rows for {self.queries} queries")
+        lo, hi = (x.expand(*x.shape[:-1], self.queries) for x in (spans.lo, spans.hi))
+        return RowSpans(lo, hi, spans.num_keys)
 
     def _foreign_mask(self) -> Tensor:
         """(B or 1, H or 1, Q, K), as sdpa and eager functions broadcast it."""
