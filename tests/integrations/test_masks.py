@@ -264,3 +264,21 @@ def test_refuses_where_no_bool_mask_is_known():
         torch.ones(2, 1, 9, 9) + mask
     q = torch.randn(2, 2, 9, 8)
     span_attention_forward(torch.nn.Module(), q, q, q, mask)  # attention reads its spans
+
+
+@pytest.mark.parametrize("style", ["left", "holes", "both"])
+@pytest.mark.parametrize("of", [masking_utils.bidirectional_mask_function, causal], ids=["bidirectional", "causal"])
+def test_every_query_sees_a_mask_of_one_row(seed, of, style):
+    """As sdpa broadcasts it. Other numbers of rows are for nobody."""
+    seen = padding(random.Random(seed), 2, 12, style)
+    seen[:, 3] = True
+    sizes = {"batch_size": 2, "q_length": 1, "kv_length": 12, "q_offset": 11, "mask_function": of}
+    mask, dense = (make(**sizes, attention_mask=seen) for make in (span_mask, masking_utils.sdpa_mask))
+    q, k, v = (torch.randn(2, 2, n, 8) for n in (9, 12, 12))
+    ours, _ = span_attention_forward(torch.nn.Module(), q, k, v, mask)
+    theirs, _ = sdpa_attention_forward(torch.nn.Module(), q, k, v, dense)
+    torch.testing.assert_close(ours, theirs)
+    mask = span_mask(**sizes | {"q_length": 4, "q_offset": 8}, attention_mask=seen)
+    if mask.code is not None:
+        with pytest.raises((ValueError, RuntimeError), match="4"):
+            span_attention_forward(torch.nn.Module(), q, k, v, mask)
