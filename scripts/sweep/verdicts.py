@@ -100,7 +100,7 @@ def _by_name(model: nn.Module) -> tuple[nn.Module, Counter, list[str]]:
         if _says_why(error):
             raise Refused(brief(error, 300)) from None
         raise
-    fast.load_state_dict(model.state_dict())
+    fast.load_state_dict({name: x for name, x in model.state_dict().items() if "_orig_mod." not in name})  # compiled
     _same_buffers(model, fast)
     return as_measured(fast), Counter(), []
 

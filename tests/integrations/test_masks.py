@@ -135,6 +135,7 @@ def test_equals_the_dense_mask(seed, name, kind):
     for _ in range(75):
         arguments = setting(draw, name)
         if kind == "bool":
+            arguments |= draw.choice([{}, {"dtype": torch.bfloat16}])  # of the model, in which the mask is none
             dense, mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False), span_mask(**arguments)
         else:
             arguments["dtype"] = draw.choice([torch.float32, torch.bfloat16])
@@ -264,6 +265,9 @@ def test_refuses_where_no_bool_mask_is_known():
         torch.ones(2, 1, 9, 9) + mask
     q = torch.randn(2, 2, 9, 8)
     span_attention_forward(torch.nn.Module(), q, q, q, mask)  # attention reads its spans
+    unknown = masking_utils.and_masks(function, lambda b, h, q, k: (q + k) % 3 != 0)
+    sizes |= {"mask_function": unknown, "dtype": torch.bfloat16}
+    assert torch.equal(span_mask(**sizes, config=PerceiverConfig()), masking_utils.eager_mask(**sizes))
 
 
 @pytest.mark.parametrize("style", ["left", "holes", "both"])

@@ -33,18 +33,20 @@ class NotRecognised(Exception):
 
 def span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
     """For AttentionMaskInterface, with the arguments of its functions: a bool SpanMask, or None where every query sees
-    every key. Where a model knows no bool masks, the mask refuses to be anything but spans."""
-    return _mask(torch.bool, _refusal(config), **arguments)
+    every key. Where a model knows no bool masks, the mask refuses to be anything but spans; and one that is not spans
+    is additive, which such a model's own code knows, and attention by this name as well."""
+    refusal = _refusal(config)
+    return _mask(refusal, otherwise_additive=refusal is not None, **arguments)
 
 
 def bool_span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
     """The same in the place of a mask for sdpa."""
-    return _mask(torch.bool, None, **arguments)
+    return _mask(None, **arguments)
 
 
-def additive_span_mask(*, config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.float32, **arguments):
+def additive_span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
     """The same in the place of a mask for eager attention."""
-    return _mask(dtype, None, **arguments)
+    return _mask(None, additive=True, otherwise_additive=True, **arguments)
 
 
 def with_spans(function: Callable) -> Callable:
@@ -82,9 +84,10 @@ class _Renamed:
 
 
 def _mask(
-    kind: torch.dtype,
     refusal: str | None,
     *,
+    additive: bool = False,
+    otherwise_additive: bool = False,  # where it is not spans
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -94,8 +97,10 @@ def _mask(
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     **kwargs,
 ) -> Tensor | None:
+    kind = dtype if additive else torch.bool
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
@@ -110,8 +115,8 @@ def _mask(
         runs = evaluate(mask_function, q)
     except NotRecognised:
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-        offsets = {"q_offset": q_offset, "kv_offset": kv_offset, "device": device, "dtype": kind}
-        make = masking_utils.sdpa_mask if kind == torch.bool else masking_utils.eager_mask
+        offsets = {"q_offset": q_offset, "kv_offset": kv_offset, "device": device, "dtype": dtype}
+        make = masking_utils.eager_mask if otherwise_additive else masking_utils.sdpa_mask
         rest = kwargs | {"allow_is_causal_skip": False, "attention_mask": attention_mask}
         return make(mask_function=mask_function, **sizes, **offsets, **rest)
     tracing = torch.compiler.is_compiling()
