@@ -36,8 +36,10 @@ def attend(
     """q: (B, Hq, Lq, D), k, v: (B, Hkv, Lk, D), any strides -> (B, Lq, Hq, Dv), contiguous. sinks: (Hq,).
 
     Raises NotSpans where only the reference would serve the call and it was not asked for: the model's own code is
-    faster than that.
+    faster than that; and for shapes that sdpa broadcasts.
     """
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        raise NotSpans("queries, keys and values that do not go together head by head")
     q, k, v = (_last_stride_one(x.transpose(1, 2)) for x in (q, k, v))
     if backend is None and not has_kernel("span_attention", q, k, v):
         raise NotSpans(f"no kernel serves heads of {max(q.shape[-1], v.shape[-1])} numbers in {q.dtype} on {q.device}")

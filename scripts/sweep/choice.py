@@ -53,6 +53,7 @@ TRANSFORMERS = {
     "glm4v": ("Glm4vForConditionalGeneration",),
     "ovis2": ("Ovis2ForConditionalGeneration",),
     "git": ("GitForCausalLM",),
+    "phi4_multimodal": ("Phi4MultimodalVisionModel",),
     "kosmos2": ("Kosmos2ForConditionalGeneration",),
     "florence2": ("Florence2ForConditionalGeneration",),
     # pictures and text, attending to each other
@@ -65,6 +66,7 @@ TRANSFORMERS = {
     "bert": ("BertForMaskedLM", "BertLMHeadModel"),
     "modernbert": ("ModernBertForMaskedLM",),
     "t5": ("T5ForConditionalGeneration",),
+    "nemotron3_diarization": ("Nemotron3DiarizationModel",),
     "whisper": ("WhisperForConditionalGeneration",),
     "gpt2": ("GPT2LMHeadModel",),
     "gpt_oss": ("GptOssForCausalLM",),

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .values import NoGradient, values
 Inputs = dict[str, Any]
 GENERATION = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 GENERATION |= {"pad_token_id": 0, "eos_token_id": None}
+DRAWS = 4
 PATIENCE = 30.0  # seconds of trying inputs
 CACHES = ("dynamic", "static")
 
@@ -47,6 +49,19 @@ class Subject:
     plain: dict[str, Values] = field(default_factory=dict)
     generated: dict[str, Generated] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def other_draws(self) -> list[Subject]:
+        """The same model with other weights, for what may be luck: measured as this one is."""
+        found = []
+        for seed in range(1, DRAWS + 1):
+            other = Subject(drawn(copy.deepcopy(self.model), seed), dict(self.calls), gradients=self.gradients)
+            try:
+                other.measure()
+            except PlainFails:
+                continue
+            found.append(other)
+        return found
 
     def measure(self) -> None:
         """Runs the plain model on every call. Raises PlainFails."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from agreement import Values, misses
+from agreement import Values, measured, misses
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkernels
+from mmkernels.integrations.agreement import Quantity, over_draws
 from mmkernels.integrations.report import fallbacks
 
 from .cases import Case, Row
@@ -41,8 +42,9 @@ def judge(case: Case, subject: Subject, ways: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _judge(case: Case, subject: Subject, way: str) -> Row:
+    make = {"accelerate": _accelerated, "by name": _by_name}[way]
     try:
-        fast, entries, left = {"accelerate": _accelerated, "by name": _by_name}[way](subject.model)
+        fast, entries, left = make(subject.model)
     except Left as reason:
         return Row(case, way, "left", str(reason))
     except Refused as reason:
@@ -55,7 +57,7 @@ def _judge(case: Case, subject: Subject, way: str) -> Row:
         calls = _calls_of_mmkernels(fast, subject)
         # By name, what falls back goes the way of sdpa or of eager code, whichever the plain model goes.
         others = max(sum(entries.values()), sum(calls.values()), len(fallbacks(fast)))
-        wrong += _wrong_values(fast, subject, others)
+        wrong += _wrong_values(fast, subject, others, lambda model: make(model)[0])
         wrong += _wrong_words(fast, subject, others)
     except Exception as error:
         if way == "by name" and _says_why(error):
@@ -140,17 +142,31 @@ def _calls_of_mmkernels(fast: nn.Module, subject: Subject) -> Counter:
     return counting.calls
 
 
-def _wrong_values(fast: nn.Module, subject: Subject, swapped: int) -> list[str]:
+def _wrong_values(fast: nn.Module, subject: Subject, others: int, make: Callable[[nn.Module], nn.Module]) -> list[str]:
+    """others: modules that compute otherwise than the plain model's. make: of a plain model, the one to be judged."""
     wrong = []
     for name, inputs in subject.calls.items():
-        truth, plain = subject.truth[name], subject.plain[name]
         ours = subject.values_of(fast, inputs)
-        missing = sorted(truth.keys() - ours.keys())
+        missing = sorted(subject.truth[name].keys() - ours.keys())
         if missing:
             wrong.append(f"{', '.join(missing[:3])}: not there when accelerated")
             continue
-        wrong += _named(name, misses(truth, plain, {key: ours[key] for key in truth}, swapped))
+        found = _measured(subject, name, ours, others)
+        overrun = [x for x in found if not x.ok]
+        if overrun and not any(x.complaint for x in overrun):  # then it counts only if it is over more draws
+            twins = ((other, other.values_of(make(other.model), other.calls[name])) for other in _with(name, subject))
+            found = over_draws([found, *(_measured(other, name, ours, others) for other, ours in twins)])
+        wrong += _named(name, [str(x) for x in found if not x.ok])
     return wrong
+
+
+def _with(call: str, subject: Subject) -> list[Subject]:
+    return [other for other in subject.other_draws if call in other.calls]
+
+
+def _measured(subject: Subject, call: str, ours: Values, others: int) -> list[Quantity]:
+    truth, plain = subject.truth[call], subject.plain[call]
+    return measured(truth, plain, {name: ours[name] for name in truth}, others)
 
 
 def _named(call: str, found: list[str]) -> list[str]:

@@ -36,9 +36,15 @@ def misses(
     truth: Values, plain: Values, ours: Values, swapped: int, computed_in: torch.dtype | None = None
 ) -> list[str]:
     """What is beyond its budget, and by how much. computed_in: the dtype of autocast, where that is not the values'."""
+    return [str(quantity) for quantity in measured(truth, plain, ours, swapped, computed_in) if not quantity.ok]
+
+
+def measured(
+    truth: Values, plain: Values, ours: Values, swapped: int, computed_in: torch.dtype | None = None
+) -> list[agreement.Quantity]:
     assert list(truth) == list(plain) == list(ours)
     outputs, gradients = agreement.measured(*map(_sorted, (truth, plain, ours)), swapped, computed_in)
-    return [str(quantity) for quantity in (*outputs, *gradients) if not quantity.ok]
+    return [*outputs, *gradients]
 
 
 def _sorted(found: Values) -> compared.Values:

@@ -166,6 +166,16 @@ def test_masks_that_broadcast(shape, additive, dtype):
         torch.testing.assert_close(attend(layer(), q, k, v, mask), expected)
 
 
+@pytest.mark.parametrize("attend", [by_name, in_place_of("sdpa")])
+def test_what_sdpa_broadcasts_goes_its_way(attend):
+    """Nemotron 3's audio layers give two heads of keys beside four of values."""
+    module, q = layer(num_key_value_groups=2, is_causal=False), torch.randn(2, 4, 5, 8)
+    k, v = torch.randn(2, 2, 5, 8), torch.randn(2, 4, 5, 8)
+    expected = sdpa_attention_forward(module, q, k, v, None, is_causal=False)[0]
+    torch.testing.assert_close(attend(module, q, k, v, None, is_causal=False), expected)
+    assert list(fallbacks(module)) == ["queries, keys and values that do not go together head by head"]
+
+
 @pytest.mark.parametrize("name", ["sdpa", "eager", None])
 @pytest.mark.parametrize("runs", [2, 4, 6, 9])
 @pytest.mark.parametrize("dtype, width", [(torch.float32, 32), (torch.float64, 32), (torch.float32, 264)])

@@ -286,3 +286,17 @@ def test_every_query_sees_a_mask_of_one_row(seed, of, style):
     if mask.code is not None:
         with pytest.raises((ValueError, RuntimeError), match="4"):
             span_attention_forward(torch.nn.Module(), q, k, v, mask)
+
+
+def test_no_mask_where_sdpa_has_none():
+    """It is not the same as a mask that hides nothing: a layer that calls itself causal is so without one (Phi-4's
+    vision tower)."""
+    of = masking_utils.bidirectional_mask_function
+    for hidden in (0, 1):
+        seen = torch.ones(2, 9, dtype=torch.bool)
+        seen[1, :hidden] = False
+        sizes = {"batch_size": 2, "q_length": 9, "kv_length": 9, "mask_function": of, "attention_mask": seen}
+        for skip in (True, False):
+            theirs = masking_utils.sdpa_mask(**sizes, allow_is_bidirectional_skip=skip, allow_is_causal_skip=False)
+            for make in (span_mask, additive_span_mask):
+                assert (make(**sizes, allow_is_bidirectional_skip=skip) is None) == (theirs is None)

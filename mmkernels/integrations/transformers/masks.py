@@ -105,11 +105,13 @@ def _mask(
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
         padding = padding.expand(batch_size, -1)
+    tracing = torch.compiler.is_compiling()
     if mask_function is masking_utils.bidirectional_mask_function:
+        # No mask is not the same as one that hides nothing: a layer that calls itself causal is so without a mask.
+        if allow_is_bidirectional_skip and (padding is None or (not tracing and bool(padding.all()))):
+            return None
         if padding is not None:
             return SpanMask(None, padding, q_length, kv_length, kind, refusal)
-        if allow_is_bidirectional_skip:
-            return None
     q = torch.arange(q_length, device=device)[None] + q_offset
     try:
         runs = evaluate(mask_function, q)
@@ -119,7 +121,6 @@ def _mask(
         make = masking_utils.eager_mask if otherwise_additive else masking_utils.sdpa_mask
         rest = kwargs | {"allow_is_causal_skip": False, "attention_mask": attention_mask}
         return make(mask_function=mask_function, **sizes, **offsets, **rest)
-    tracing = torch.compiler.is_compiling()
     if padding is not None and not tracing:  # which would ask how many runs there are: attention joins them there
         runs = runs & _key_runs(padding).shift(kv_offset)
         padding = None
