@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .values import Named, Values
 
-LUCK = 10.0  # budgets
-
 
 @dataclass(frozen=True)
 class Quantity:
@@ -102,15 +100,11 @@ def modules_measured(truth: Values, plain: Values, ours: Values, computed_in: to
 
 
 def over_draws(draws: list[list[Quantity]]) -> list[Quantity]:
-    """One quantity of each that was measured in all of several independent draws: that of the median draw, since what
-    rounding makes of a deep model has long tails. What a draw gets wrong beyond all luck is wrong."""
+    """One quantity of each that was measured in all of several independent draws: that of the median draw. Of what
+    rounding makes of a deep model, one draw in several says little: its tails are long, and a ReLU may flip."""
     by_name = [{x.name: x for x in draw} for draw in draws]
-    return [_over_draws([draw[name] for draw in by_name]) for name in by_name[0] if all(name in x for x in by_name)]
-
-
-def _over_draws(same: list[Quantity]) -> Quantity:
-    *_, worst = ranked = sorted(same, key=lambda x: x.ratio)
-    return worst if worst.ratio > LUCK else ranked[len(ranked) // 2]
+    names = (name for name in by_name[0] if all(name in draw for draw in by_name))
+    return [sorted((draw[name] for draw in by_name), key=lambda x: x.ratio)[len(draws) // 2] for name in names]
 
 
 def _quantity(

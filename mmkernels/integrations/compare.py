@@ -5,8 +5,8 @@ nothing of the user's is touched and dropout drops the same. How wrong a result 
 
 A quantity of few elements, a loss above all, can be lucky: plain code that happens to round to the truth would leave
 the accelerated model a budget of nothing; and some models, of mixtures and recurrences, amplify what they round by
-more in one run than in the next. So where a budget is overrun, by less than tenfold, the median of several draws
-decides: the same model with each weight moved by some rounding, which changes every rounding of all three runs.
+more in one run than in the next. So where a budget is overrun, the median of several draws decides: the same
+model with each weight moved by some rounding, which changes every rounding of all three runs.
 
 Where no wider dtype can tell the truth (the model's code takes no float64, or draws other random numbers in it), the
 plain model is the truth, and its own error is taken to be how far its results move when its weights move so.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 
 import timm
-import torch
 from timm.layers import attention
 from torch import Tensor, nn
 
 from .. import backends
 from . import _attend
+from ._tracing import is_traced
 from .finding import Finding
 from .report import count_fallback
 from .swap import plain_class
@@ -20,7 +20,7 @@ class Attention:
     """Mixed in before timm's."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if not isinstance(x, Tensor) or torch.jit.is_tracing():  # a graph is to hold what runs without mmkernels
+        if not isinstance(x, Tensor) or is_traced():
             return super().forward(x, attn_mask, is_causal)
         try:
             self._refuse(attn_mask, is_causal)

@@ -10,27 +10,19 @@ from .. import backends
 from ..nn.patch_embed import PatchConv2d, PatchConv3d
 from ..spans import RowSpans
 from . import _attend
+from ._tracing import Drawn
 from .finding import Finding
 from .report import count_fallback
 from .swap import plain_class
 
-
-class Drawn:
-    """Mixed in before the rest. What draws a graph of a model finds what it finds of the plain module: torch.fx, for
-    which the modules of torch.nn are leaves, the module; torch.jit.trace the operations of torch, which run anywhere.
-    """
-
-    def forward(self, *args, **kwargs):
-        if torch.jit.is_tracing():
-            return plain_class(self).forward(self, *args, **kwargs)
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.fx.Proxy):
-                path = value.tracer.path_of_module(self)
-                return value.tracer.create_proxy("call_module", path, args, kwargs)
-        return super().forward(*args, **kwargs)
-
-
 _PATCH_CONVOLUTIONS = {nn.Conv2d: PatchConv2d, nn.Conv3d: PatchConv3d}
+
+
+class ChannelsLast:
+    """Mixed in before them: models flatten the maps and transpose them, which copies nothing then."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.maps(images)
 
 
 def fits() -> str | None:
@@ -64,7 +56,7 @@ def _find_patches(conv: nn.Module, cls: type, name: str, above: str) -> list[Fin
         return [Finding("patch embedding", left=f"a convolution, and {reason}")] if "patch" in name else []
     embeds = "patch" in name or "Patch" in above or "Embed" in above or conv.in_channels <= 4
     what = None if embeds else "convolution whose stride is its kernel"
-    return [Finding("patch embedding", parts=(_PATCH_CONVOLUTIONS[cls], Drawn), what=what)]
+    return [Finding("patch embedding", parts=(_PATCH_CONVOLUTIONS[cls], ChannelsLast, Drawn), what=what)]
 
 
 def _why_no_patches(conv: nn.Conv2d | nn.Conv3d) -> str | None:

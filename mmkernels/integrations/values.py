@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 Named = dict[str, Tensor]
@@ -112,10 +113,15 @@ def counted(output: object, attention_mask: object) -> Named:
 
 def without_padding(x: Tensor, attention_mask: object) -> Tensor:
     """Where a row of tokens is padding, models compute what they like; and logits of tokens that a model must not say
-    are very negative, however much."""
+    are very negative, however much. A model may add a token of its own, before the others or behind them (VideoPrism).
+    """
     mask = attention_mask
-    if isinstance(mask, Tensor) and mask.dim() == 2 and x.shape[:2] == mask.shape:
-        x = x[mask.bool()]
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask.bool()
+        if x.dim() == 3 and x.shape[1] == mask.shape[1] + 1:
+            mask = pad(mask, (0, 1), value=True) & pad(mask, (1, 0), value=True)
+        if x.shape[:2] == mask.shape:
+            x = x[mask]
     return x.masked_fill(x < -1e30, 0.0) if x.is_floating_point() else x
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..ops.patch_embed import patch_embed
+from ._tracing import is_traced
 
 
 class PatchEmbed(nn.Module):
@@ -130,8 +131,21 @@ class _PatchConv:
         return module.train(conv.training)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, [T,] H, W) or without B. Returns the convolution's (B, E, [T',] H', W'), channels last in
-        memory: `flatten(2).transpose(1, 2)`, which models put behind it, is then a view."""
+        """images (B, C, [T,] H, W) or without B. Returns the convolution's (B, E, [T',] H', W'), in memory as a
+        convolution has it: channels last for images that are so."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(images, self.weight, self.bias)
+        elif is_traced(images):
+            return super().forward(images)
+        else:
+            channels_last = torch.channels_last if images.dim() == 4 else torch.channels_last_3d
+            is_last = images.dim() > 3 and images.is_contiguous(memory_format=channels_last)
+            return self.maps(images) if is_last else self.maps(images).contiguous()
+
+    @torch.jit.unused
+    def maps(self, images: Tensor) -> Tensor:
+        """The same, channels last in memory: `flatten(2).transpose(1, 2)`, which models put behind it, is then a view.
+        The maps need no copy for it."""
         sizes = self.kernel_size
         batched = images if images.dim() == 2 + len(sizes) else images.unsqueeze(0)
         grid = [length // size for length, size in zip(batched.shape[2:], sizes, strict=True)]

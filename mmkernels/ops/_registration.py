@@ -22,34 +22,6 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
     return getattr(torch.ops.mmkernels, name).default
 
 
-def differentiable_once(backward: Callable) -> Callable:
-    """For the backward of an autograd.Function: its gradients have none, and whoever asks for theirs is told.
-
-    torch's own once_differentiable says nothing where the incoming gradient needs none, as in sum().backward(
-    create_graph=True): a penalty on these gradients would be lost.
-    """
-
-    @functools.wraps(backward)
-    def call(ctx, *grads):
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return found
-        return tuple(x if x is None else _NoGradient.apply(x.requires_grad_()) for x in found)
-
-    return call
-
-
-class _NoGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError("mmkernels: the gradients of a fused op cannot be differentiated again")
-
-
 def _outside_autocast(implementation: Callable) -> Callable:
     """An op has chosen its dtypes when it runs; torch's functions inside it must not be cast once more."""
 

@@ -13,6 +13,8 @@ from agreement import Values
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from mmkernels.integrations.values import without_padding
+
 LEFT_OUT = {"past_key_values", "mems", "cache_params", "past_buckets_states", "state"}
 
 
@@ -21,7 +23,7 @@ def values(model: nn.Module, inputs: dict[str, Any], gradients: bool) -> Values:
     padding, models compute what they like: it does not count."""
     model.zero_grad()
     mask = inputs.get("attention_mask")
-    outputs = {name: _counting(x, mask) for name, x in _tensors(model(**inputs)).items()}
+    outputs = {name: without_padding(x, mask) for name, x in _tensors(model(**inputs)).items()}
     found = {f"output {name}": x.detach() for name, x in outputs.items()}
     if gradients:
         of = [x for x in outputs.values() if x.requires_grad]
@@ -51,9 +53,3 @@ def _plain(output: Any) -> Any:
     if isinstance(output, (list, tuple)):
         return [_plain(x) for x in output]
     return output
-
-
-def _counting(x: Tensor, mask: Any) -> Tensor:
-    if isinstance(mask, Tensor) and mask.dim() == 2 and x.shape[:2] == mask.shape:
-        x = x[mask.bool()]
-    return x.masked_fill(x < -1e30, 0.0)  # logits of tokens that must not be said

@@ -44,10 +44,39 @@ def test_in_place_of_a_convolution(bias):
         assert_same(ours, plain, torch.randn(shape))
 
 
-def test_the_models_own_flatten_and_transpose_copy_nothing():
-    maps = PatchConv2d(3, 20, 16, stride=16)(torch.randn(2, 3, 40, 50))
+def test_maps_lie_in_memory_as_the_convolutions_do():
+    last = torch.randn(2, 3, 40, 50).to(memory_format=torch.channels_last)
+    for images in (torch.randn(2, 3, 40, 50), torch.randn(3, 40, 50), torch.randn(0, 3, 40, 50), last):
+        conv = torch.nn.Conv2d(3, 20, 16, stride=16)
+        theirs, ours = conv(images), PatchConv2d.from_conv(conv)(images)
+        assert ours.shape == theirs.shape and ours.stride() == theirs.stride()
+
+
+def test_maps_in_channels_last_need_no_copy():
+    """Nor do the flatten and transpose that models put behind them."""
+    maps = PatchConv2d(3, 20, 16, stride=16).maps(torch.randn(2, 3, 40, 50))
     tokens = maps.flatten(2).transpose(1, 2)
     assert tokens.is_contiguous() and tokens.data_ptr() == maps.data_ptr()
+
+
+def convs():
+    return [
+        (PatchConv2d(3, 6, 4, stride=4), torch.randn(2, 3, 8, 9)),
+        (PatchConv3d(3, 6, (2, 4, 4), stride=(2, 4, 4), bias=False), torch.randn(2, 3, 5, 8, 9)),
+    ]
+
+
+def test_seen_by_tracers():
+    """As the convolutions they stand for: in a graph of theirs is what any reader of graphs knows."""
+    for module, images in convs():
+        truth = type(module).__mro__[2].forward(module, images)
+        net = torch.nn.Sequential(module, torch.nn.Flatten())
+        drawn = torch.fx.symbolic_trace(net)
+        assert "mmkernels" not in drawn.code
+        for seen in (drawn, torch.jit.trace(net, images), torch.jit.script(net)):
+            torch.testing.assert_close(seen(images), truth.flatten(1))
+        exported = torch.export.export(net, (images,))
+        torch.testing.assert_close(exported.module()(images), truth.flatten(1))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from ... import backends
 from ...spans import RowSpans
 from .. import _attend
 from .._attend import NotSpans
+from .._tracing import is_traced
 from ..report import count_fallback
 from ..swap import plain_class
 from .known import eager_function, supports_sdpa
@@ -69,6 +70,8 @@ def span_attention_forward(
     window = options.get("sliding_window")
     call = _Call(module, query, key, attention_mask, options, window=window, reads_is_causal=not by_masks_alone)
     try:
+        if is_traced():
+            raise NotSpans("a trace, or a transform of torch.func")
         for name in _OWN_WAY & options.keys():
             if name != "output_attentions" or options[name]:
                 raise NotSpans(name)
@@ -146,7 +149,7 @@ def _in_place_of(
     **options,
 ) -> tuple[Tensor, Tensor | None]:
     """plain: the function that the model would call; name: its name in the model's config."""
-    if not isinstance(query, Tensor) or torch.jit.is_tracing():  # a graph is to hold what runs without mmkernels
+    if not isinstance(query, Tensor) or is_traced():
         return plain(module, query, key, value, attention_mask, **options)
     eager = name in (None, "eager")
     plain = sdpa_attention_forward if name == NAME else plain

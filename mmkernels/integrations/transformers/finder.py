@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from .._tracing import Drawn
 from ..finding import Finding
 from ..swap import plain_class
 from . import losses
@@ -47,10 +48,10 @@ def _find(module: nn.Module) -> Iterator[Finding]:
     mixin, kind = MODULES.get(name.removeprefix("transformers.models."), (None, None))
     if attending(cls):
         reason = why_left(cls) or _why_left_as_loaded(module)
-        parts = (exchanged,) if mixin is None else (exchanged, mixin)
+        parts = (exchanged,) if mixin is None else (exchanged, mixin, Drawn)
         yield Finding("attention", left=reason) if reason else Finding("attention", parts=parts)
     elif mixin is not None:
-        yield Finding(kind, parts=(mixin,))
+        yield Finding(kind, parts=(mixin, Drawn))
     elif prepares(cls):
         yield Finding(None, parts=(exchanged,))
 

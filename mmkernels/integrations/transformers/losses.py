@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ... import backends
 from ...ops.contrastive import clip_loss, siglip_loss
+from .._tracing import is_traced
 from ..report import count_fallback
 from ..swap import plain_class
 from .lazy_logits import Logits, lazy, putting_off
@@ -40,7 +41,7 @@ class _ContrastiveLoss:
 
         @functools.wraps(plain)
         def forward(self, *args, **kwargs):
-            if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            if torch.compiler.is_compiling() or is_traced():
                 return plain(self, *args, **kwargs)
             return self._forward(plain, _Call(places, args, kwargs))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, masking_utils
 
 from ... import _layouts
+from .._tracing import is_traced
 from .attention import NAME, takes_the_place_of
 from .known import supports_sdpa
 from .runs import FAR, Runs, compact
@@ -106,6 +107,17 @@ def _mask(
         padding = padding[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
         padding = padding.expand(batch_size, -1)
     tracing = torch.compiler.is_compiling()
+
+    def dense() -> Tensor | None:
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+        offsets = {"q_offset": q_offset, "kv_offset": kv_offset, "device": device, "dtype": dtype}
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": allow_is_bidirectional_skip}
+        make = masking_utils.eager_mask if otherwise_additive else masking_utils.sdpa_mask
+        rest = kwargs | skips | {"attention_mask": attention_mask}
+        return make(mask_function=mask_function, **sizes, **offsets, **rest)
+
+    if is_traced():
+        return dense()
     if mask_function is masking_utils.bidirectional_mask_function:
         # No mask is not the same as one that hides nothing: a layer that calls itself causal is so without a mask.
         if allow_is_bidirectional_skip and (padding is None or (not tracing and bool(padding.all()))):
@@ -116,11 +128,7 @@ def _mask(
     try:
         runs = evaluate(mask_function, q)
     except NotRecognised:
-        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-        offsets = {"q_offset": q_offset, "kv_offset": kv_offset, "device": device, "dtype": dtype}
-        make = masking_utils.eager_mask if otherwise_additive else masking_utils.sdpa_mask
-        rest = kwargs | {"allow_is_causal_skip": False, "attention_mask": attention_mask}
-        return make(mask_function=mask_function, **sizes, **offsets, **rest)
+        return dense()
     if padding is not None and not tracing:  # which would ask how many runs there are: attention joins them there
         runs = runs & _key_runs(padding).shift(kv_offset)
         padding = None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from .._registration import differentiable_once, register
+from .._autograd import OnceDifferentiable, Op, is_forward_mode, looped
+from .._registration import register
 
 
 def _kernels(image: Tensor, text: Tensor, backend: str):
@@ -65,46 +66,70 @@ _siglip_grads_op = register(
 )
 
 
-class _ClipLoss(torch.autograd.Function):
+class _Loss(Op):
+    """Of one of the losses: forward gives it, and its gradients by the first of the arguments, as many as there are."""
+
     @staticmethod
-    def forward(ctx, image, text, scale, bias, label_smoothing, backend):
+    def setup_context(ctx, inputs, outputs):
+        _, *grads = outputs
+        ctx.mark_non_differentiable(*grads)
+        ctx.save_for_backward(*inputs[: len(grads)], *grads)
+        ctx.others = (None,) * (len(inputs) - len(grads))
+        if is_forward_mode():
+            ctx.save_for_forward(*inputs[: len(grads)], *grads)
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        tensors = d_loss, *ctx.saved_tensors
+        return *_Gradients.call(tensors, *tensors), *ctx.others
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        inputs = ctx.saved_tensors[: len(ctx.saved_tensors) // 2]
+        one = torch.ones_like(_loss_like(inputs[0]))
+        grads = _Gradients.call((one, *ctx.saved_tensors), one, *ctx.saved_tensors)
+        along = [(g.to(one.dtype) * t).sum() for g, t in zip(grads, tangents, strict=False) if t is not None]
+        return sum(along), *(None for _ in grads)
+
+
+class _ClipLoss(_Loss):
+    @staticmethod
+    def forward(image, text, scale, bias, label_smoothing, backend):
         loss, *grads = _clip_grads_op(image, text, scale, label_smoothing, backend)
-        ctx.save_for_backward(*grads)
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return loss
+        return loss, *grads, *([] if bias is None else [torch.zeros_like(bias)])
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx, grad):
-        image, text, scale = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-        bias = None if ctx.bias is None else grad.new_zeros(ctx.bias[0], dtype=ctx.bias[1])
-        return image, text, scale, bias, None, None
+    def without_gradient(image, text, scale, bias, label_smoothing, backend):
+        return (_clip_op(image, text, scale, label_smoothing, backend),)
+
+    vmap = looped(forward)
 
 
-class _SigLipLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, image, text, scale, bias, backend):
-        loss, *grads = _siglip_grads_op(image, text, scale, bias, backend)
-        ctx.save_for_backward(*grads)
-        return loss
+class _SigLipLoss(_Loss):
+    forward = staticmethod(_siglip_grads_op)
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx, grad):
-        return *(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None
+    def without_gradient(*args):
+        return (_siglip_op(*args),)
+
+    vmap = looped(_siglip_grads_op)
 
 
-def _wants_grad(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+def _scaled(d_loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """tensors: what the loss depends on, and then its gradients by each."""
+    count = len(tensors) // 2
+    return tuple((grad * d_loss).to(x.dtype) for x, grad in zip(tensors[:count], tensors[count:], strict=True))
+
+
+class _Gradients(OnceDifferentiable):
+    op = "contrastive losses"
+    forward = staticmethod(_scaled)
+    vmap = looped(_scaled)
 
 
 def clip_loss(image, text, scale, bias, label_smoothing, backend) -> Tensor:
-    if _wants_grad(image, text, scale, bias):
-        return _ClipLoss.apply(image, text, scale, bias, label_smoothing, backend)
-    return _clip_op(image, text, scale, label_smoothing, backend)
+    return _ClipLoss.call((image, text, scale, bias), image, text, scale, bias, label_smoothing, backend)[0]
 
 
 def siglip_loss(image, text, scale, bias, backend) -> Tensor:
-    if _wants_grad(image, text, scale, bias):
-        return _SigLipLoss.apply(image, text, scale, bias, backend)
-    return _siglip_op(image, text, scale, bias, backend)
+    return _SigLipLoss.call((image, text, scale, bias), image, text, scale, bias, backend)[0]

@@ -48,8 +48,8 @@ def patch_embed(
         backend: "cuda", "triton", "cpu", "reference"; None takes the fastest that supports the call.
 
     Returns:
-        (B, n + N, E), or (N, E) for (N, K) rows, in the weight's dtype. Differentiable once in weight, bias, pos_embed,
-        prefix and floating images.
+        (B, n + N, E), or (N, E) for (N, K) rows, in the weight's dtype. Differentiable, any number of times, in weight,
+        bias, pos_embed, prefix and floating images.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, dtype, shape or device; the message names it.

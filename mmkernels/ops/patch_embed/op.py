@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from .._registration import differentiable_once, register
+from .._autograd import Op, is_forward_mode, looped
+from .._registration import register
 from .geometry import known_patch_geometry, patch_geometry
 
 
@@ -34,7 +35,7 @@ def _backward(grad, images, weight, mean, std, layout, num_prefix, need_images, 
     d_weight = torch.empty_like(weight) if need_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if need_bias else None
     into = _geometry(images if d_images is None else d_images, weight if d_weight is None else d_weight, mean, layout)
-    patches = grad.reshape(geometry.batch, -1, grad.shape[-1])[:, num_prefix:]  # (B, N, E)
+    patches = grad.reshape(geometry.batch, num_prefix + geometry.patches, grad.shape[-1])[:, num_prefix:]  # (B, N, E)
     kernels.patch_embed_backward(patches, images, weight, mean, std, geometry, d_images, d_weight, d_bias, into)
     return tuple(weight.new_empty(0) if x is None else x for x in (d_images, d_weight, d_bias))
 
@@ -61,39 +62,122 @@ _backward_op = register(
 )
 
 
-class _PatchEmbed(torch.autograd.Function):
+class _PatchEmbed(Op):
+    forward = staticmethod(_forward_op)
+
     @staticmethod
-    def forward(ctx, images, weight, bias, pos_embed, prefix, mean, std, layout, backend):
+    def setup_context(ctx, inputs, output):
+        images, weight, _, pos_embed, prefix, mean, std, layout, backend = inputs
         ctx.save_for_backward(images, weight, mean, std)
         ctx.call = layout, 0 if prefix is None else prefix.shape[0], backend
         ctx.positions = 0 if pos_embed is None else pos_embed.shape[0]
-        return _forward_op(images, weight, bias, pos_embed, prefix, mean, std, layout, backend)
+        if is_forward_mode():
+            ctx.save_for_forward(images, weight, prefix, mean, std)
 
     @staticmethod
-    @differentiable_once
     def backward(ctx, grad):
         images, weight, mean, std = ctx.saved_tensors
         layout, num_prefix, backend = ctx.call
-        need_images, need_weight, need_bias, need_positions, need_prefix = ctx.needs_input_grad[:5]
-        d_images = d_weight = d_bias = d_positions = d_prefix = None
-        if need_images or need_weight or need_bias:
-            needs = need_images, need_weight, need_bias
-            d_images, d_weight, d_bias = _backward_op(
-                grad, images, weight, mean, std, layout, num_prefix, *needs, backend
-            )
+        *needs, need_positions, need_prefix = ctx.needs_input_grad[:5]
+        d_positions = d_prefix = None
+        found = _gradients(grad, images, weight, mean, std, layout, num_prefix, *needs, backend)
         if need_positions or need_prefix:
             tokens = grad.sum(0) if grad.dim() == 3 else grad  # (prefix + N, E)
             d_positions = tokens[tokens.shape[0] - ctx.positions :] if need_positions else None
             d_prefix = tokens[:num_prefix] if need_prefix else None
-        d_images, d_weight, d_bias = (
-            value if need else None
-            for value, need in zip((d_images, d_weight, d_bias), (need_images, need_weight, need_bias), strict=True)
+        return *found, d_positions, d_prefix, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, t_images, t_weight, t_bias, t_positions, t_prefix, *_):
+        images, weight, prefix, mean, std = ctx.saved_tensors
+        layout, _, backend = ctx.call
+        still = None if prefix is None else torch.zeros_like(prefix)
+        along = torch.zeros_like(weight) if t_weight is None else t_weight
+        out = patch_embed(
+            images, along, t_bias, t_positions, still if t_prefix is None else t_prefix, mean, std, layout, backend
         )
-        return d_images, d_weight, d_bias, d_positions, d_prefix, None, None, None, None
+        if t_images is None:
+            return out
+        return out + patch_embed(t_images, weight, None, None, still, None, None, layout, backend)
+
+    @staticmethod
+    def vmap(info, in_dims, images, *rest):
+        if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+            return looped(_forward_op)(info, in_dims, images, *rest)
+        images = images.movedim(in_dims[0], 0)
+        if images.dim() == 3:  # rows already cut, without a batch axis
+            return _forward_op(images, *rest), 0
+        return _forward_op(images.flatten(0, 1), *rest).unflatten(0, images.shape[:2]), 0
+
+
+class _Gradients(Op):
+    """By images, weight and bias: products again, and so is what they are differentiated to."""
+
+    forward = staticmethod(_backward_op)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        grad, images, weight, mean, std, layout, num_prefix, *needs, backend = inputs
+        ctx.save_for_backward(grad, images, weight, mean, std)
+        ctx.call, ctx.needs = (layout, num_prefix, backend), needs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x, need in zip(outputs, needs, strict=True) if not need))
+        if is_forward_mode():
+            ctx.save_for_forward(grad, images, weight, mean, std)
+
+    @staticmethod
+    def backward(ctx, g_images, g_weight, g_bias):
+        grad, images, weight, mean, std = ctx.saved_tensors
+        layout, num_prefix, backend = ctx.call
+        of_grad, of_images, of_weight = ctx.needs_input_grad[:3]
+        given = zip((g_images, g_weight, g_bias), ctx.needs, strict=True)
+        g_images, g_weight, g_bias = (g if need else None for g, need in given)
+        d_grad = d_images = d_weight = None
+        if of_grad:
+            prefix = grad.new_zeros(num_prefix, grad.shape[-1]) if num_prefix else None
+            along = torch.zeros_like(weight) if g_weight is None else g_weight
+            d_grad = patch_embed(images, along, g_bias, None, prefix, mean, std, layout, backend)
+            if g_images is not None:
+                d_grad = d_grad + patch_embed(g_images, weight, None, None, prefix, None, None, layout, backend)
+        if of_images and g_weight is not None:
+            d_images = _gradients(grad, images, g_weight, mean, std, layout, num_prefix, True, False, False, backend)[0]
+        if of_weight and g_images is not None:
+            d_weight = _gradients(grad, g_images, weight, None, None, layout, num_prefix, False, True, False, backend)[
+                1
+            ]
+        return d_grad, d_images, d_weight, *[None] * 8
+
+    @staticmethod
+    def jvp(ctx, t_grad, t_images, t_weight, *_):
+        grad, images, weight, mean, std = ctx.saved_tensors
+        (layout, num_prefix, backend), (of_images, of_weight, _) = ctx.call, ctx.needs
+        call = layout, num_prefix
+        found = []
+        if t_grad is not None:
+            found.append(_gradients(t_grad, images, weight, mean, std, *call, *ctx.needs, backend))
+        if t_images is not None:
+            found.append(_gradients(grad, t_images, weight, None, None, *call, False, of_weight, False, backend))
+        if t_weight is not None:
+            found.append(_gradients(grad, images, t_weight, mean, std, *call, of_images, False, False, backend))
+        likes = images, weight, weight.flatten(1)[:, 0]
+        parts = [[x for x in same if x is not None] for same in zip(*found, strict=True)]
+        return tuple(
+            (sum(same) if same else torch.zeros_like(like)) if need else None
+            for same, like, need in zip(parts, likes, ctx.needs, strict=True)
+        )
+
+    vmap = looped(_backward_op)
+
+
+def _gradients(grad, images, weight, mean, std, layout, num_prefix, need_images, need_weight, need_bias, backend):
+    needs = need_images, need_weight, need_bias
+    if not any(needs):
+        return None, None, None
+    inputs = grad, images, weight
+    found = _Gradients.call(inputs, *inputs, mean, std, layout, num_prefix, *needs, backend)
+    return tuple(x if need else None for x, need in zip(found, needs, strict=True))
 
 
 def patch_embed(images, weight, bias, pos_embed, prefix, mean, std, layout, backend) -> Tensor:
-    inputs = (images, weight, bias, pos_embed, prefix)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _PatchEmbed.apply(*inputs, mean, std, layout, backend)
-    return _forward_op(*inputs, mean, std, layout, backend)
+    inputs = images, weight, bias, pos_embed, prefix
+    return _PatchEmbed.call(inputs, *inputs, mean, std, layout, backend)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ... import backends
+from .._autograd import Op, folded, is_forward_mode
 from .._registration import register
 from .reference import rotate_half
 
@@ -26,15 +27,18 @@ _op = register(
 )
 
 
-class _RotaryEmbed(torch.autograd.Function):
+class _RotaryEmbed(Op):
     """Linear in x, whose gradient is the transposed rotation, and in the tables, for those who learn them."""
 
+    forward = staticmethod(_op)
+
     @staticmethod
-    def forward(ctx, x, cos, sin, transposed, backend):
-        learned = cos.requires_grad or sin.requires_grad
+    def setup_context(ctx, inputs, output):
+        x, cos, sin, *ctx.call = inputs
+        learned = any(ctx.needs_input_grad[1:3])
         ctx.save_for_backward(x if learned else None, cos, sin)
-        ctx.call = transposed, backend
-        return _op(x, cos, sin, transposed, backend)
+        if is_forward_mode():
+            ctx.save_for_forward(x, cos, sin)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -42,6 +46,19 @@ class _RotaryEmbed(torch.autograd.Function):
         d_x = _apply(d_out, cos, sin, not transposed, backend) if ctx.needs_input_grad[0] else None
         tables = (None, None) if x is None else _table_gradients(d_out, x, cos, transposed)
         return d_x, *tables, None, None
+
+    @staticmethod
+    def jvp(ctx, t_x, t_cos, t_sin, *_):
+        (x, cos, sin), (transposed, backend) = ctx.saved_tensors, ctx.call
+        zeros = torch.zeros_like
+        out = None if t_x is None else _apply(t_x, cos, sin, transposed, backend)
+        if t_cos is None and t_sin is None:
+            return out
+        tables = (zeros(cos) if t_cos is None else t_cos), (zeros(sin) if t_sin is None else t_sin)
+        turned = _apply(x, *tables, transposed, backend)
+        return turned if out is None else out + turned
+
+    vmap = folded(_op, batched=1, shared=2)
 
 
 def _table_gradients(d_out, x, cos, transposed):
@@ -52,8 +69,7 @@ def _table_gradients(d_out, x, cos, transposed):
 
 
 def _apply(x, cos, sin, transposed, backend):
-    tracked = torch.is_grad_enabled() and (x.requires_grad or cos.requires_grad or sin.requires_grad)
-    return (_RotaryEmbed.apply if tracked else _op)(x, cos, sin, transposed, backend)
+    return _RotaryEmbed.call((x, cos, sin), x, cos, sin, transposed, backend)
 
 
 def rotary_embed(x, cos, sin, backend):

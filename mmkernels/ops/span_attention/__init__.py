@@ -56,8 +56,9 @@ def span_attention(
             `RowSpans.full`.
 
     Returns:
-        (Tq, Hq, Dv) of q's dtype, contiguous, with the batch axis of q if it has one; differentiable once in q, k,
-        v and sinks. Softmax and sums are computed in float32. With return_lse, also float32 (Hq, Tq), or (B, Hq, Tq).
+        (Tq, Hq, Dv) of q's dtype, contiguous, with the batch axis of q if it has one; differentiable once in q, k, v
+        and sinks (in forward mode by plain PyTorch, with all the weights in memory). Softmax and sums are computed in
+        float32. With return_lse, also float32 (Hq, Tq), or (B, Hq, Tq).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, dtype, shape, stride or device; the message names it.

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ... import backends
 from ...spans import Documents
-from .._registration import differentiable_once, register
+from .._autograd import OnceDifferentiable, Op, folded, is_forward_mode
+from .._registration import register
+from . import reference
 
 _SPANS = (
     "Tensor lo, Tensor hi, Tensor? hulls, Tensor? cu_seqlens, Tensor? cu_seqlens_k, bool causal, SymInt? window, "
@@ -57,27 +59,49 @@ _backward_op = register(
 )
 
 
-class _SpanAttention(torch.autograd.Function):
+class _SpanAttention(Op):
     @staticmethod
-    def forward(ctx, want_lse, q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, *call):
-        out, lse = _forward_op(q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, *call)
-        ctx.save_for_backward(q, k, v, out, lse, lo, hi, hulls, cu_seqlens, cu_seqlens_k)
-        ctx.want_lse, ctx.call = want_lse, call
-        ctx.set_materialize_grads(False)  # an lse that nobody differentiates has none, and costs nothing
-        if not want_lse:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
+    def forward(q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, window, scale, softcap, backend, want_lse):
+        spans = lo, hi, hulls, cu_seqlens, cu_seqlens_k
+        return _forward_op(q, k, v, *spans, causal, window, scale, softcap, backend)
 
     @staticmethod
-    @differentiable_once
+    def setup_context(ctx, inputs, outputs):
+        q, k, v, *spans = inputs[:8]
+        out, lse = outputs
+        ctx.save_for_backward(q, k, v, out, lse, *spans)
+        *ctx.call, ctx.want_lse = inputs[8:]
+        ctx.set_materialize_grads(False)  # an lse that nobody differentiates has none, and costs nothing
+        if not ctx.want_lse:
+            ctx.mark_non_differentiable(lse)
+        if is_forward_mode():
+            ctx.save_for_forward(q, k, v, *spans[:2])
+
+    @staticmethod
     def backward(ctx, d_out, d_lse):
         q, k, v, out, lse, *spans = ctx.saved_tensors
-        others = [None] * (len(spans) + len(ctx.call))
         d_lse = d_lse if ctx.want_lse else None  # a compiled function makes zeros of it
+        others = [None] * (len(spans) + len(ctx.call) + 1)
         if d_out is None and d_lse is None:
-            return None, None, None, None, *others
+            return None, None, None, *others
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        return None, *_backward_op(d_out, q, k, v, out, lse, d_lse, *spans, *ctx.call), *others
+        inputs = d_out, q, k, v, out, lse, d_lse
+        return *_Gradients.call(inputs, *inputs, *spans, *ctx.call), *others
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        *tensors, lo, hi = ctx.saved_tensors
+        scale, softcap = ctx.call[2:4]
+        out, lse = reference.span_attention_jvp(*tensors, *tangents[:3], lo, hi, scale, softcap)
+        return out, lse if ctx.want_lse else None
+
+    vmap = folded(forward, batched=3, shared=3)
+
+
+class _Gradients(OnceDifferentiable):
+    op = "span_attention"
+    forward = staticmethod(_backward_op)
+    vmap = folded(_backward_op, batched=7, shared=3)
 
 
 def span_attention(
@@ -85,10 +109,8 @@ def span_attention(
 ) -> tuple[Tensor, Tensor]:
     """Without want_lse, the lse has no gradient."""
     cu_seqlens, cu_seqlens_k, causal, window = documents or (None, None, False, None)
-    spans, call = (lo, hi, hulls, cu_seqlens, cu_seqlens_k), (causal, window, scale, softcap, backend)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _SpanAttention.apply(want_lse, q, k, v, *map(_savable, spans), *call)
-    return _forward_op(q, k, v, *spans, *call)
+    spans = map(_savable, (lo, hi, hulls, cu_seqlens, cu_seqlens_k))
+    return _SpanAttention.call((q, k, v), q, k, v, *spans, causal, window, scale, softcap, backend, want_lse)
 
 
 def _savable(x: Tensor | None) -> Tensor | None:

@@ -73,6 +73,37 @@ def span_attention_backward(
     return _by_tokens(d_q).to(q.dtype), _sum_groups(d_k, k).to(k.dtype), _sum_groups(d_v, v).to(v.dtype)
 
 
+def span_attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t_q: Tensor | None,
+    t_k: Tensor | None,
+    t_v: Tensor | None,
+    lo: Tensor,
+    hi: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """The derivatives of out and lse along t_q, t_k and t_v (None: zeros): the forward mode of every backend.
+
+    With t_S the derivative of S: t_lse = sum_j P_ij t_S_ij, t_O = (P (t_S - t_lse)) V + P t_V."""
+    mask = _mask(lo, hi, k.shape[1])
+    scores, d_cap = _scores(q, k, mask, scale, softcap)
+    weights, queries, keys = _weights(scores), _by_heads(q, q), _by_heads(k, q)
+    t_scores = torch.zeros_like(scores)
+    if t_q is not None:
+        t_scores = t_scores + _by_heads(t_q, q) @ keys.mT
+    if t_k is not None:
+        t_scores = t_scores + queries @ _by_heads(t_k, q).mT
+    t_scores = (t_scores * d_cap * scale).masked_fill(~mask, 0.0)
+    t_lse = (weights * t_scores).sum(-1)
+    t_out = _visible_product(weights * (t_scores - t_lse[..., None]), _by_heads(v, q), mask)
+    if t_v is not None:
+        t_out = t_out + _visible_product(weights, _by_heads(t_v, q), mask)
+    return _by_tokens(t_out).to(q.dtype), t_lse
+
+
 def _mask(lo: Tensor, hi: Tensor, num_keys: int) -> Tensor:
     """(B or 1, 1, Tq, Tk), True where a query sees a key."""
     keys = torch.arange(num_keys, device=lo.device)
