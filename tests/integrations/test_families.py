@@ -1,6 +1,7 @@
 """accelerate on every family: same outputs, same gradients, same words, and the way back."""
 
 import copy
+import re
 from collections import Counter
 
 import pytest
@@ -68,6 +69,30 @@ def test_outputs_and_gradients_agree(family, side):
     assert len({entry.path for entry in report.swapped}) == len(report.swapped)
     assert not report.fallbacks, report
     assert_restored(model, fast, inputs)
+
+
+def test_transforms_of_torch_func_see_the_plain_model(family):
+    """Where they see one: what a mask says cannot be read under a transform, nor by some plain models."""
+    model, inputs = drawn(family.build()), family.inputs("left")
+    fast = copy.deepcopy(model)
+    accelerate(fast, verbose=False)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def gradients(model):
+        def loss(weights):
+            output = torch.func.functional_call(model, weights, (), copy.deepcopy(inputs))
+            return sum(x.sum() for x in output.values() if isinstance(x, torch.Tensor) and x.is_floating_point())
+
+        return torch.func.grad(loss)(weights)
+
+    try:
+        theirs = gradients(model)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:40])):
+            gradients(fast)
+        return
+    ours = gradients(fast)
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())
 
 
 def counted(entries) -> dict[str, int]:

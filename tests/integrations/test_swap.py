@@ -187,3 +187,49 @@ def test_jit_traces_what_runs_without_mmkernels():
     assert "mmkernels::" not in str(traced.inlined_graph)
     for batch in (images, images[:1]):
         torch.testing.assert_close(traced(batch), plain(batch))
+
+
+# ---- transforms of torch.func
+
+
+def vision_models():
+    import timm
+    import transformers as hf
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = hf.CLIPVisionConfig(**sizes, image_size=16, patch_size=4)
+    return {
+        "torch": lambda: Visual().eval(),
+        "timm": lambda: timm.models.VisionTransformer(
+            img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3
+        ).eval(),
+        "transformers": lambda: hf.CLIPVisionModel(config).eval(),
+    }
+
+
+@pytest.mark.parametrize("name", ["torch", "timm", "transformers"])
+def test_transforms_see_the_plain_model(name):
+    """What a mask says cannot be read under vmap, and gradients of each sample are those of the plain model."""
+    plain = vision_models()[name]()
+    fast = copy.deepcopy(plain)
+    accelerate(fast, verbose=False)
+    images = torch.randn(3, 3, 16, 16)
+    weights = {key: p.detach() for key, p in plain.named_parameters()}
+
+    def loss(model, weights, image):
+        out = torch.func.functional_call(model, weights, (image[None],))
+        return (out if isinstance(out, torch.Tensor) else out.last_hidden_state).square().sum()
+
+    for each in (False, True):
+        found = []
+        for model in (plain, fast):
+            of = torch.func.grad(lambda weights, image, model=model: loss(model, weights, image))
+            of = torch.func.vmap(of, (None, 0)) if each else of
+            found.append(of(weights, images if each else images[0]))
+        assert all(torch.equal(found[1][key], x) for key, x in found[0].items())
+
+
+def test_maps_of_an_accelerated_convolution_are_channels_last():
+    plain = nn.Sequential(nn.Conv2d(3, 8, 4, 4))
+    accelerate(plain, verbose=False)
+    assert plain(torch.randn(2, 3, 16, 16)).flatten(2).transpose(1, 2).is_contiguous()

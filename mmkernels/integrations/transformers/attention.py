@@ -149,10 +149,10 @@ def _in_place_of(
     **options,
 ) -> tuple[Tensor, Tensor | None]:
     """plain: the function that the model would call; name: its name in the model's config."""
-    if not isinstance(query, Tensor) or is_traced():
-        return plain(module, query, key, value, attention_mask, **options)
     eager = name in (None, "eager")
     plain = sdpa_attention_forward if name == NAME else plain
+    if not isinstance(query, Tensor) or is_traced():
+        return plain(module, query, key, value, attention_mask, **options)
     call = _Call(module, query, key, attention_mask, options, reads_is_causal=not eager)
     call.has_sinks &= plain is not sdpa_attention_forward  # which does without them
     try:

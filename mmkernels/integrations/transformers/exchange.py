@@ -16,6 +16,7 @@ from functools import cache
 from transformers import AttentionInterface, masking_utils
 from transformers.utils.generic import is_flash_attention_requested
 
+from .._tracing import is_traced
 from ..code_words import authored, methods, reaches, words
 from ..swap import subclass
 from .attention import Interface
@@ -129,7 +130,7 @@ def _stand_in(value: object, theirs: dict[str, object], packed: bool) -> object:
     if _is_exchanged(value):
         return _WITH_SPANS[value]
     if value is is_flash_attention_requested:
-        return _yes if packed else _no
+        return _packs if packed else _no
     if (
         isinstance(value, types.FunctionType)
         and authored(value).__globals__ is theirs
@@ -139,8 +140,9 @@ def _stand_in(value: object, theirs: dict[str, object], packed: bool) -> object:
     return value
 
 
-def _yes(*args, **kwargs) -> bool:
-    return True
+def _packs(*args, **kwargs) -> bool:
+    """Segments are for attention that reads them, which that of the model does not where it is asked to be plain."""
+    return not is_traced() or is_flash_attention_requested(*args, **kwargs)
 
 
 def _no(*args, **kwargs) -> bool:

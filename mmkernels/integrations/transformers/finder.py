@@ -48,7 +48,7 @@ def _find(module: nn.Module) -> Iterator[Finding]:
     mixin, kind = MODULES.get(name.removeprefix("transformers.models."), (None, None))
     if attending(cls):
         reason = why_left(cls) or _why_left_as_loaded(module)
-        parts = (exchanged,) if mixin is None else (exchanged, mixin, Drawn)
+        parts = (exchanged,) if mixin is None else (exchanged, mixin)
         yield Finding("attention", left=reason) if reason else Finding("attention", parts=parts)
     elif mixin is not None:
         yield Finding(kind, parts=(mixin, Drawn))

@@ -108,16 +108,15 @@ def _mask(
         padding = padding.expand(batch_size, -1)
     tracing = torch.compiler.is_compiling()
 
-    def dense() -> Tensor | None:
+    def dense(**rest) -> Tensor | None:
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
         offsets = {"q_offset": q_offset, "kv_offset": kv_offset, "device": device, "dtype": dtype}
-        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": allow_is_bidirectional_skip}
+        rest |= {"attention_mask": attention_mask, "allow_is_bidirectional_skip": allow_is_bidirectional_skip}
         make = masking_utils.eager_mask if otherwise_additive else masking_utils.sdpa_mask
-        rest = kwargs | skips | {"attention_mask": attention_mask}
         return make(mask_function=mask_function, **sizes, **offsets, **rest)
 
     if is_traced():
-        return dense()
+        return dense(**kwargs)
     if mask_function is masking_utils.bidirectional_mask_function:
         # No mask is not the same as one that hides nothing: a layer that calls itself causal is so without a mask.
         if allow_is_bidirectional_skip and (padding is None or (not tracing and bool(padding.all()))):
@@ -128,7 +127,7 @@ def _mask(
     try:
         runs = evaluate(mask_function, q)
     except NotRecognised:
-        return dense()
+        return dense(**kwargs | {"allow_is_causal_skip": False})
     if padding is not None and not tracing:  # which would ask how many runs there are: attention joins them there
         runs = runs & _key_runs(padding).shift(kv_offset)
         padding = None

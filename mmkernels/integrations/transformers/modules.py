@@ -14,6 +14,7 @@ from ... import backends
 from ...ops.patch_embed import patch_embed
 from ...ops.rotary_embed import rotary_embed
 from .. import _attend
+from .._tracing import is_traced
 from ..report import count_fallback
 from .attention import Interface
 from .known import eager_function
@@ -86,7 +87,7 @@ class RotaryVisionAttention:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> Tensor:
-        if position_embeddings is None or not _attend.has_kernel("rotary_embed", hidden_states):
+        if position_embeddings is None or is_traced() or not _attend.has_kernel("rotary_embed", hidden_states):
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         heads = self.num_heads
         both, v = self.qkv(hidden_states).unflatten(-1, (3 * heads, -1)).split([2 * heads, heads], 1)
