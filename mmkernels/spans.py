@@ -85,10 +85,10 @@ class RowSpans:
         if num_keys < 0:
             raise ValueError(f"RowSpans: num_keys is {num_keys}; it must be at least 0")
         self.lo, self.hi, self.num_keys = lo, hi, num_keys
-        self._hulls: Tensor | None = None
-        self._with_axes: tuple[Tensor, Tensor] | None = None
+        self._hulls: tuple[_Written, Tensor] | None = None
         self._documents: Documents | None = None
         self._full = False  # one document of all queries and keys, whose offsets are made when they are asked for
+        self._built = self._written()  # lo and hi as a builder left them
 
     @property
     def num_queries(self) -> int:
@@ -118,10 +118,20 @@ class RowSpans:
         lo = self.lo.to(device)
         if lo is self.lo:
             return self
-        moved = RowSpans(lo, self.hi.to(device), self.num_keys)
-        moved._full = self._full
-        moved._documents = None if self._documents is None else self._documents.to(device)
-        return moved
+        return self.held_by(lo, self.hi.to(device))
+
+    def held_by(self, lo: Tensor, hi: Tensor) -> RowSpans:
+        """The same spans in other tensors of the same values."""
+        spans, documents = RowSpans(lo, hi, self.num_keys), self.documents()
+        spans._documents = None if documents is None else documents.to(lo.device)
+        return spans
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_documents": self.documents(), "_full": False, "_hulls": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._built = self._written()
 
     @classmethod
     def full(cls, num_queries: int, num_keys: int, *, device: torch.device | str | None = None) -> RowSpans:
@@ -320,14 +330,15 @@ class RowSpans:
         return ((lo[..., None] <= keys) & (keys < hi[..., None])).any(-3)
 
     def with_axes(self) -> tuple[Tensor, Tensor]:
-        """lo and hi as (batch or 1, runs, num_queries), neighbouring queries next to each other; made once and kept."""
-        if self._with_axes is None:
-            shape = (self.batch or 1, self.runs, self.num_queries)
-            self._with_axes = self.lo.contiguous().view(shape), self.hi.contiguous().view(shape)
-        return self._with_axes
+        """lo and hi as (batch or 1, runs, num_queries), neighbouring queries next to each other."""
+        shape = (self.batch or 1, self.runs, self.num_queries)
+        return self.lo.contiguous().view(shape), self.hi.contiguous().view(shape)
 
     def documents(self) -> Documents | None:
-        """The documents that these spans are, where `packed` or `full` made them; None where nobody said so."""
+        """The documents that these spans are, where `packed` or `full` made them; None where nobody said so, or lo or
+        hi were written to since, as far as torch counts it: not of tensors made in inference mode."""
+        if _differ(self._built, self._written()):
+            return None
         if self._documents is None and self._full:
             one = torch.arange(2, dtype=torch.int32, device=self.device)
             self._documents = Documents(one * self.num_queries, one * self.num_keys)
@@ -338,11 +349,24 @@ class RowSpans:
 
         The four numbers are min lo, max hi over the queries that see anything (num_keys, 0 if none does): outside, no
         query sees a key; and max lo, min hi over all of them (with an empty query num_keys, 0): inside, every one does.
-        Computed once and kept: kernels that work by blocks of queries find in it what to skip and what needs no mask.
+        Kernels that work by blocks of queries find in it what to skip and what needs no mask. Computed once and kept,
+        until lo or hi are written to; where torch does not count what is written, at every call.
         """
-        if self._hulls is None:
-            self._hulls = self._make_hulls()
-        return self._hulls
+        written = self._written()
+        if written is None:
+            return self._make_hulls()
+        if self._hulls is None or self._hulls[0] != written:
+            self._hulls = written, self._make_hulls()
+        return self._hulls[1]
+
+    def _written(self) -> _Written | None:
+        """What changes when lo or hi do; None: nobody can tell. Of tensors made in inference mode torch does not count
+        it, and where a CUDA graph is captured, every replay may find others."""
+        if torch.compiler.is_compiling() or self.lo.is_inference() or self.hi.is_inference():
+            return None
+        if self.lo.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        return id(self.lo), self.lo._version, id(self.hi), self.hi._version
 
     def _make_hulls(self) -> Tensor:
         blocks = -(-self.num_queries // HULL_ROWS)
@@ -354,6 +378,13 @@ class RowSpans:
         lo, hi = lo.masked_fill(empty, self.num_keys), hi.masked_fill(empty, 0)
         (min_lo, max_lo), (min_hi, max_hi) = (x.unflatten(-1, (blocks, HULL_ROWS)).aminmax(dim=-1) for x in (lo, hi))
         return torch.stack([min_lo, max_hi, max_lo, min_hi], -1)
+
+
+_Written = tuple[int, int, int, int]
+
+
+def _differ(one: _Written | None, other: _Written | None) -> bool:
+    return one is not None and other is not None and one != other
 
 
 _LEAVES = ("lo", "hi", "num_keys")  # num_keys too: what is no leaf is a constant of an exported graph
@@ -370,7 +401,7 @@ def _flatten_with_keys(spans: RowSpans) -> tuple[list[tuple[pytree.KeyEntry, obj
 def _unflatten(leaves: Iterable[object], _: None) -> RowSpans:
     spans = RowSpans.__new__(RowSpans)  # unchecked: a map over a tree may put anything in the place of its leaves
     spans.lo, spans.hi, spans.num_keys = leaves
-    spans._hulls = spans._with_axes = spans._documents = None
+    spans._hulls = spans._documents = spans._built = None
     spans._full = False
     return spans
 

@@ -1,6 +1,8 @@
 """RowSpans: every builder against plain loops over tokens, on random layouts; without synchronising; compiled once."""
 
+import copy
 import itertools
+import pickle
 import random
 import re
 
@@ -121,6 +123,46 @@ def test_hulls_are_made_once_and_kept():
     spans = RowSpans.packed(int32([0, 40, 100]), causal=True)
     assert spans.hulls() is spans.hulls()
     assert spans.to("cpu") is spans and spans.to("meta").num_keys == 100
+
+
+WRITES = {
+    "lo": lambda spans: spans.lo.fill_(7),
+    "hi": lambda spans: spans.hi.sub_(3),
+    "in inference mode": lambda spans: torch.inference_mode()(spans.hi.fill_)(50),
+    "another hi": lambda spans: setattr(spans, "hi", spans.hi - 3),
+}
+
+
+@pytest.mark.parametrize("builder", ["packed", "full"])
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_counts(write, builder):
+    """As into the static buffers of a CUDA graph."""
+    for made_in in (False, True):
+        with torch.inference_mode(made_in):
+            spans = RowSpans.full(100, 100) if builder == "full" else RowSpans.packed(int32([0, 40, 100]), causal=True)
+            before = spans.hulls().clone()
+            assert spans.documents() is not None
+            WRITES[write](spans)
+            fresh = RowSpans(spans.lo, spans.hi, 100)
+            assert torch.equal(spans.hulls(), fresh.hulls()) and not torch.equal(spans.hulls(), before)
+            assert made_in or (spans.documents() is None and spans.to("meta").documents() is None)
+
+
+def test_spans_that_are_not_contiguous_are_read_as_they_stand():
+    lo, hi = torch.zeros(9, 2, dtype=torch.int32)[:, 0], torch.full((9, 2), 9, dtype=torch.int32)[:, 0]
+    spans = RowSpans(lo, hi, 9)
+    spans.with_axes()
+    hi.fill_(4)
+    assert torch.equal(spans.with_axes()[1], hi.view(1, 1, 9))
+
+
+def test_copies_and_pickles_keep_the_documents():
+    for spans in (RowSpans.full(3, 5), RowSpans.packed(int32([0, 2, 5]), causal=True)):
+        for same in (copy.deepcopy(spans), pickle.loads(pickle.dumps(spans))):
+            assert torch.equal(same.to_dense(), spans.to_dense())
+            assert torch.equal(mask_of_documents(same.documents(), *spans.to_dense().shape), spans.to_dense())
+            same.hi.fill_(1)
+            assert same.documents() is None and spans.documents() is not None
 
 
 def test_repr_and_to():
@@ -268,7 +310,6 @@ def test_compiled_functions_take_and_return_spans():
         spans = RowSpans.packed(int32([0, 10, length]), num_keys=2 * length, causal=True)
         after, hulls = following(spans)
         assert after.num_keys == 2 * length and torch.equal(after.lo, spans.lo + 1)
-        assert hulls is spans.hulls()  # made inside, kept outside
         assert torch.equal(hulls, RowSpans(spans.lo, spans.hi, spans.num_keys).hulls())
     assert counter.frame_count == 1
 

@@ -134,8 +134,7 @@ class AttentionCase:
         v = normal(spans.num_keys, kv_heads, v_dim)
         tensors = {"q": padded(q, idle, self.memory), "k": padded(k, unseen, kv_memory)}
         tensors["v"] = padded(v, unseen, kv_memory)
-        spans = spans.to(device)  # which keeps what they remember of their documents
-        spans.lo, spans.hi = (guarded(x, "odd") for x in (spans.lo, spans.hi))
+        spans = spans.held_by(*(guarded(x.to(device), "odd") for x in (spans.lo, spans.hi)))
         if self.sinks:
             tensors["sinks"] = guarded(draw.normal(q_heads).to(device, dtype))
         options = {"spans": spans, "return_lse": True}
