@@ -142,14 +142,25 @@ def _image_offsets(image: Tensor, tokens_per_image: int | Tensor) -> Tensor:
 
 
 def runs_of(mask: Tensor, max_runs: int) -> tuple[Tensor, Tensor]:
-    """(..., Tq, Tk) bool with at most `max_runs` runs a row -> lo, hi of (..., max_runs, Tq)."""
-    number = run_starts(mask).cumsum(-1)  # of the run a key is in, from 1; that of the last one for keys in none
-    lo, hi = [], []
-    for run in range(max_runs):
-        lo.append((number <= run).sum(-1, dtype=torch.int32))  # keys before the run: the place it starts
-        hi.append(lo[-1] + (mask & (number == run + 1)).sum(-1, dtype=torch.int32))
-    return torch.stack(lo, -2), torch.stack(hi, -2)
+    """(..., Tq, Tk) bool with at most `max_runs` runs a row -> lo, hi of (..., max_runs, Tq). Waits for the device."""
+    *lead, queries, keys = mask.shape
+    starts, ends = (side(mask).flatten(0, -2) for side in (run_starts, _ends_of_runs))
+    row, first = starts.nonzero().unbind(-1)
+    counts = starts.sum(-1)
+    run = torch.arange(len(row), device=mask.device) - (counts.cumsum(0) - counts)[row]  # its number in the row
+    lo, hi = (torch.full((len(starts), max_runs), keys, dtype=torch.int32, device=mask.device) for _ in range(2))
+    lo[row, run] = first.int()
+    hi[row, run] = ends.nonzero()[:, -1].int() + 1
+    return tuple(x.view(*lead, queries, max_runs).transpose(-1, -2).contiguous() for x in (lo, hi))
 
 
 def run_starts(mask: Tensor) -> Tensor:
-    return mask & ~pad(mask, (1, 0))[..., :-1]
+    starts = mask.clone()
+    starts[..., 1:] &= ~mask[..., :-1]
+    return starts
+
+
+def _ends_of_runs(mask: Tensor) -> Tensor:
+    ends = mask.clone()
+    ends[..., :-1] &= ~mask[..., 1:]
+    return ends

@@ -156,6 +156,24 @@ def test_spans_that_are_not_contiguous_are_read_as_they_stand():
     assert torch.equal(spans.with_axes()[1], hi.view(1, 1, 9))
 
 
+def test_from_dense_needs_little_beside_its_mask():
+    """No tensor of more than a byte for each of its elements, where there are few runs."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    mask = RowSpans.packed(int32([0, 100, 400]), causal=True).to_dense()
+    with Watch():
+        RowSpans.from_dense(mask)
+    assert largest <= mask.nbytes
+
+
 def test_copies_and_pickles_keep_the_documents():
     for spans in (RowSpans.full(3, 5), RowSpans.packed(int32([0, 2, 5]), causal=True)):
         for same in (copy.deepcopy(spans), pickle.loads(pickle.dumps(spans))):

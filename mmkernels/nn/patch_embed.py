@@ -55,9 +55,8 @@ class PatchEmbed(nn.Module):
         tokens = 0 if num_patches is None else num_prefix + num_patches
         self.pos_embed = nn.Parameter(torch.empty(tokens, embed_dim, **options)) if tokens else None
         self.prefix = nn.Parameter(torch.empty(num_prefix, embed_dim, **options)) if num_prefix else None
-        for name, values in (("mean", mean), ("std", std)):
-            value = None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
-            self.register_buffer(name, value, persistent=False)
+        # Numbers and not buffers, which would be lost on "meta" and rounded by half().
+        self.mean, self.std = (None if x is None else tuple(map(float, x)) for x in (mean, std))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -79,8 +78,8 @@ class PatchEmbed(nn.Module):
             self.bias,
             pos_embed=self.pos_embed,
             prefix=self.prefix,
-            mean=self.mean.float() if normalise and self.mean is not None else None,
-            std=self.std.float() if normalise and self.std is not None else None,
+            mean=_float32(self.mean, images) if normalise else None,
+            std=_float32(self.std, images) if normalise else None,
             layout=layout,
         )
 
@@ -92,6 +91,13 @@ class PatchEmbed(nn.Module):
             f"{in_channels}, {embed_dim}, patch_size={tuple(size)}, bias={self.bias is not None}, "
             f"positions={positions}, num_prefix={prefix}"
         )
+
+
+def _float32(numbers: tuple[float, ...] | None, images: Tensor) -> Tensor | None:
+    """On their device, written there: a copy from the host would wait, and cannot be captured in a CUDA graph."""
+    if numbers is None:
+        return None
+    return torch.cat([torch.full((1,), x, dtype=torch.float32, device=images.device) for x in numbers])
 
 
 class _PatchConv:

@@ -177,6 +177,26 @@ def test_a_half_precision_module_still_normalises_in_float32():
     module = PatchEmbed(3, 12, 4, mean=[0.5] * 3, std=[0.25] * 3).bfloat16()
     pixels = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
     assert module(pixels).dtype == torch.bfloat16
+    exact = PatchEmbed(3, 12, 4, mean=[0.4823] * 3, std=[0.2613] * 3).half()
+    normal = (pixels.double() / 255 - 0.4823) / 0.2613
+    truth = torch.nn.functional.conv2d(normal, exact.weight.double(), exact.bias.double(), stride=4)
+    torch.testing.assert_close(exact(pixels).double(), truth.flatten(2).transpose(1, 2), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["to_empty", "reset_parameters", "assign"])
+def test_patch_embed_made_on_meta(way):
+    """What is no parameter is as it was made, wherever the memory comes from."""
+    options = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
+    plain = PatchEmbed(3, 8, 4, **options)
+    with torch.device("meta"):
+        module = PatchEmbed(3, 8, 4, **options)
+    if way != "assign":
+        module.to_empty(device="cpu")
+    if way == "reset_parameters":
+        module.reset_parameters()
+    module.load_state_dict(plain.state_dict(), assign=way == "assign")
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(module(pixels), plain(pixels)) and not list(module.buffers())
 
 
 @pytest.mark.parametrize(

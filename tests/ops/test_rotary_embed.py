@@ -88,6 +88,20 @@ def test_compiles_whole_and_once_whatever_the_length(backend):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (2,)])
+def test_tables_of_other_shapes(lead, backend):
+    """Of one row for the whole batch, as transformers makes them, and of half the width, with their gradients."""
+    x, angles = torch.randn(2, 5, 3, 8), torch.randn(*lead, 5, 4, requires_grad=True)
+    cos, sin = angles.cos(), angles.sin()
+    whole = [torch.cat([t, t], -1).expand(2, 5, 8) for t in (cos, sin)]
+    found, expected = rotary_embed(x, cos, sin, backend=backend), rotary_embed(x, *whole, backend=backend)
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(x)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, angles, weights, retain_graph=True), torch.autograd.grad(expected, angles, weights)
+    )
+
+
 X, COS = torch.zeros(5, 3, 8), torch.zeros(5, 8)
 ERRORS = [
     ((X.numpy(), COS, COS), TypeError, r"rotary_embed: x must be a torch.Tensor, got ndarray"),
@@ -97,7 +111,8 @@ ERRORS = [
     ((X[:, :0], COS, COS), ValueError, r"x has shape \(5, 0, 8\); it needs at least one head"),
     ((torch.zeros(8, 3, 5).permute(2, 1, 0), COS, COS), ValueError, r"the last must be 1: call x.contiguous\(\)"),
     ((X, COS[:4], COS), ValueError, r"cos has shape \(4, 8\); for x of shape \(5, 3, 8\) it must be \(5, 8\)"),
-    ((X, COS, COS[:, :4]), ValueError, r"sin has shape \(5, 4\); for x of shape \(5, 3, 8\) it must be \(5, 8\)"),
+    ((X, COS, COS[:, :4]), ValueError, r"cos has shape \(5, 8\), sin \(5, 4\); they must be equal"),
+    ((X, COS, COS[:, :5]), ValueError, r"sin has shape \(5, 5\); .* \(5, 8\) or \(1, 5, 8\), or have 4 in place of 8"),
     ((X[None], COS[None], COS), ValueError, r"cos has shape \(1, 5, 8\), sin \(5, 8\); they must be equal"),
     ((X, COS, COS.bool()), TypeError, r"sin has dtype torch.bool"),
     ((X, COS, COS.to("meta")), ValueError, r"sin is on meta, x on cpu"),

@@ -219,6 +219,13 @@ def test_only_the_gradients_asked_for(backend):
         assert not span_attention(*tensors, spans, backend=backend).requires_grad
 
 
+def test_no_cap_is_one_of_infinity(backend):
+    spans = RowSpans.full(3, 3)
+    tensors = inputs(spans)
+    found, expected = (span_attention(*tensors, spans, softcap=x, backend=backend) for x in (torch.inf, None))
+    assert torch.equal(found, expected)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,8 @@ def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = N
         x: (T, H, D), or with a batch axis (B, T, H, D), D even; float32, bfloat16 or float16 (the reference backend:
             float64 too). The last stride must be 1, the others may be anything: queries and keys that lie side by side
             in a fused projection are turned in one call.
-        cos, sin: of the angles, (T, D), or with the batch axis of x, (B, T, D); floating, of any dtype.
+        cos, sin: of the angles, (T, D), or with a batch axis, (B, T, D) or (1, T, D) for the whole batch; floating, of
+            any dtype. With D / 2 in place of D, the angles of one half, which are those of the other too.
         backend: "triton", "cpu", "reference"; None takes the fastest of them that supports the call.
 
     Returns:
@@ -37,11 +38,13 @@ def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = N
     for label, table in (("cos", cos), ("sin", sin)):
         _checks.floating(_NAME, label, table)
         _check_table(label, table, x)
-    if cos.dim() != sin.dim():
+    if cos.shape != sin.shape:
         raise ValueError(f"{_NAME}: cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}; they must be equal")
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (table.to(wide).contiguous() for table in (cos, sin))
     cos, sin = (table if table.dim() == 3 else table[None] for table in (cos, sin))
+    if cos.shape[-1] < x.shape[-1]:
+        cos, sin = (torch.cat((table, table), -1) for table in (cos, sin))
     batched = x.dim() == 4
     out = op.rotary_embed(x if batched else x[None], cos, sin, backends.requested(backend))
     return out if batched else out.squeeze(0)
@@ -61,9 +64,10 @@ def _check_x(x: Tensor) -> None:
 def _check_table(label: str, table: Tensor, x: Tensor) -> None:
     _checks.same_device(_NAME, label, table, "x", x)
     *batch, tokens, _, dim = x.shape
-    accepted = [(tokens, dim), (*batch, tokens, dim)] if batch else [(tokens, dim)]
-    if tuple(table.shape) not in accepted:
-        shapes = " or ".join(map(str, accepted))
+    leads = [(), (1,), *((size,) for size in batch)]
+    if tuple(table.shape) not in [(*lead, tokens, width) for lead in leads for width in (dim, dim // 2)]:
+        shapes = " or ".join(str((*lead, tokens, dim)) for lead in dict.fromkeys(leads))
         raise ValueError(
-            f"{_NAME}: {label} has shape {tuple(table.shape)}; for x of shape {tuple(x.shape)} it must be {shapes}"
+            f"{_NAME}: {label} has shape {tuple(table.shape)}; for x of shape {tuple(x.shape)} it must be {shapes}, or "
+            f"have {dim // 2} in place of {dim}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ... import backends
@@ -73,6 +75,7 @@ def span_attention(
         _check_sinks(sinks, q)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{_NAME}: softcap is {softcap}; it must be positive, or None for none")
+    softcap = None if softcap == math.inf else softcap  # the limit, which a kernel would take for 0 * inf
     batched = q.dim() == 4
     if not batched:
         q, k, v = q[None], k[None], v[None]
