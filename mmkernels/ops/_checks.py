@@ -14,6 +14,11 @@ _CAST = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
 def tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{op}: {name} is a DTensor, and no rule says how this op runs on its shards; give {name}.to_local(), or "
+            f"{name}.full_tensor() where the op needs all of it"
+        )
 
 
 def floating(op: str, name: str, value: object) -> None:
