@@ -8,6 +8,7 @@ from torch import Tensor
 from ... import backends
 from .._autograd import Op, is_forward_mode, looped
 from .._registration import register
+from . import reference
 from .geometry import known_patch_geometry, patch_geometry
 
 
@@ -15,9 +16,14 @@ def _geometry(images, weight, mean, layout, find=known_patch_geometry):
     return find(images, weight, None if mean is None else mean.numel(), layout)
 
 
+def _kernels(images, weight, backend, geometry):
+    found = backends.select("patch_embed", backend, images, weight)
+    return found if geometry.batch * geometry.patches else reference  # of nothing, there is nothing to launch
+
+
 def _forward(images, weight, bias, pos_embed, prefix, mean, std, layout, backend):
-    kernels = backends.select("patch_embed", backend, images, weight)
     geometry = _geometry(images, weight, mean, layout)
+    kernels = _kernels(images, weight, backend, geometry)
     return kernels.patch_embed(images, weight, bias, pos_embed, prefix, mean, std, geometry)
 
 
@@ -29,8 +35,8 @@ def _forward_fake(images, weight, bias, pos_embed, prefix, mean, std, layout, ba
 
 
 def _backward(grad, images, weight, mean, std, layout, num_prefix, need_images, need_weight, need_bias, backend):
-    kernels = backends.select("patch_embed", backend, images, weight)
     geometry = _geometry(images, weight, mean, layout)
+    kernels = _kernels(images, weight, backend, geometry)
     d_images = torch.zeros_like(images) if need_images else None  # zeros: pixels past the last whole patch
     d_weight = torch.empty_like(weight) if need_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if need_bias else None
