@@ -446,6 +446,7 @@ def test_luck_is_no_verdict(monkeypatch):
     assert not lucky[0].ok and over_draws([lucky, usual, usual])[0].ok
     assert not over_draws([draw(9.0, 0.0), draw(9.0, 1.0), draw(9.0, 1.0)])[0].ok
     assert over_draws([draw(9.0, 1.0), draw(1.0, 1.0), draw(1.0, 1.0)])[0].ok  # a long tail
+    assert not over_draws([draw(9.0, 1.0), draw(1.0, 1.0), draw(9.0, 1.0)])[0].ok
     verdict, asked = MODULE.measured, []
 
     def first_is_wrong(truth, plain, ours, *options):
