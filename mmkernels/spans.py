@@ -86,6 +86,7 @@ class RowSpans:
             raise ValueError(f"RowSpans: num_keys is {num_keys}; it must be at least 0")
         self.lo, self.hi, self.num_keys = lo, hi, num_keys
         self._hulls: tuple[_Written, Tensor] | None = None
+        self._views: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
         self._documents: Documents | None = None
         self._full = False  # one document of all queries and keys, whose offsets are made when they are asked for
         self._built = self._written()  # lo and hi as a builder left them
@@ -127,7 +128,7 @@ class RowSpans:
         return spans
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_documents": self.documents(), "_full": False, "_hulls": None}
+        return vars(self) | {"_documents": self.documents(), "_full": False, "_hulls": None, "_views": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
@@ -330,9 +331,16 @@ class RowSpans:
         return ((lo[..., None] <= keys) & (keys < hi[..., None])).any(-3)
 
     def with_axes(self) -> tuple[Tensor, Tensor]:
-        """lo and hi as (batch or 1, runs, num_queries), neighbouring queries next to each other."""
+        """lo and hi as (batch or 1, runs, num_queries), neighbouring queries next to each other. Views are kept, which
+        see what is written; copies are not."""
+        lo, hi = self.lo, self.hi
+        if self._views is not None and self._views[0] is lo and self._views[1] is hi:
+            return self._views[2]
         shape = (self.batch or 1, self.runs, self.num_queries)
-        return self.lo.contiguous().view(shape), self.hi.contiguous().view(shape)
+        views = lo.contiguous().view(shape), hi.contiguous().view(shape)
+        if lo.is_contiguous() and hi.is_contiguous():
+            self._views = lo, hi, views
+        return views
 
     def documents(self) -> Documents | None:
         """The documents that these spans are, where `packed` or `full` made them; None where nobody said so, or lo or
@@ -401,7 +409,7 @@ def _flatten_with_keys(spans: RowSpans) -> tuple[list[tuple[pytree.KeyEntry, obj
 def _unflatten(leaves: Iterable[object], _: None) -> RowSpans:
     spans = RowSpans.__new__(RowSpans)  # unchecked: a map over a tree may put anything in the place of its leaves
     spans.lo, spans.hi, spans.num_keys = leaves
-    spans._hulls = spans._documents = spans._built = None
+    spans._hulls = spans._views = spans._documents = spans._built = None
     spans._full = False
     return spans
 

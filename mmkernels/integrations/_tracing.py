@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Proxy
 
 from ..nn._tracing import is_exported
 from .swap import plain_class
@@ -12,8 +13,9 @@ def is_traced() -> bool:
     """By torch.jit.trace, an exporter to ONNX, or a transform of torch.func: then what is swapped runs the plain
     module's own code. A graph is to hold operations that run anywhere, and what a mask says cannot be read under vmap.
     """
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return transformed or is_exported()
+    if torch.compiler.is_compiling():
+        return is_exported()
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 class Drawn:
@@ -25,7 +27,7 @@ class Drawn:
         if is_traced():
             return plain_class(self).forward(self, *args, **kwargs)
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.fx.Proxy):
+            if isinstance(value, Proxy):
                 path = value.tracer.path_of_module(self)
                 return value.tracer.create_proxy("call_module", path, args, kwargs)
         return super().forward(*args, **kwargs)

@@ -17,7 +17,7 @@ from torch.autograd import Function, forward_ad
 
 class Op:
     """To be subclassed with the static methods forward(*args), setup_context, backward, jvp and vmap, as
-    torch.autograd.Function has them."""
+    torch.autograd.Function has them; and with without_gradient(*args), if that is less work than forward."""
 
     recorded: type[Function]  # with the context in forward: torch binds the arguments of the other form at 20 us a call
     compiled: type[Function]  # for torch.compile, which does not follow a jvp
@@ -35,6 +35,8 @@ class Op:
 
         cls.compiled = _function(cls, forward=forward, backward=cls.backward)
         cls.recorded = _function(cls, forward=forward, backward=cls.backward, jvp=cls.jvp)
+        if "without_gradient" not in vars(cls):
+            cls.without_gradient = staticmethod(cls.forward)
         names = ("forward", "setup_context", "backward", "jvp", "vmap")
         cls.transformed = _function(cls, **{name: getattr(cls, name) for name in names})
 
@@ -47,10 +49,6 @@ class Op:
         if torch._C._are_functorch_transforms_active():
             return cls.transformed.apply(*args)
         return cls.recorded.apply(*args) if needs_backward or is_forward_mode() else cls.without_gradient(*args)
-
-    @classmethod
-    def without_gradient(cls, *args):
-        return cls.forward(*args)
 
 
 class OnceDifferentiable(Op):

@@ -69,7 +69,7 @@ class _SpanAttention(Op):
     def setup_context(ctx, inputs, outputs):
         q, k, v, *spans = inputs[:8]
         out, lse = outputs
-        ctx.save_for_backward(q, k, v, out, lse, *spans)
+        ctx.save_for_backward(q, k, v, out, lse, *map(_savable, spans))
         *ctx.call, ctx.want_lse = inputs[8:]
         ctx.set_materialize_grads(False)  # an lse that nobody differentiates has none, and costs nothing
         if not ctx.want_lse:
@@ -109,8 +109,8 @@ def span_attention(
 ) -> tuple[Tensor, Tensor]:
     """Without want_lse, the lse has no gradient."""
     cu_seqlens, cu_seqlens_k, causal, window = documents or (None, None, False, None)
-    spans = map(_savable, (lo, hi, hulls, cu_seqlens, cu_seqlens_k))
-    return _SpanAttention.call((q, k, v), q, k, v, *spans, causal, window, scale, softcap, backend, want_lse)
+    call = lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, window, scale, softcap, backend, want_lse
+    return _SpanAttention.call((q, k, v), q, k, v, *call)
 
 
 def _savable(x: Tensor | None) -> Tensor | None:
