@@ -151,4 +151,4 @@ def _as_it_is(to: _cuda.LogitRows) -> _cuda.LogitRows:
 
 
 def _like(parameter: Tensor, mean: Tensor) -> Tensor:
-    return mean.to(parameter.dtype, copy=True).reshape(parameter.shape)
+    return mean.to(torch.promote_types(parameter.dtype, torch.float32), copy=True).reshape(parameter.shape)

@@ -2,6 +2,11 @@
 
 Forward computes the gradients with the loss when any is wanted, because that saves work: the logits of a tile are
 there, and SigLIP needs no second pass over the pairs at all. Backward then multiplies by the incoming gradient.
+
+The `*_with_grads` ops return gradients of at least float32, whatever the dtype of the inputs, and backward rounds what
+the incoming gradient makes of them, once. Rounded before, float16 would lose what a loss scale is there to save, and
+make infinities of the scale itself. The price is memory, 4 bytes in place of 2 for each number of half-type features
+between forward and backward: 8 N D bytes in all.
 """
 
 from __future__ import annotations
@@ -38,7 +43,15 @@ def _siglip_with_grads(image, text, scale, bias, backend):
 
 
 def _grads_like(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    return tuple(
+        torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
+        for x in inputs
+    )
+
+
+def _scaled(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+    """The saved gradients times the incoming one, in the dtypes of their inputs."""
+    return tuple((saved * grad).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
 
 
 _clip_op = register(
@@ -70,15 +83,15 @@ class _ClipLoss(torch.autograd.Function):
     def forward(ctx, image, text, scale, bias, label_smoothing, backend):
         loss, *grads = _clip_grads_op(image, text, scale, label_smoothing, backend)
         ctx.save_for_backward(*grads)
+        ctx.dtypes = image.dtype, text.dtype, scale.dtype
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
-        image, text, scale = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
         bias = None if ctx.bias is None else grad.new_zeros(ctx.bias[0], dtype=ctx.bias[1])
-        return image, text, scale, bias, None, None
+        return *_scaled(ctx, grad), bias, None, None
 
 
 class _SigLipLoss(torch.autograd.Function):
@@ -86,12 +99,13 @@ class _SigLipLoss(torch.autograd.Function):
     def forward(ctx, image, text, scale, bias, backend):
         loss, *grads = _siglip_grads_op(image, text, scale, bias, backend)
         ctx.save_for_backward(*grads)
+        ctx.dtypes = image.dtype, text.dtype, scale.dtype, bias.dtype
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
-        return *(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None
+        return *_scaled(ctx, grad), None
 
 
 def _wants_grad(*inputs: Tensor | None) -> bool:
