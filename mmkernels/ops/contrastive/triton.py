@@ -230,7 +230,8 @@ def _products(
 def _sign_and_factor(scale):
     """What makes q of p, and exponents of 2 of differences of q; never 0, which would make logits of what is none."""
     scale = tl.load(scale).to(tl.float32)
-    return tl.where(scale < 0, -1.0, 1.0), tl.maximum(tl.abs(scale) * LOG2E, 2.0**-100)
+    factor = tl.abs(scale) * LOG2E
+    return tl.where(scale < 0, -1.0, 1.0), tl.where(factor < 2.0**-100, 2.0**-100, factor)
 
 
 @triton.jit(do_not_specialize=["stride_i8", "stride_t8", "n", "row0", "rows"])
