@@ -274,15 +274,14 @@ struct Term {
 
 // dS of CLIP, once the first sweep is done.
 struct ClipTerms {
-    const Softmax& softmax;
+    const float *row_max, *row_weight, *column_max, *column_weight, *missed;
     Logits logits;
     Vec own, other;  // what the smoothing adds on the diagonal, and takes off it
 
     MMK_INLINE Term operator()(int64_t i, int64_t j, Vec product, IVec on_diagonal) const {
-        const LogSumExp &rows = softmax.rows, &columns = softmax.columns;
-        const Vec row = logits.exp(product, splat(rows.max[i])) * splat(rows.sum[i]);
-        const Vec column = logits.exp(product, load(columns.max + j)) * load(columns.sum + j);
-        return {Vec{}, select(on_diagonal, own - splat(softmax.missed.get()[i]), row + column - other)};
+        const Vec row = logits.exp(product, splat(row_max[i])) * splat(row_weight[i]);
+        const Vec column = logits.exp(product, load(column_max + j)) * load(column_weight + j);
+        return {Vec{}, select(on_diagonal, own - splat(missed[i]), row + column - other)};
     }
 };
 
@@ -519,7 +518,13 @@ ContrastiveResult clip(const Contrastive& call) {
     result.loss += smoothing * call.scale * (diagonal - softmax.products / n) / n;
     if (!call.with_grads) return result;
 
-    const ClipTerms terms{softmax, logits, splat(static_cast<float>(smoothing - smoothing / n)),
+    const ClipTerms terms{softmax.rows.max,
+                          softmax.rows.sum,
+                          softmax.columns.max,
+                          softmax.columns.sum,
+                          softmax.missed.get(),
+                          logits,
+                          splat(static_cast<float>(smoothing - smoothing / n)),
                           splat(static_cast<float>(smoothing / n))};
     result.d_scale = second_sweep(pairs, call, stored, terms, threads).products / n;
     return result;

@@ -217,12 +217,17 @@ struct ClipGradientPass {
         sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
     }
 
+    MMK_DEVICE float own_slope(int row) const { return row < call.pairs.count ? call.diagonal[row] : 0.0f; }
+
     // kPlain: no mask is needed, as in nearly every tile.
     template <bool kPlain>
     MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float& total) const {
         const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
         const SoftmaxWeight weights[2] = {row[0].scaled(), row[1].scaled()};
         const float off_target = call.off_target * kGradientScale;
+        float own[2];
+#pragma unroll
+        for (int j = 0; j < 2 && !kPlain; j++) own[j] = own_slope(tile.row0 + place.row + 8 * j) * kGradientScale;
 #pragma unroll
         for (int strip = 0; strip < kTileColumns / kStrip; strip++) {
             strips.begin();
@@ -237,11 +242,8 @@ struct ClipGradientPass {
                     const float product = d[right / 2 + i], q = product * logits.sign;
                     const int e = i % 2, j = i / 2;
                     ds[i] = weights[j].of(q, logits) + (pair[e].of(q, logits) - off_target);
-                    if (!kPlain && right + e >= bounds.ends[j]) {
-                        ds[i] = 0;
-                    } else if (!kPlain && right + e == bounds.diagonal + 8 * j) {
-                        ds[i] = call.diagonal[tile.row0 + place.row + 8 * j] * kGradientScale;
-                    }
+                    if (!kPlain && right + e == bounds.diagonal + 8 * j) ds[i] = own[j];
+                    if (!kPlain && right + e >= bounds.ends[j]) ds[i] = 0;
                     total += ds[i] * product;
                 }
                 strips.put(strip, n, 0, pack2<T>(ds[0], ds[1]));

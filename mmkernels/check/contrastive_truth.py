@@ -5,10 +5,12 @@ and dropped, twice for CLIP (the column sums must be complete before any gradien
 the truth from here at sizes where the reference would need gigabytes.
 
 `response` is the other half: how far each result moves when every logit moves by 2 ulp of float32 (see
-mmkernels.check.budget). With delta that distance and A = |dS|'s sensitivity to it, A = (P + Q) / 2N for CLIP and
-sigmoid(-z S) / N for SigLIP:
+mmkernels.check.budget). With delta that distance and A = |dS|'s sensitivity to it, which is sigmoid(-z S) / N for
+SigLIP, and for CLIP (P + Q) / 2N off the diagonal, and on it what that is short of 1 / N:
 
     loss: delta sum A      dI: s delta A |T|      dT: s delta A^T |I|      ds: delta sum A |I T^T|      db: delta sum A
+
+and for CLIP's loss with a label smoothing, which adds e (S_ii - mean S), 2 e delta more.
 """
 
 from __future__ import annotations
@@ -73,8 +75,9 @@ def _clip(image: Tensor, text: Tensor, scale: float, label_smoothing: float) -> 
         truth.loss -= (target * (log_p + log_q)).sum() / (2 * count)
         weight = (log_p.exp() + log_q.exp()) / (2 * count)
         _accumulate(truth, rows, weight - target / count, products, image, text, scale)
-        _accumulate(response, rows, delta * weight, products.abs(), image.abs(), text.abs(), scale)
-    response.loss.fill_(delta)
+        sensitivity = (weight - _diagonal(rows, weight) / count).abs()
+        _accumulate(response, rows, delta * sensitivity, products.abs(), image.abs(), text.abs(), scale)
+    response.loss += response.logit_bias + 2 * label_smoothing * delta
     truth.logit_bias.zero_()  # softmax is blind to a shift of every logit: exactly zero
     response.logit_bias.zero_()
     return truth, response

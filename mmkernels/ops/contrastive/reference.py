@@ -69,7 +69,8 @@ def _eye(logits: Tensor) -> Tensor:
 
 
 def _own_logits(products: Tensor, scale: Tensor) -> Tensor:
-    """Logits less the one of the row's own pair, the difference taken first: that of equal products is exactly 0."""
+    """L: logits less the one of the row's own pair, the difference taken first: that of equal products is exactly 0,
+    and the diagonal 0 or NaN."""
     return _wide(scale) * (products - products.diagonal()[:, None])
 
 
@@ -79,15 +80,14 @@ def _others(logits: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, label_smoothing: float) -> Tensor:
     """Of the rows of `_own_logits`, with their own pairs as targets."""
-    others = _others(logits).logsumexp(1)
-    loss = torch.logaddexp(others, torch.zeros_like(others)).mean()
+    loss = torch.logaddexp(_others(logits).logsumexp(1), logits.diagonal()).mean()
     return loss - label_smoothing * logits.mean() if label_smoothing else loss
 
 
 def _errors(logits: Tensor) -> Tensor:
     """The softmax of each row of `_own_logits`, less 1 on the diagonal."""
     others = _others(logits)
-    missed = others.logsumexp(1).sigmoid()
+    missed = (others.logsumexp(1) - logits.diagonal()).sigmoid()
     shares = others.softmax(1).masked_fill(_eye(logits).bool(), 0)  # a single pair has no others, and NaN for a share
     return missed[:, None] * (shares - _eye(logits))
 
