@@ -361,7 +361,6 @@ def clip_grad(
     i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N // STRIPS)
     row_max = tl.load(row_stats + i, mask=i < n, other=0.0)
     row_weight = tl.load(row_stats + n + i, mask=i < n, other=0.0)
-    d_ii = tl.load(diagonal + i, mask=i < n, other=0.0)
     p_ds = ds + (i0 - row0).to(tl.int64) * (stride_ds8 * 8) + (i - i0)[:, None] * (stride_ds8 * 8) + j[None, :]
     total = 0.0
     for strip in tl.static_range(STRIPS):
@@ -370,6 +369,7 @@ def clip_grad(
         column_weight = tl.load(column_stats + n + j, mask=j < n, other=0.0)
         d = tl.exp2((q - row_max[:, None]) * factor) * row_weight[:, None]
         d += tl.exp2((q - column_max[None, :]) * factor) * column_weight[None, :]
+        d_ii = tl.load(diagonal + i, mask=i < n, other=0.0)  # again: registers are short
         d = tl.where(i[:, None] == j[None, :], d_ii[:, None], d - off_target)
         inside = (i[:, None] < n) & (j[None, :] < n)
         d = tl.where(inside, d, 0.0)
