@@ -369,8 +369,10 @@ def clip_grad(
         column_weight = tl.load(column_stats + n + j, mask=j < n, other=0.0)
         d = tl.exp2((q - row_max[:, None]) * factor) * row_weight[:, None]
         d += tl.exp2((q - column_max[None, :]) * factor) * column_weight[None, :]
-        d_ii = tl.load(diagonal + i, mask=i < n, other=0.0)  # again: registers are short
-        d = tl.where(i[:, None] == j[None, :], d_ii[:, None], d - off_target)
+        d -= off_target
+        if (i0 < j0 + BLOCK_N) & (j0 < i0 + BLOCK_M):  # held in every tile, d_ii would spill
+            d_ii = tl.load(diagonal + i, mask=i < n, other=0.0)
+            d = tl.where(i[:, None] == j[None, :], d_ii[:, None], d)
         inside = (i[:, None] < n) & (j[None, :] < n)
         d = tl.where(inside, d, 0.0)
         total += tl.sum(d * strips[strip])
