@@ -12,7 +12,7 @@
 //
 // The N x N numbers exist a tile at a time (pairs.h). SigLIP takes one sweep over the tiles: product, loss and dS, both
 // gradients; 6 N^2 D operations. CLIP takes two, since no entry of dS is known before all of its row and column is: a
-// first one for R and C, a second one for the gradients. One tile of dS feeds both gradients, so that is 8 N^2 D
+// first one for r and c, a second one for the gradients. One tile of dS feeds both gradients, so that is 8 N^2 D
 // operations, where eager code that spells the logits out twice takes 12 and moves N^2 numbers a dozen times.
 //
 // Online maximum. exp(S) overflows at S = 89, which scale 100 exceeds. A fixed offset would turn the sums into plain
