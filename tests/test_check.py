@@ -86,6 +86,17 @@ def test_response_bounds_what_a_rounded_logit_does(seed):
     assert 0.01 * response.image_features.max() < reached <= 2 * response.image_features.max()
 
 
+@pytest.mark.parametrize("scale", [15.0, 30.0])
+def test_response_knows_how_little_moves_what_is_told_apart(scale, seed):
+    """A loss near zero, and its gradients, move by their own size times the ulp, not by that of a probability of 1."""
+    image = torch.nn.functional.normalize(torch.randn(30, 64, dtype=torch.float64))
+    truth, response = contrastive_truth("clip_loss", image, image, scale)
+    assert response.loss < 4 * scale * torch.finfo(torch.float32).eps * truth.loss
+    assert (
+        response.image_features.max() < 40 * scale * torch.finfo(torch.float32).eps * truth.image_features.abs().max()
+    )
+
+
 # ---- the suite notices ----
 
 

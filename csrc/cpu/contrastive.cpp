@@ -2,22 +2,34 @@
 //
 // With p = I T^T (N x N), s the scale, b the bias, e the label smoothing:
 //
-//   CLIP     S = s p,  R_i = logsumexp_j S_ij,  C_j = logsumexp_i S_ij,  Y = (1 - e) eye + e / N
-//            loss = 1/2N sum_i (R_i + C_i) - 1/N sum_ij Y_ij S_ij       dS = (exp(S - R) + exp(S - C)) / 2 - Y
+//   CLIP     S = s p,  a_i = exp S_ii,  r_i = sum of exp S_ij over j other than i,  c_j the same over i other than j
+//            loss = 1/2N sum_i [log(1 + r_i / a_i) + log(1 + c_i / a_i)] + e s/N (sum_i p_ii - 1/N sum_ij p_ij)
+//            dS_ij = exp(S_ij) / 2 (1 / (a_i + r_i) + 1 / (a_j + c_j)) - e/N                    off the diagonal
+//            dS_ii = e (1 - 1/N) - (r_i / (a_i + r_i) + c_i / (a_i + c_i)) / 2
 //   SigLIP   S = s p + b,  z = 2 eye - 1
 //            loss = 1/N sum_ij log(1 + exp(-z_ij S_ij))                 dS = -z sigmoid(-z S)
 //   and      dI = s/N dS T,  dT = s/N dS^T I,  ds = 1/N sum dS p,  db = 1/N sum dS
 //
 // The N x N numbers exist a tile at a time (pairs.h). SigLIP takes one sweep over the tiles: product, loss and dS, both
 // gradients; 6 N^2 D operations. CLIP takes two, since no entry of dS is known before all of its row and column is: a
-// first one for R and C, a second one for the gradients. One tile of dS feeds both gradients, so that is 8 N^2 D
+// first one for r and c, a second one for the gradients. One tile of dS feeds both gradients, so that is 8 N^2 D
 // operations, where eager code that spells the logits out twice takes 12 and moves N^2 numbers a dozen times.
 //
 // Online maximum. exp(S) overflows at S = 89, which scale 100 exceeds. A fixed offset would turn the sums into plain
 // additions, but holds only for features of unit length and loses rows whose every logit lies 87 below it; rows and
 // columns therefore keep their own running maximum, and sums relative to it, for any features and any scale. It costs a
-// second exponential an entry, next to the D multiply-adds (4 % of the time at D = 512), and makes the largest term
-// exactly 1, so that pairs that are told apart perfectly give a loss and gradients of exactly 0.
+// second exponential an entry, next to the D multiply-adds (4 % of the time at D = 512).
+//
+// Small losses. A pair that is told apart well has a loss, and probabilities short of 1, of some 1e-9: the difference
+// of two numbers of float32 near 1 would leave nothing of them. So the diagonal stays out of the sums: r and c are sums
+// of small numbers, and both the loss and dS_ii are made of their ratio to a. Where the diagonal is not the largest,
+// with m that maximum, log(1 + r / a) is (m - S_ii) + log(exp(S_ii - m) + r exp(-m)), two terms of which neither is
+// negative.
+//
+// Differences first. exp(S - m) is 2^(|s| / ln 2 (q - m)), q being p or, where s is negative, -p, and m a maximum of q.
+// The difference of products that are close is exact, which leaves the exponent a relative error of one rounding.
+// The logit itself, rounded before the subtraction, would be wrong by 4e-6 at 100, and a compiler that fuses
+// s p - m in one place and not in another would make that a probability of 1 + 4e-6 for the maximum.
 //
 // Bounded store. Tiles of p that fit into kStoredTiles are kept from the first sweep, so that the second need not
 // compute them again (6 N^2 D where all fit); the others are recomputed: memory stays O(N D).
@@ -45,9 +57,21 @@ constexpr int64_t kStoredTiles = (272 << 20) / (kTile * kTile * sizeof(float));
 // rows of dI and dT, and of the features, come from beyond it once a block.
 constexpr int kBlock = 2;
 
-constexpr float kInfinity = __builtin_inff();
+// Less than all logits, and finite: times a scale of 0 it is 0.
+constexpr float kLowest = -3.4e38f;
 
 Vec exp(Vec x) { return exp2(x * splat(static_cast<float>(kLog2e))); }
+
+// How the products become logits: q = sign p, S - m = (q - m) factor in units of log 2.
+struct Logits {
+    explicit Logits(double scale)
+        : sign(splat(scale < 0 ? -1.0f : 1.0f)), factor(splat(static_cast<float>(std::abs(scale) * kLog2e))) {}
+
+    MMK_INLINE Vec exp(Vec product, Vec high) const { return exp2((product * sign - high) * factor); }
+    MMK_INLINE Vec fade(Vec from, Vec to) const { return exp2((from - to) * factor); }
+
+    Vec sign, factor;
+};
 
 // The first n lanes of v, n >= 1, and `other` past them.
 MMK_INLINE Vec keep(Vec v, int64_t n, Vec other) {
@@ -83,14 +107,14 @@ class Store {
     Scratch<float> memory_;
 };
 
-// ---- CLIP, first sweep: maximum and sum of exponentials of every row and column
+// ---- CLIP, first sweep: maximum and sum of exponentials of every row and column, the diagonal left out
 
-// A running maximum, and the sum of exp(x - maximum), for each of `count` rows or columns.
+// A running maximum of q, and the sum of exp(S - its logit), for each of `count` rows or columns.
 class LogSumExp {
   public:
     explicit LogSumExp(int64_t count)
         : memory_(2 * round_up(count, kTile)), max(memory_.get()), sum(max + round_up(count, kTile)) {
-        std::fill_n(max, round_up(count, kTile), -kInfinity);
+        std::fill_n(max, round_up(count, kTile), kLowest);
         std::fill_n(sum, round_up(count, kTile), 0.0f);
     }
 
@@ -102,35 +126,43 @@ class LogSumExp {
 };
 
 // Raises a maximum to at least `least` and returns its sum relative to the new one.
-MMK_INLINE Vec rescale(float* max_at, const float* sum_at, Vec least) {
+MMK_INLINE Vec rescale(float* max_at, const float* sum_at, Vec least, const Logits& logits) {
     const Vec old = load(max_at), now = max(least, old);
     store(max_at, now);
-    return load(sum_at) * exp(old - now);
+    return load(sum_at) * logits.fade(old, now);
 }
 
-// One tile of products enters the sums of its rows and columns. Returns the sum of the products.
-double accumulate(const float* p, int64_t rows, int64_t columns, Vec scale, float* row_max, float* row_sum,
+// One tile of products enters the sums of its rows and columns, but for its diagonal if that is the diagonal of p.
+// Returns the sum of all its products.
+template <bool kOnDiagonal>
+double accumulate(const float* p, int64_t rows, int64_t columns, const Logits& logits, float* row_max, float* row_sum,
                   float* column_max, float* column_sum) {
+    const auto others = [](Vec v, int64_t r, int64_t c, Vec own) {
+        return kOnDiagonal ? select(lane_index() == static_cast<int32_t>(r - c), own, v) : v;
+    };
+    const Vec lowest = splat(kLowest);
     float highest[kTile];  // of each row of the tile
     Vec top[kTile / kLanes], bottom[kTile / kLanes];
-    std::fill_n(highest, kTile, -kInfinity);
-    std::fill_n(top, kTile / kLanes, splat(-kInfinity));
+    std::fill_n(highest, kTile, kLowest);
+    std::fill_n(top, kTile / kLanes, lowest);
     double total = 0;
     for (int64_t r = 0; r < rows; r++) {
-        Vec most = splat(-kInfinity), products{};
+        Vec most = lowest, products{};
         for_vectors(columns, [&](int64_t c, int64_t left) {
-            const Vec product = load(p + r * kTile + c), x = keep(product * scale, left, splat(-kInfinity));
+            const Vec product = load(p + r * kTile + c);
+            const Vec q = others(keep(product * logits.sign, left, lowest), r, c, lowest);
             products += product;
-            most = max(x, most);
-            top[c / kLanes] = max(x, top[c / kLanes]);
+            most = max(q, most);
+            top[c / kLanes] = max(q, top[c / kLanes]);
         });
         highest[r] = max(most);
         total += static_cast<double>(sum(products));
     }
-    for_vectors(rows,
-                [&](int64_t r, int64_t) { store(row_sum + r, rescale(row_max + r, row_sum + r, load(highest + r))); });
+    for_vectors(rows, [&](int64_t r, int64_t) {
+        store(row_sum + r, rescale(row_max + r, row_sum + r, load(highest + r), logits));
+    });
     for_vectors(columns, [&](int64_t c, int64_t) {
-        bottom[c / kLanes] = rescale(column_max + c, column_sum + c, top[c / kLanes]);
+        bottom[c / kLanes] = rescale(column_max + c, column_sum + c, top[c / kLanes], logits);
         top[c / kLanes] = load(column_max + c);
     });
     for (int64_t r = 0; r < rows; r++) {
@@ -138,8 +170,8 @@ double accumulate(const float* p, int64_t rows, int64_t columns, Vec scale, floa
         Vec row{};
         for_vectors(columns, [&](int64_t c, int64_t left) {
             const Vec product = load(p + r * kTile + c);
-            row += keep(exp(product * scale - high), left, Vec{});
-            bottom[c / kLanes] += exp(product * scale - top[c / kLanes]);
+            row += others(keep(logits.exp(product, high), left, Vec{}), r, c, Vec{});
+            bottom[c / kLanes] += others(logits.exp(product, top[c / kLanes]), r, c, Vec{});
         });
         row_sum[r] += sum(row);
     }
@@ -149,15 +181,17 @@ double accumulate(const float* p, int64_t rows, int64_t columns, Vec scale, floa
 
 // What the first sweep finds. A band of rows has its own sums of the columns, merged in the order of the bands.
 struct Softmax {
-    explicit Softmax(const Tiling& tiling) : rows(tiling.rows), columns(tiling.rows), diagonal(tiling.padded()) {}
+    explicit Softmax(const Tiling& tiling)
+        : rows(tiling.rows), columns(tiling.rows), diagonal(tiling.padded()), missed(tiling.padded()) {}
 
     LogSumExp rows, columns;
     Scratch<float> diagonal;  // of p, from the very tiles that enter the sums
+    Scratch<float> missed;    // by the own pairs: see judge
     double products = 0;      // sum of p
 };
 
 template <class T>
-void first_sweep(const Pairs<T>& pairs, const Store& stored, float scale, int threads, Softmax& softmax) {
+void first_sweep(const Pairs<T>& pairs, const Store& stored, const Logits& logits, int threads, Softmax& softmax) {
     const Tiling& tiling = pairs.tiling;
     const Bands bands(tiling, 1);
     const int64_t width = round_up(tiling.rows, kTile);
@@ -171,9 +205,10 @@ void first_sweep(const Pairs<T>& pairs, const Store& stored, float scale, int th
                 float* p = stored.at(a, b) == nullptr ? local : stored.at(a, b);
                 const int64_t i = tiling.first(a), j = tiling.first(b);
                 pairs.products(a, b, p);
-                total +=
-                    accumulate(p, tiling.count(a), tiling.count(b), splat(scale), softmax.rows.max + i,
-                               softmax.rows.sum + i, columns.max + band * width + j, columns.sum + band * width + j);
+                total += (a == b ? accumulate<true> : accumulate<false>)(p, tiling.count(a), tiling.count(b), logits,
+                                                                         softmax.rows.max + i, softmax.rows.sum + i,
+                                                                         columns.max + band * width + j,
+                                                                         columns.sum + band * width + j);
                 for (int64_t r = 0; a == b && r < tiling.count(a); r++)
                     softmax.diagonal.get()[i + r] = p[r * kTile + r];
             }
@@ -184,26 +219,51 @@ void first_sweep(const Pairs<T>& pairs, const Store& stored, float scale, int th
         softmax.products += products.get()[band];
         for_vectors(tiling.rows, [&](int64_t j, int64_t) {
             const Vec high = load(columns.max + band * width + j);
-            const Vec before = rescale(softmax.columns.max + j, softmax.columns.sum + j, high);
-            const Vec more = load(columns.sum + band * width + j) * exp(high - load(softmax.columns.max + j));
-            store(softmax.columns.sum + j, before + more);
+            const Vec before = rescale(softmax.columns.max + j, softmax.columns.sum + j, high, logits);
+            const Vec fade = logits.fade(high, load(softmax.columns.max + j));
+            store(softmax.columns.sum + j, before + load(columns.sum + band * width + j) * fade);
         });
     }
 }
 
-// sum_i log sum_j exp(S_ij) - S_ii, over rows or over columns.
-double cross_entropy(const LogSumExp& x, const float* diagonal, int64_t count, Vec scale) {
-    double total = 0;
-    for_vectors(count, [&](int64_t i, int64_t left) {
-        float sums[kLanes], targets[kLanes];
-        store(sums, load(x.sum + i));
-        store(targets,
-              load_first(diagonal + i, static_cast<int>(std::min<int64_t>(left, kLanes))) * scale - load(x.max + i));
-        for (int64_t l = 0; l < std::min<int64_t>(left, kLanes); l++) {
-            total += std::log(static_cast<double>(sums[l])) - static_cast<double>(targets[l]);
+// What a row or a column says of its own pair. q_ii is the diagonal's product; x, r: the maximum off it, and the sum.
+struct OwnPair {
+    double loss;    // log(1 + r / a)
+    double missed;  // r / (a + r): what the own pair's probability is short of 1
+    double weight;  // times exp(S - x): the probability of any other pair
+
+    OwnPair(double q_ii, double x, double r, double factor) {
+        const double lead = factor * (q_ii - x);
+        if (lead >= 0) {
+            const double fade = std::exp2(-lead), rest = r * fade;
+            loss = std::log1p(rest);
+            missed = rest / (1 + rest);
+            weight = fade / (1 + rest);
+        } else {  // NaN comes here, too
+            const double total = std::exp2(lead) + r;
+            loss = std::log(total) - lead * kLn2;
+            missed = r / total;
+            weight = 1 / total;
         }
-    });
-    return total;
+    }
+};
+
+// Returns the sum of the own pairs' losses in both directions; leaves what they missed, the mean of both, and in place
+// of the sums half the weights.
+double judge(Softmax& softmax, int64_t count, double scale) {
+    double loss = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const double own = softmax.diagonal.get()[i], factor = std::abs(scale) * kLog2e;
+        const double q_ii = scale < 0 ? -own : own;
+        float &row_sum = softmax.rows.sum[i], &column_sum = softmax.columns.sum[i];
+        const OwnPair row(q_ii, softmax.rows.max[i], row_sum, factor);
+        const OwnPair column(q_ii, softmax.columns.max[i], column_sum, factor);
+        loss += row.loss + column.loss;
+        row_sum = static_cast<float>(row.weight / 2);
+        column_sum = static_cast<float>(column.weight / 2);
+        softmax.missed.get()[i] = static_cast<float>((row.missed + column.missed) / 2);
+    }
+    return loss;
 }
 
 // ---- the sweep that makes dS
@@ -214,13 +274,14 @@ struct Term {
 
 // dS of CLIP, once the first sweep is done.
 struct ClipTerms {
-    const float *row_max, *row_factor, *column_max, *column_factor;  // factor: 1 / 2 sum
-    Vec scale, hit, miss;                                            // hit, miss: Y on the diagonal, and off it
+    const float *row_max, *row_weight, *column_max, *column_weight, *missed;
+    Logits logits;
+    Vec own, other;  // what the smoothing adds on the diagonal, and takes off it
 
     MMK_INLINE Term operator()(int64_t i, int64_t j, Vec product, IVec on_diagonal) const {
-        const Vec row = exp(product * scale - splat(row_max[i])) * splat(row_factor[i]);
-        const Vec column = exp(product * scale - load(column_max + j)) * load(column_factor + j);
-        return {Vec{}, row + column - select(on_diagonal, hit, miss)};
+        const Vec row = logits.exp(product, splat(row_max[i])) * splat(row_weight[i]);
+        const Vec column = logits.exp(product, load(column_max + j)) * load(column_weight + j);
+        return {Vec{}, select(on_diagonal, own - splat(missed[i]), row + column - other)};
     }
 };
 
@@ -344,11 +405,11 @@ Sums weigh(const Pairs<T>& pairs, const Terms& terms, int64_t a, int64_t b, cons
     return sums;
 }
 
-// Row i of a gradient: adds the diagonal of g times the other features, and rounds to the result's type.
+// Row i of a gradient: adds the diagonal of g times the other features.
 template <class T>
 void finish_row(const Pairs<T>& pairs, const float* sum, int64_t i, float diagonal, const Rows<T>& other,
                 const Matrix& result) {
-    T* row = static_cast<T*>(result.data) + i * result.row_stride;
+    float* row = static_cast<float*>(result.data) + i * result.row_stride;
     for_vectors(result.columns, [&](int64_t d, int64_t left) {
         const Vec value = pairs.gradient_at(sum, i, d) + splat(diagonal) * other.floats(i, d);
         if (left >= kLanes) {
@@ -446,29 +507,24 @@ ContrastiveResult clip(const Contrastive& call) {
     const Pairs<T> pairs(call.image, call.text, call.with_grads, threads);
     const int64_t count = pairs.tiling.rows;
     const double n = static_cast<double>(count), smoothing = call.label_smoothing;
-    const float scale = static_cast<float>(call.scale);
+    const Logits logits(call.scale);
     Softmax softmax(pairs.tiling);
-    first_sweep(pairs, stored, scale, threads, softmax);
+    first_sweep(pairs, stored, logits, threads, softmax);
 
-    ContrastiveResult result{};
-    result.loss = (cross_entropy(softmax.rows, softmax.diagonal.get(), count, splat(scale)) +
-                   cross_entropy(softmax.columns, softmax.diagonal.get(), count, splat(scale))) /
-                  (2 * n);
     double diagonal = 0;
     for (int64_t i = 0; i < count; i++) diagonal += static_cast<double>(softmax.diagonal.get()[i]);
+    ContrastiveResult result{};
+    result.loss = judge(softmax, count, call.scale) / (2 * n);
     result.loss += smoothing * call.scale * (diagonal - softmax.products / n) / n;
     if (!call.with_grads) return result;
 
-    for_vectors(count, [&](int64_t i, int64_t) {
-        store(softmax.rows.sum + i, splat(0.5f) / load(softmax.rows.sum + i));
-        store(softmax.columns.sum + i, splat(0.5f) / load(softmax.columns.sum + i));
-    });
     const ClipTerms terms{softmax.rows.max,
                           softmax.rows.sum,
                           softmax.columns.max,
                           softmax.columns.sum,
-                          splat(scale),
-                          splat(static_cast<float>(1 - smoothing + smoothing / n)),
+                          softmax.missed.get(),
+                          logits,
+                          splat(static_cast<float>(smoothing - smoothing / n)),
                           splat(static_cast<float>(smoothing / n))};
     result.d_scale = second_sweep(pairs, call, stored, terms, threads).products / n;
     return result;

@@ -12,7 +12,7 @@ struct Contrastive {
     double scale, bias;  // logits = scale * image text^T + bias; clip_loss is blind to the bias
     double label_smoothing;
     bool with_grads;
-    Matrix d_image, d_text;  // like the features, columns 1 apart; read only if with_grads
+    Matrix d_image, d_text;  // float32 whatever the features are, columns 1 apart; read only if with_grads
 };
 
 struct ContrastiveResult {

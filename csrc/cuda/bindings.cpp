@@ -134,10 +134,12 @@ void bind_contrastive_calls(py::module_& module) {
              py::kw_only(), py::arg("image"), py::arg("image_stride"), py::arg("text"), py::arg("text_stride"),
              py::arg("scale"), py::arg("bias"), py::arg("count"), py::arg("width"), py::arg("bfloat16"));
     py::class_<ClipForward>(module, "ClipForward", "A call: see contrastive.h.")
-        .def(py::init([](const Pairs& pairs, float label_smoothing, uintptr_t rows, uintptr_t columns,
-                         uintptr_t diagonal, uintptr_t loss, uintptr_t workspace, size_t workspace_bytes) {
+        .def(py::init([](const Pairs& pairs, float label_smoothing, uintptr_t products, uintptr_t rows,
+                         uintptr_t columns, uintptr_t diagonal, uintptr_t loss, uintptr_t workspace,
+                         size_t workspace_bytes) {
                  return ClipForward{pairs,
                                     label_smoothing,
+                                    pointer<const double>(products),
                                     pointer<float>(rows),
                                     pointer<float>(columns),
                                     pointer<float>(diagonal),
@@ -145,8 +147,9 @@ void bind_contrastive_calls(py::module_& module) {
                                     pointer<void>(workspace),
                                     workspace_bytes};
              }),
-             py::kw_only(), py::arg("pairs"), py::arg("label_smoothing"), py::arg("rows"), py::arg("columns"),
-             py::arg("diagonal"), py::arg("loss"), py::arg("workspace"), py::arg("workspace_bytes"));
+             py::kw_only(), py::arg("pairs"), py::arg("label_smoothing"), py::arg("products"), py::arg("rows"),
+             py::arg("columns"), py::arg("diagonal"), py::arg("loss"), py::arg("workspace"),
+             py::arg("workspace_bytes"));
     py::class_<LogitRows>(module, "LogitRows", "Rows of the logits: see contrastive.h.")
         .def(py::init([](const Pairs& pairs, int row0, int row_count, uintptr_t ds, int64_t ds_stride, uintptr_t totals,
                          uintptr_t means, uintptr_t workspace, size_t workspace_bytes) {
@@ -164,10 +167,13 @@ void bind_contrastive_calls(py::module_& module) {
              py::arg("ds_stride"), py::arg("totals"), py::arg("means"), py::arg("workspace"),
              py::arg("workspace_bytes"));
     py::class_<ClipGradient>(module, "ClipGradient", "A call: see contrastive.h.")
-        .def(py::init([](const LogitRows& to, float label_smoothing, uintptr_t rows, uintptr_t columns) {
-                 return ClipGradient{to, label_smoothing, pointer<const float>(rows), pointer<const float>(columns)};
-             }),
-             py::kw_only(), py::arg("to"), py::arg("label_smoothing"), py::arg("rows"), py::arg("columns"));
+        .def(py::init(
+                 [](const LogitRows& to, float label_smoothing, uintptr_t rows, uintptr_t columns, uintptr_t diagonal) {
+                     return ClipGradient{to, label_smoothing, pointer<const float>(rows), pointer<const float>(columns),
+                                         pointer<const float>(diagonal)};
+                 }),
+             py::kw_only(), py::arg("to"), py::arg("label_smoothing"), py::arg("rows"), py::arg("columns"),
+             py::arg("diagonal"));
 }
 
 template <class Call>

@@ -1,17 +1,20 @@
 // The contrastive losses: no matrix of all logits, any scale, features of any length, the same bits in every run.
 //
-// CLIP, with S = s I T^T, m and r the maximum and the sum of exp(S - m) of a row, m' and r' of a column, e the
-// smoothing:
+// CLIP, with p = I T^T, q = p or -p by the sign of the scale s, f = |s| / ln 2, m and r the maximum of q and the sum of
+// 2^(f (q - m)) over a row without its diagonal, m' and r' over a column, e the smoothing:
 //
-//   loss  = 1/2N sum_i [log r_i + (m_i - S_ii) + log r'_i + (m'_i - S_ii)] + e/N sum_i S_ii - e s/N^2 (sum I)(sum T)
-//   dS_ij = [exp(S_ij - m_i) / 2 r_i + exp(S_ij - m'_j) / 2 r'_j - (1 - e) d_ij - e/N] / N
-//   dI = s dS T,  dT = s dS^T I,  ds = sum dS (I T^T)
+//   g_i = f (q_ii - m_i),  a_i = 2^min(g_i, 0),  r_i falls to r_i 2^-max(g_i, 0),  the same for a column
+//   loss  = 1/2N sum_i [log(1 + r_i / a_i) + log(1 + r'_i / a'_i)] + e s/N [sum_i p_ii - (sum I)(sum T) / N]
+//   dS_ij = [2^(f (q_ij - m_i)) w_i + 2^(f (q_ij - m'_j)) w'_j - e/N] / N,   w_i = 2^-max(g_i, 0) / 2 (a_i + r_i)
+//   dS_ii = [e (1 - 1/N) - (r_i / (a_i + r_i) + r'_i / (a'_i + r'_i)) / 2] / N
+//   dI = s dS T,  dT = s dS^T I,  ds = sum dS p
 //
-// Pass 1 computes S by tiles and leaves a (maximum, sum) pair of each row and each column of a tile; this file's
-// kernels fold them in a fixed order and add up the loss. The pair is kept rather than its logarithm: exp(S - m) / r
-// rounds like a plain softmax, while in exp(S - lse) an lse of 100 leaves an error of 4e-6. S_ii comes from the very
-// tile that m comes from, so that m_i - S_ii is exactly 0 where the diagonal wins, and a small loss keeps its digits.
-// The last term of the loss, a product of sums, is the caller's.
+// Pass 1 computes p by tiles and leaves a (maximum, sum) pair of each row and each column of a tile; this file's
+// kernels fold them in a fixed order, and make the loss, the weights w and the dS_ii of them. The diagonal stays out of
+// the sums because a small loss, and what a probability is short of 1, would drown in the rounding of its 1. The
+// maximum is subtracted before the scale is applied: the difference of products that are close is exact, where a
+// rounded logit of 100 is wrong by 4e-6. (sum I)(sum T), the sum of all products, is the caller's, and subtracted in
+// float64.
 //
 // Pass 2 recomputes the tiles, to the same bits, and writes N dS times 2^15 for a chunk of rows, which two products of
 // a library turn into dI and a part of dT. 8 N^2 D operations in all: 2 for S, 2 for S again, 4 for the gradients. A
@@ -64,7 +67,9 @@ struct Fold {
     bool first;
 };
 
-__global__ __launch_bounds__(kFoldThreads) void fold_statistics_kernel(const Fold rows, const Fold columns) {
+__global__ __launch_bounds__(kFoldThreads) void fold_statistics_kernel(const Fold rows, const Fold columns,
+                                                                       const float* scale) {
+    const Logits logits(*scale);
     const Fold fold = blockIdx.y == 0 ? rows : columns;
     const int x = static_cast<int>(blockIdx.x) * kFoldThreads + static_cast<int>(threadIdx.x);
     if (x >= fold.length) return;
@@ -81,33 +86,59 @@ __global__ __launch_bounds__(kFoldThreads) void fold_statistics_kernel(const Fol
             parts[i] = tile + i < fold.tiles ? Statistic{at[0], at[plane]} : Statistic{kLowest, 0.0f};
             maximum = fmaxf(maximum, parts[i].maximum);
         }
-        total = {maximum, total.sum * exp2_approx(total.maximum - maximum)};
+        total = {maximum, total.sum * logits.exp(total.maximum, maximum)};
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++) total.sum += parts[i].sum * exp2_approx(parts[i].maximum - maximum);
+        for (int i = 0; i < kAtOnce; i++) total.sum += parts[i].sum * logits.exp(parts[i].maximum, maximum);
     }
     fold.statistics[x] = total.maximum;
     fold.statistics[fold.plane + x] = total.sum;
 }
 
-Error fold_statistics(const Fold& rows, const Fold& columns, cudaStream_t stream) {
+Error fold_statistics(const Fold& rows, const Fold& columns, const float* scale, cudaStream_t stream) {
     const auto blocks = static_cast<unsigned>(divided_up(std::max(rows.length, columns.length), kFoldThreads));
     return launch(Launch{"fold_statistics", dim3(blocks, 2), kFoldThreads, 0, stream}, fold_statistics_kernel, rows,
-                  columns);
+                  columns, scale);
 }
 
-// The loss but for its mean of all logits; one block, so that the order is fixed.
+// What a row or a column says of its own pair, from what it says of the others.
+struct OwnPair {
+    float loss, missed, weight;  // log(1 + r / a), r / (a + r), w
+
+    MMK_DEVICE OwnPair(float q_ii, const Statistic& others, const Logits& logits) {
+        const float lead = (q_ii - others.maximum) * logits.factor;
+        if (lead >= 0.0f) {
+            const float fade = exp2f(-lead), rest = others.sum * fade;
+            loss = log1pf(rest);
+            missed = rest / (1.0f + rest);
+            weight = 0.5f * fade / (1.0f + rest);
+        } else {  // NaN comes here, too
+            const float total = exp2f(lead) + others.sum;
+            loss = logf(total) - lead * static_cast<float>(kLn2);
+            missed = others.sum / total;
+            weight = 0.5f / total;
+        }
+    }
+};
+
+// The loss; one block, so that the order is fixed. Sums become weights, and the diagonal of q that of N dS.
 __global__ __launch_bounds__(kSumThreads) void clip_loss_kernel(const ClipForward p) {
     const int count = p.pairs.count;
+    const Logits logits(*p.pairs.scale);
+    const float own_target = p.label_smoothing * (1.0f - 1.0f / static_cast<float>(count));
+    const double scale = *p.pairs.scale, smoothing = p.label_smoothing;
     double total = 0.0;
-#pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kSumThreads) {
-        const float s_ii = p.diagonal[i];
-        const float rows = p.rows[i] - s_ii + log2f(p.rows[int64_t{count} + i]);
-        const float columns = p.columns[i] - s_ii + log2f(p.columns[int64_t{count} + i]);
-        total += static_cast<double>(0.5f * (rows + columns) + p.label_smoothing * s_ii);
+        float &of_row = p.rows[int64_t{count} + i], &of_column = p.columns[int64_t{count} + i], &own = p.diagonal[i];
+        const OwnPair row(own, {p.rows[i], of_row}, logits), column(own, {p.columns[i], of_column}, logits);
+        total += 0.5f * (row.loss + column.loss) + smoothing * fabs(scale) * own;
+        of_row = row.weight;
+        of_column = column.weight;
+        own = own_target - 0.5f * (row.missed + column.missed);
     }
     total = block_sum(total);
-    if (threadIdx.x == 0) *p.loss = static_cast<float>(total * kLn2 / count);
+    if (threadIdx.x != 0) return;
+    if (p.products != nullptr) total -= smoothing * scale * (*p.products / count);
+    *p.loss = static_cast<float>(total / count);
 }
 
 // Block k adds what the tiles left of sum k to totals[k].
@@ -199,6 +230,9 @@ size_t gradient_workspace(int count, int row_count) {
 Error clip_forward_by(TilePass<StatisticsTiles> pass, const ClipForward& call, cudaStream_t stream) {
     const Pairs& pairs = call.pairs;
     if (Error error = checked("clip_forward", pairs, 0, pairs.count)) return error;
+    if (call.label_smoothing != 0.0f && call.products == nullptr) {
+        return Error("clip_forward: with a label smoothing it takes the sum of all products");
+    }
     const int64_t count = pairs.count, columns = divided_up(count, pass.columns);
     const int64_t rows_of_tile = std::min<int64_t>(pass.rows, count);
     const int64_t bytes = int64_t{2 * sizeof(float)} * (columns * rows_of_tile + count);  // parts of one row of tiles
@@ -214,7 +248,7 @@ Error clip_forward_by(TilePass<StatisticsTiles> pass, const ClipForward& call, c
         if (Error error = run("clip_statistics", pass, parts, stream)) return error;
         const Fold of_rows{row_parts, call.rows + row0, static_cast<int>(columns), length, count, true};
         const Fold of_columns{column_parts, call.columns, static_cast<int>(tiles), pairs.count, count, row0 == 0};
-        if (Error error = fold_statistics(of_rows, of_columns, stream)) return error;
+        if (Error error = fold_statistics(of_rows, of_columns, pairs.scale, stream)) return error;
     }
     return launch(Launch{"clip_loss", 1, kSumThreads, 0, stream}, clip_loss_kernel, call);
 }
@@ -224,8 +258,8 @@ Error clip_gradient_by(TilePass<GradientTiles> pass, const ClipGradient& call, c
     GradientTiles tiles{};
     tiles.rows = call.rows;
     tiles.columns = call.columns;
+    tiles.diagonal = call.diagonal;
     tiles.off_target = call.label_smoothing / static_cast<float>(call.to.pairs.count);
-    tiles.on_target = 1.0f - call.label_smoothing;
     return gradient("clip_gradient", pass, call.to, tiles, 1, stream);
 }
 

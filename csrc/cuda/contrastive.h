@@ -29,13 +29,14 @@ struct Pairs {
     bool bfloat16;              // else float16
 };
 
-// Statistics of the logits S, in units of log 2: S / ln 2. (2, count): the maximum of each row or column, then the sum
-// of 2^(S / ln 2 - maximum).
+// Softmax weights (2, count) of rows or columns: the maximum m off the diagonal of q, which is the products of features
+// times the sign of the scale, then w. 2^((q - m) |scale| / ln 2) w is half the probability of a pair off the diagonal.
 struct ClipForward {
     Pairs pairs;
     float label_smoothing;
-    float *rows, *columns, *diagonal;  // out: statistics (2, count), twice, and the diagonal (count) of S / ln 2
-    float* loss;                       // out, one number: but for - label_smoothing times the mean of all logits
+    const double* products;            // one number on the device, the sum of all products; null without smoothing
+    float *rows, *columns, *diagonal;  // out: softmax weights, twice, and the diagonal (count) of count dS
+    float* loss;                       // out, one number
     void* workspace;                   // of clip_forward_workspace() bytes or any less that it accepts; 16-byte aligned
     size_t workspace_bytes;
 };
@@ -58,7 +59,7 @@ size_t gradient_workspace(int count, int row_count);
 struct ClipGradient {
     LogitRows to;  // means: d scale
     float label_smoothing;
-    const float *rows, *columns;  // statistics
+    const float *rows, *columns, *diagonal;  // as clip_forward leaves them
 };
 Error clip_gradient(const ClipGradient& call, cudaStream_t stream);
 

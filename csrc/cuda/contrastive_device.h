@@ -7,17 +7,20 @@ namespace mmk::cuda {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// What makes logits in units of log 2 of products. In float64, so that it is rounded once.
-MMK_DEVICE float log2_scale(const Pairs& pairs) { return static_cast<float>(*pairs.scale * kLog2E); }
+// How products p become exponentials: q = sign p, and e to the power of a difference of logits is 2 to that of q times
+// the factor. The difference comes first: that of products that are close is exact, and nothing is left to be fused in
+// one pass and not in another.
+struct Logits {
+    float sign, factor;  // never 0, which would make kLowest a logit like others; NaN of NaN
 
-// a b, rounded whatever follows: fused with the subtraction of a maximum, it would not leave 0 where the maximum is.
-MMK_DEVICE float rounded_product(float a, float b) {
-#ifdef __CUDACC__
-    return __fmul_rn(a, b);
-#else
-    return a * b;
-#endif
-}
+    MMK_DEVICE explicit Logits(float scale)
+        : sign(scale < 0.0f ? -1.0f : 1.0f), factor(static_cast<float>(fabs(scale * kLog2E))) {
+        if (factor < 0x1p-100f) factor = 0x1p-100f;
+    }
+    MMK_DEVICE float exp(float q, float maximum) const { return exp2_approx((q - maximum) * factor); }
+    // exp(-|a - b|)
+    MMK_DEVICE float fade(float a, float b) const { return exp2_approx(-fabsf(a - b) * factor); }
+};
 
 // log(1 + x) on [0, 1], relative error 1.5e-7: x (1 + x q(x)), q minimax of degree 7.
 MMK_DEVICE float log1p_unit(float x) {
@@ -40,14 +43,14 @@ struct Sigmoid {
     }
 };
 
-// Maximum, and the sum of 2^(x - maximum), of some logits x in units of log 2. A NaN among them is in the sum.
+// Maximum of some q, and the sum of their exponentials relative to it. A NaN among them is in the sum.
 struct Statistic {
     float maximum, sum;
 };
 
 // By one exponential: that of the higher one is 1.
-MMK_DEVICE Statistic merged(const Statistic& a, const Statistic& b) {
-    const float fade = exp2_approx(-fabsf(a.maximum - b.maximum));
+MMK_DEVICE Statistic merged(const Statistic& a, const Statistic& b, const Logits& logits) {
+    const float fade = logits.fade(a.maximum, b.maximum);
     const bool a_higher = a.maximum >= b.maximum;
     return {fmaxf(a.maximum, b.maximum), (a_higher ? a.sum : b.sum) + (a_higher ? b.sum : a.sum) * fade};
 }

@@ -173,7 +173,7 @@ struct Tile {
 // The (maximum, sum) of eight of a thread's numbers x(0), x(1) ..., and of those of the lanes that differ from its own
 // in these bits.
 template <int kCount, int kFirstBit, int kEndBit, class F>
-MMK_DEVICE Statistic statistic(const F& x) {
+MMK_DEVICE Statistic statistic(const Logits& logits, const F& x) {
     Statistic of{kLowest, 0.0f};
 #pragma unroll
     for (int i = 0; i < kCount; i++) of.maximum = fmaxf(of.maximum, x(i));
@@ -182,7 +182,7 @@ MMK_DEVICE Statistic statistic(const F& x) {
         of.maximum = fmaxf(of.maximum, __shfl_xor_sync(kAllLanes, of.maximum, bit));
     }
 #pragma unroll
-    for (int i = 0; i < kCount; i++) of.sum += exp2_approx(x(i) - of.maximum);
+    for (int i = 0; i < kCount; i++) of.sum += logits.exp(x(i), of.maximum);
 #pragma unroll
     for (int bit = kFirstBit; bit < kEndBit; bit *= 2) of.sum += __shfl_xor_sync(kAllLanes, of.sum, bit);
     return of;
@@ -196,11 +196,13 @@ __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const Stat
     Products<T> products;
     products.compute(p.pairs, tile.i0, tile.j0, reinterpret_cast<T*>(shared), place);
 
-    const float scale = log2_scale(p.pairs);
-    products.each([&](float& s, int, int) { s = rounded_product(s, scale); });
+    const Logits logits(*p.pairs.scale);
+    products.each([&](float& s, int, int) { s *= logits.sign; });
     if (tile.crosses_diagonal()) {
         products.each([&](float& s, int row, int column) {
-            if (tile.positive(row, column) && tile.inside(row, column)) p.diagonal[tile.i0 + place.row + row] = s;
+            if (!tile.positive(row, column) || !tile.inside(row, column)) return;
+            p.diagonal[tile.i0 + place.row + row] = s;
+            s = kLowest;
         });
     }
     if (!tile.whole()) {
@@ -214,20 +216,20 @@ __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const Stat
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const int m = i / 2, e = i % 2 * 2;
-        const Statistic of = statistic<16, 1, 4>([&](int j) { return s[m][j / 2][e + j % 2]; });
+        const Statistic of = statistic<16, 1, 4>(logits, [&](int j) { return s[m][j / 2][e + j % 2]; });
         if (place.lane % 4 == 0) of_rows[place.warp % 2 * kTile + place.row + 16 * m + 4 * e] = of;
     }
 #pragma unroll
     for (int j = 0; j < 16; j++) {
         const int n = j / 2, e = j % 2;
-        const Statistic of = statistic<8, 4, 32>([&](int i) { return s[i / 2][n][e + i % 2 * 2]; });
+        const Statistic of = statistic<8, 4, 32>(logits, [&](int i) { return s[i / 2][n][e + i % 2 * 2]; });
         if (place.lane < 4) of_columns[place.warp / 2 * kTile + place.column + 8 * n + e] = of;
     }
     __syncthreads();
 
     const int x = static_cast<int>(threadIdx.x);
-    const auto store = [x](float* parts, int64_t plane, const Statistic* halves) {
-        const Statistic of = merged(halves[x], halves[kTile + x]);
+    const auto store = [&](float* parts, int64_t plane, const Statistic* halves) {
+        const Statistic of = merged(halves[x], halves[kTile + x], logits);
         parts[0] = of.maximum;
         parts[plane] = of.sum;
     };
@@ -251,7 +253,7 @@ struct Clip {
     static constexpr int kSums = 1;
     float sums[kSums] = {};
 
-    MMK_DEVICE Clip(const GradientTiles& p, const Tile& tile) : p_(p), tile_(tile), scale_(log2_scale(p.pairs)) {
+    MMK_DEVICE Clip(const GradientTiles& p, const Tile& tile) : p_(p), tile_(tile), logits_(*p.pairs.scale) {
 #pragma unroll
         for (int i = 0; i < 8; i++) row_[i] = weight(p.rows, tile.i0, tile.place.row + 8 * i, tile.rows);
     }
@@ -261,25 +263,27 @@ struct Clip {
             column_[j] = weight(p_.columns, tile_.j0, tile_.place.column + 8 * n + j, tile_.columns);
     }
     MMK_DEVICE float slope(const Pair& pair, int i, int j) {
-        const float x = rounded_product(pair.product, scale_);
-        float d = exp2_approx(x - column_[j].maximum) * column_[j].sum - p_.off_target;
-        d = exp2_approx(x - row_[i].maximum) * row_[i].sum + d;
-        if (pair.positive) d -= p_.on_target;
+        const float q = pair.product * logits_.sign;
+        float d = logits_.exp(q, column_[j].maximum) * column_[j].weight - p_.off_target;
+        d = logits_.exp(q, row_[i].maximum) * row_[i].weight + d;
+        if (pair.positive && pair.inside) d = p_.diagonal[tile_.i0 + tile_.place.row + 8 * i];
         sums[0] += pair.inside ? d * pair.product : 0.0f;
         return d;
     }
 
   private:
-    // Maximum, and half the inverse of the sum.
-    MMK_DEVICE Statistic weight(const float* statistics, int first, int at, int count) const {
+    struct Weight {
+        float maximum, weight;
+    };
+    MMK_DEVICE Weight weight(const float* weights, int first, int at, int count) const {
         if (at >= count) return {0.0f, 0.0f};
-        return {statistics[first + at], 0.5f * reciprocal_approx(statistics[int64_t{p_.pairs.count} + first + at])};
+        return {weights[first + at], weights[int64_t{p_.pairs.count} + first + at]};
     }
 
     const GradientTiles& p_;
     const Tile& tile_;
-    float scale_;
-    Statistic row_[8], column_[2];
+    Logits logits_;
+    Weight row_[8], column_[2];
 };
 
 struct SigLip {

@@ -1,7 +1,8 @@
 // The passes of the contrastive losses over tiles of the logits, for sm_90a: TMA, wgmma, a persistent grid.
 //
-//   CLIP, pass 1:  of each row and each column of a tile of S the maximum m and the sum of exp(S - m); the diagonal
-//   CLIP, pass 2:  N dS_ij = exp(S_ij - m_i) / 2 r_i + exp(S_ij - m'_j) / 2 r'_j - (1 - e) d_ij - e/N, and its sum with
+//   CLIP, pass 1:  of each row and each column of a tile, but for the diagonal, the maximum m of q and the sum of
+//                  2^(f (q - m)); the diagonal of q
+//   CLIP, pass 2:  N dS_ij = 2^(f (q_ij - m_i)) w_i + 2^(f (q_ij - m'_j)) w'_j - e/N off the diagonal, and its sum with
 //                  I T^T
 //   SigLIP:        N dS_ij = -z / (1 + exp(x)), its sum, its sum with I T^T, and the loss, log(1 + exp(-x)) summed
 //
@@ -27,12 +28,14 @@ using namespace contrastive_sm90;
 
 // ---- CLIP, pass 1
 
-MMK_DEVICE Statistic statistic_of(float x, float y) { return {fmaxf(x, y), 1.0f + exp2_approx(-fabsf(x - y))}; }
+MMK_DEVICE Statistic statistic_of(float x, float y, const Logits& logits) {
+    return {fmaxf(x, y), 1.0f + logits.fade(x, y)};
+}
 
 // Eight lanes 4 g + t hold the same columns, each of rows of its own. Lanes l and l ^ 4 kHalf share them out; after
 // kHalf = 4, 2, 1 lane 4 g + t has the g-th eighth of the columns, of all rows.
 template <int kHalf, int kColumns>
-MMK_DEVICE void share_out(Statistic (&x)[kColumns], int lane) {
+MMK_DEVICE void share_out(Statistic (&x)[kColumns], int lane, const Logits& logits) {
     constexpr int kKept = kColumns / 8 * kHalf;
     const bool upper = (lane & 4 * kHalf) != 0;
 #pragma unroll
@@ -40,7 +43,7 @@ MMK_DEVICE void share_out(Statistic (&x)[kColumns], int lane) {
         const Statistic kept = upper ? x[i + kKept] : x[i], given = upper ? x[i] : x[i + kKept];
         const float maximum = __shfl_xor_sync(kAllLanes, given.maximum, 4 * kHalf);
         const float sum = __shfl_xor_sync(kAllLanes, given.sum, 4 * kHalf);
-        x[i] = merged(kept, {maximum, sum});
+        x[i] = merged(kept, {maximum, sum}, logits);
     }
 }
 
@@ -53,17 +56,17 @@ struct ClipStatisticsPass {
     const Call& call;
     const Place& place;
     Statistic* found;  // [warp][column]: over the warp's rows
-    float factor;
+    Logits logits;
 
     MMK_DEVICE ClipStatisticsPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap*)
-        : call(call), place(place), found(reinterpret_cast<Statistic*>(shared)), factor(log2_scale(call.pairs)) {}
+        : call(call), place(place), found(reinterpret_cast<Statistic*>(shared)), logits(*call.pairs.scale) {}
 
     MMK_DEVICE void prepare(const Tile&) {}
 
     MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
         const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
 #pragma unroll
-        for (int i = 0; i < kHeld; i++) d[i] = rounded_product(d[i], factor);
+        for (int i = 0; i < kHeld; i++) d[i] *= logits.sign;
         if (!tile.whole(call)) {
             __syncwarp();  // keeps this a branch
 #pragma unroll
@@ -71,7 +74,7 @@ struct ClipStatisticsPass {
                 if (i / 4 * 8 + i % 2 >= bounds.ends[i / 2 % 2]) d[i] = kLowest;
             }
         }
-        store_diagonal(d, tile, bounds);
+        take_diagonal(d, tile, bounds);
         store_rows(d, tile, walk, bounds);
         before_leaving(place, first_tile);
 #pragma unroll
@@ -81,13 +84,14 @@ struct ClipStatisticsPass {
         after_joining(last_tile);
     }
 
-    MMK_DEVICE void store_diagonal(const float (&d)[kHeld], const Tile& tile, const Bounds& bounds) const {
+    MMK_DEVICE void take_diagonal(float (&d)[kHeld], const Tile& tile, const Bounds& bounds) const {
         if (!tile.crosses_diagonal()) return;
 #pragma unroll
         for (int i = 0; i < kHeld; i++) {
             const int right = i / 4 * 8 + i % 2, j = i / 2 % 2;
             if (right == bounds.diagonal + 8 * j && right < bounds.ends[j]) {
                 call.diagonal[tile.row0 + place.row + 8 * j] = d[i];
+                d[i] = kLowest;
             }
         }
     }
@@ -105,7 +109,7 @@ struct ClipStatisticsPass {
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
 #pragma unroll
             for (int i = 0; i < kHeld; i += 4) {
-                sum += exp2_approx(d[i + 2 * j] - top) + exp2_approx(d[i + 2 * j + 1] - top);
+                sum += logits.exp(d[i + 2 * j], top) + logits.exp(d[i + 2 * j + 1], top);
             }
             sum += __shfl_xor_sync(kAllLanes, sum, 1);
             sum += __shfl_xor_sync(kAllLanes, sum, 2);
@@ -122,11 +126,11 @@ struct ClipStatisticsPass {
 #pragma unroll
         for (int i = 0; i < kColumns / 4; i++) {
             const int first = strip * (kColumns / 2) + i / 2 * 4 + i % 2;
-            x[i] = statistic_of(d[first], d[first + 2]);
+            x[i] = statistic_of(d[first], d[first + 2], logits);
         }
-        share_out<4>(x, place.lane);
-        share_out<2>(x, place.lane);
-        share_out<1>(x, place.lane);
+        share_out<4>(x, place.lane, logits);
+        share_out<2>(x, place.lane, logits);
+        share_out<1>(x, place.lane, logits);
         Statistic* const to = found + place.warp * kTileColumns + strip * kColumns + place.lane / 4 * 8 + place.column;
         *reinterpret_cast<float4*>(to) = float4{x[0].maximum, x[0].sum, x[1].maximum, x[1].sum};
     }
@@ -138,7 +142,8 @@ struct ClipStatisticsPass {
             const int column = i * kWarpgroup + place.thread;
             Statistic all = found[column];
 #pragma unroll
-            for (int warp = 1; warp < kConsumerWarps; warp++) all = merged(all, found[warp * kTileColumns + column]);
+            for (int warp = 1; warp < kConsumerWarps; warp++)
+                all = merged(all, found[warp * kTileColumns + column], logits);
             if (column >= call.pairs.count - tile.column0) continue;
             parts[column] = all.maximum;
             parts[static_cast<int64_t>(walk.tiles_m) * call.pairs.count + column] = all.sum;
@@ -152,14 +157,12 @@ struct ClipStatisticsPass {
 struct SoftmaxWeight {
     float maximum, weight;
 
-    MMK_DEVICE float of(float s) const { return exp2_approx(s - maximum) * weight; }
+    MMK_DEVICE float of(float q, const Logits& logits) const { return logits.exp(q, maximum) * weight; }
+    MMK_DEVICE SoftmaxWeight scaled() const { return {maximum, weight * kGradientScale}; }
 };
-MMK_DEVICE Statistic statistic_at(const float* statistics, int i, int count) {
-    if (i >= count) return {0.0f, 1.0f};
-    return {statistics[i], statistics[int64_t{count} + i]};
-}
-MMK_DEVICE SoftmaxWeight softmax_weight(const Statistic& of) {
-    return {of.maximum, 0.5f * kGradientScale * reciprocal_approx(of.sum)};
+MMK_DEVICE SoftmaxWeight weight_at(const float* weights, int i, int count) {
+    if (i >= count) return {0.0f, 0.0f};
+    return {weights[i], weights[int64_t{count} + i]};
 }
 
 template <class T>
@@ -173,8 +176,8 @@ struct ClipGradientPass {
     Strips strips;
     SoftmaxWeight* columns;  // of the tile, for this group
     float* sums;
-    float factor;
-    Statistic row[2], column[kTileColumns / kWarpgroup];  // of the tile that is multiplied; columns: the thread's share
+    Logits logits;
+    SoftmaxWeight row[2], column[kTileColumns / kWarpgroup];  // of the tile that is multiplied; the thread's columns
 
     MMK_DEVICE ClipGradientPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap* ds)
         : call(call),
@@ -182,16 +185,16 @@ struct ClipGradientPass {
           strips(shared, ds, place),
           columns(reinterpret_cast<SoftmaxWeight*>(shared + kStripsBytes + place.group * kWeightsBytes)),
           sums(reinterpret_cast<float*>(shared + kStripsBytes + kGroups * kWeightsBytes)),
-          factor(log2_scale(call.pairs)) {}
+          logits(*call.pairs.scale) {}
 
     // Loads only: nothing waits for them before the products are done.
     MMK_DEVICE void prepare(const Tile& tile) {
         const int count = call.pairs.count;
 #pragma unroll
-        for (int j = 0; j < 2; j++) row[j] = statistic_at(call.rows, tile.row0 + place.row + 8 * j, count);
+        for (int j = 0; j < 2; j++) row[j] = weight_at(call.rows, tile.row0 + place.row + 8 * j, count);
 #pragma unroll
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
-            column[i] = statistic_at(call.columns, tile.column0 + i * kWarpgroup + place.thread, count);
+            column[i] = weight_at(call.columns, tile.column0 + i * kWarpgroup + place.thread, count);
         }
     }
 
@@ -199,7 +202,7 @@ struct ClipGradientPass {
         named_barrier_sync(kGroup + place.group, kWarpgroup);  // nobody reads those of the tile before
 #pragma unroll
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
-            columns[i * kWarpgroup + place.thread] = softmax_weight(column[i]);
+            columns[i * kWarpgroup + place.thread] = column[i].scaled();
         }
         named_barrier_sync(kGroup + place.group, kWarpgroup);
 
@@ -214,12 +217,17 @@ struct ClipGradientPass {
         sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
     }
 
+    MMK_DEVICE float own_slope(int row) const { return row < call.pairs.count ? call.diagonal[row] : 0.0f; }
+
     // kPlain: no mask is needed, as in nearly every tile.
     template <bool kPlain>
     MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float& total) const {
         const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
-        const SoftmaxWeight weights[2] = {softmax_weight(row[0]), softmax_weight(row[1])};
-        const float off_target = call.off_target * kGradientScale, on_target = call.on_target * kGradientScale;
+        const SoftmaxWeight weights[2] = {row[0].scaled(), row[1].scaled()};
+        const float off_target = call.off_target * kGradientScale;
+        float own[2];
+#pragma unroll
+        for (int j = 0; j < 2 && !kPlain; j++) own[j] = own_slope(tile.row0 + place.row + 8 * j) * kGradientScale;
 #pragma unroll
         for (int strip = 0; strip < kTileColumns / kStrip; strip++) {
             strips.begin();
@@ -231,10 +239,10 @@ struct ClipGradientPass {
                 float ds[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float product = d[right / 2 + i], s = rounded_product(product, factor);
+                    const float product = d[right / 2 + i], q = product * logits.sign;
                     const int e = i % 2, j = i / 2;
-                    ds[i] = weights[j].of(s) + (pair[e].of(s) - off_target);
-                    if (!kPlain && right + e == bounds.diagonal + 8 * j) ds[i] -= on_target;
+                    ds[i] = weights[j].of(q, logits) + (pair[e].of(q, logits) - off_target);
+                    if (!kPlain && right + e == bounds.diagonal + 8 * j) ds[i] = own[j];
                     if (!kPlain && right + e >= bounds.ends[j]) ds[i] = 0;
                     total += ds[i] * product;
                 }

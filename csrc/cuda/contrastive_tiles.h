@@ -16,9 +16,9 @@ constexpr float kLowest = -3.4e38f;
 struct StatisticsTiles {
     Pairs pairs;
     int row0, row_count;
-    float* row_parts;     // (2, tiles along a row, row_count): maximum and sum, in units of log 2
+    float* row_parts;     // (2, tiles along a row, row_count): statistics, the diagonal left out
     float* column_parts;  // (2, tiles along a column of these rows, count)
-    float* diagonal;      // (count), of which [row0, row0 + row_count) is written
+    float* diagonal;      // (count), of q; of which [row0, row0 + row_count) is written
 };
 
 // The same rows: pass 2 of CLIP, or the one pass of SigLIP.
@@ -28,8 +28,9 @@ struct GradientTiles {
     void* ds;  // null in SigLIP: only the loss is wanted
     int64_t ds_stride;
     float* sums;                  // (1 or 3, tiles): CLIP's sum of N dS (I T^T); SigLIP's loss, that, and sum of N dS
-    const float *rows, *columns;  // CLIP's statistics
-    float off_target, on_target;  // CLIP: what N dS has less off the diagonal and on it: e / N, and 1 - e besides
+    const float *rows, *columns;  // CLIP's softmax weights
+    const float* diagonal;        // CLIP's, of N dS
+    float off_target;             // CLIP: what N dS has less off the diagonal, e / N
 };
 
 template <class Tiles>

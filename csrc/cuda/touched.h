@@ -107,6 +107,7 @@ inline Touched touched(const Pairs& pairs) {
 
 inline Touched touched(const ClipForward& call) {
     Touched found = touched(call.pairs);
+    if (call.products != nullptr) found.reads(call.products, 1);
     found.writes(call.rows, int64_t{2} * call.pairs.count);
     found.writes(call.columns, int64_t{2} * call.pairs.count);
     found.writes(call.diagonal, call.pairs.count);
@@ -132,6 +133,7 @@ inline Touched touched(const ClipGradient& call) {
     Touched found = touched(call.to, 1);
     found.reads(call.rows, int64_t{2} * call.to.pairs.count);
     found.reads(call.columns, int64_t{2} * call.to.pairs.count);
+    found.reads(call.diagonal, call.to.pairs.count);
     return found;
 }
 

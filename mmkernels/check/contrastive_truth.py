@@ -5,10 +5,12 @@ and dropped, twice for CLIP (the column sums must be complete before any gradien
 the truth from here at sizes where the reference would need gigabytes.
 
 `response` is the other half: how far each result moves when every logit moves by 2 ulp of float32 (see
-mmkernels.check.budget). With delta that distance and A = |dS|'s sensitivity to it, A = (P + Q) / 2N for CLIP and
-sigmoid(-z S) / N for SigLIP:
+mmkernels.check.budget). With delta that distance and A = |dS|'s sensitivity to it, which is sigmoid(-z S) / N for
+SigLIP, and for CLIP (P + Q) / 2N off the diagonal, and on it what that is short of 1 / N:
 
     loss: delta sum A      dI: s delta A |T|      dT: s delta A^T |I|      ds: delta sum A |I T^T|      db: delta sum A
+
+and for CLIP's loss with a label smoothing, which adds e (S_ii - mean S), 2 e delta more.
 """
 
 from __future__ import annotations
@@ -63,18 +65,22 @@ def contrastive_truth(
 
 def _clip(image: Tensor, text: Tensor, scale: float, label_smoothing: float) -> tuple[Sums, Sums]:
     count = len(image)
-    row_lse, column_lse, largest = _normalisers(image, text, scale)
+    own, row_others, column_others, largest = _logits_of_others(image, text, scale)
+    row_loss, column_loss = (torch.logaddexp(x, torch.zeros_like(x)) for x in (row_others, column_others))
+    missed = (row_others.sigmoid() + column_others.sigmoid()) / 2  # what an own pair's probability is short of 1
     delta = 2 * ulp(torch.float32, largest)
     truth, response = Sums.zeros(image, text), Sums.zeros(image, text)
+    truth.loss += (row_loss + column_loss).mean() / 2 + label_smoothing * own.mean()
     for rows, products in _chunks(image, text):
         logits = scale * products
-        target = _diagonal(rows, logits) * (1 - label_smoothing) + label_smoothing / count
-        log_p, log_q = logits - row_lse[rows, None], logits - column_lse
-        truth.loss -= (target * (log_p + log_q)).sum() / (2 * count)
-        weight = (log_p.exp() + log_q.exp()) / (2 * count)
-        _accumulate(truth, rows, weight - target / count, products, image, text, scale)
-        _accumulate(response, rows, delta * weight, products.abs(), image.abs(), text.abs(), scale)
-    response.loss.fill_(delta)
+        diagonal = _diagonal(rows, logits)
+        softmaxes = [logits - (own + row_loss)[rows, None], logits - (own + column_loss)]
+        error = torch.where(diagonal == 1, -missed[rows, None], sum(x.exp() for x in softmaxes) / 2) / count
+        smoothing = label_smoothing * (diagonal - 1 / count) / count
+        truth.loss -= label_smoothing * logits.sum() / count**2
+        _accumulate(truth, rows, error + smoothing, products, image, text, scale)
+        _accumulate(response, rows, delta * error.abs(), products.abs(), image.abs(), text.abs(), scale)
+    response.loss += response.logit_bias + 2 * label_smoothing * delta
     truth.logit_bias.zero_()  # softmax is blind to a shift of every logit: exactly zero
     response.logit_bias.zero_()
     return truth, response
@@ -97,15 +103,20 @@ def _siglip(image: Tensor, text: Tensor, scale: float, bias: float) -> tuple[Sum
     return truth, response
 
 
-def _normalisers(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
-    """Log-sum-exp of each row and each column of the logits, and the largest |logit|."""
-    row_lse, column_lse, largest = [], torch.full((len(text),), -torch.inf, dtype=image.dtype, device=image.device), 0.0
-    for _, products in _chunks(image, text):
+def _logits_of_others(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The logits of own pairs; less those, the log-sum-exp of the others in each row and in each column, of which a
+    small loss is made; and the largest |logit|."""
+    own, rows_lse, largest = [], [], 0.0
+    columns_lse = torch.full((len(text),), -torch.inf, dtype=image.dtype, device=image.device)
+    for rows, products in _chunks(image, text):
         logits = scale * products
-        row_lse.append(logits.logsumexp(1))
-        column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
         largest = max(largest, logits.abs().max().item())
-    return torch.cat(row_lse), column_lse, largest
+        own.append(logits.diagonal(rows.start).clone())
+        others = logits.masked_fill(_diagonal(rows, logits) == 1, -torch.inf)
+        rows_lse.append(others.logsumexp(1))
+        columns_lse = torch.logaddexp(columns_lse, others.logsumexp(0))
+    own = torch.cat(own)
+    return own, torch.cat(rows_lse) - own, columns_lse - own, largest
 
 
 def _chunks(image: Tensor, text: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -67,7 +67,7 @@ def _logits_response(op: str) -> Callable[[Call], dict[str, float]]:
         scale, bias = (
             call.tensors[name].item() if name in call.tensors else 0.0 for name in ("logit_scale", "logit_bias")
         )
-        _, moved = contrastive_truth(op, image, text, scale, bias)
+        _, moved = contrastive_truth(op, image, text, scale, bias, call.options.get("label_smoothing", 0.0))
         values = {"loss": moved.loss} | {f"d_{name}": value for name, value in moved.gradients().items()}
         if normalize:  # those of the unit features, not of the features given: the plain error has to do
             del values["d_image_features"], values["d_text_features"]

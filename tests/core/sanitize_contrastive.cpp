@@ -113,8 +113,8 @@ static void run(bool clip, DType dtype, int64_t n, int64_t dim, Tensor::Layout l
     Tensor image(dtype, n, dim, layout), text(dtype, n, dim, Tensor::kRows);
     image.fill();
     text.fill();
-    Tensor d_image(dtype, n, dim, Tensor::kRows), d_text(dtype, n, dim, Tensor::kRows);
-    Tensor again_image(dtype, n, dim, Tensor::kRows), again_text(dtype, n, dim, Tensor::kRows);
+    const auto gradient = [&] { return Tensor(DType::kFloat32, n, dim, Tensor::kRows); };
+    Tensor d_image = gradient(), d_text = gradient(), again_image = gradient(), again_text = gradient();
     Contrastive call{image.matrix, text.matrix, 0.7, -1.5, 0, true, d_image.matrix, d_text.matrix};
     threads = 1;
     const ContrastiveResult result = kernel(call);

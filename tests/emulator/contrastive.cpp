@@ -21,9 +21,9 @@ struct Place {  // of a matrix: `offset` numbers after an address that is a mult
 struct Header {
     int64_t siglip, with_gradients, bfloat16, count, width;
     Place image, text;
-    int64_t ds_stride, chunk;  // rows of ds at a time
-    int64_t workspace_bytes;   // of the forward; 0: as many as it asks for
-    double scale, bias, label_smoothing;
+    int64_t ds_stride, chunk;                       // rows of ds at a time
+    int64_t workspace_bytes;                        // of the forward; 0: as many as it asks for
+    double scale, bias, label_smoothing, products;  // products: the sum of all
 };
 
 static const char* case_name = "";
@@ -83,9 +83,15 @@ static Error run_passes(const Passes& passes, const Header& h, const Pairs& pair
             h.workspace_bytes != 0 ? static_cast<size_t>(h.workspace_bytes) : clip_forward_workspace(pairs.count);
         std::vector<char> workspace(bytes);
         watch(workspace, false);
-        const ClipForward call{
-            pairs, smoothing, rows.data(), columns.data(), diagonal.data(), results.means.data(), workspace.data(),
-            bytes};
+        const ClipForward call{pairs,
+                               smoothing,
+                               smoothing != 0 ? &h.products : nullptr,
+                               rows.data(),
+                               columns.data(),
+                               diagonal.data(),
+                               results.means.data(),
+                               workspace.data(),
+                               bytes};
         if (Error error = passes.clip_forward(call, nullptr)) return error;
     }
     if (!h.siglip && !h.with_gradients) return {};
@@ -103,7 +109,7 @@ static Error run_passes(const Passes& passes, const Header& h, const Pairs& pair
                            results.means.data() + (h.siglip ? 0 : 1),
                            workspace.data(),
                            workspace.size()};
-        const ClipGradient clip{to, smoothing, rows.data(), columns.data()};
+        const ClipGradient clip{to, smoothing, rows.data(), columns.data(), diagonal.data()};
         if (Error error = h.siglip ? passes.siglip(to, nullptr) : passes.clip_gradient(clip, nullptr)) {
             return error;
         }

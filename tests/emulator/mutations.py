@@ -168,11 +168,49 @@ MUTATIONS = [
         ),
         ("features are read beyond their width", "i < present && k0 < left)", "i < present)"),
         ("sums are stored beyond the rows", "if (x < tile.rows) store", "store"),
+        (
+            "the diagonal is left in the sums",
+            "            s = kLowest;\n        });\n    }\n    if",
+            "        });\n    }\n    if",
+        ),
+        (
+            "the diagonal has the gradient of any pair",
+            "if (pair.positive && pair.inside) d = p_.",
+            "if (false) d = p_.",
+        ),
+    ),
+    *of(
+        "contrastive_device.h",
+        "test_contrastive.py",
+        (
+            "logits are rounded before their difference is taken",
+            "exp2_approx((q - maximum) * factor)",
+            "exp2_approx(q * factor - maximum * factor)",
+        ),
+        ("a scale of 0 makes logits of what is none", "if (factor < 0x1p-100f) factor = 0x1p-100f;", ""),
+        ("a scale below 0 turns the softmax round", "scale < 0.0f ? -1.0f : 1.0f", "1.0f"),
     ),
     *of(
         "contrastive.cu",
         "test_contrastive.py",
         ("one tile too many is folded", "tile + i < fold.tiles", "tile + i <= fold.tiles"),
+        ("a small loss is the logarithm of nearly 1", "log1pf(rest)", "logf(1.0f + rest)"),
+        (
+            "what a probability is short of 1 is a difference from 1",
+            "missed = rest / (1.0f + rest)",
+            "missed = 1.0f - 1.0f / (1.0f + rest)",
+        ),
+        ("the mean of all logits is not subtracted", "if (p.products != nullptr)", "if (false)"),
+    ),
+    *of(
+        "contrastive_sm90.cu",
+        "test_contrastive.py",
+        (
+            "the diagonal is left in the sums",
+            "+ 8 * j] = d[i];\n                d[i] = kLowest;",
+            "+ 8 * j] = d[i];",
+        ),
+        ("the diagonal has the gradient of any pair", "ds[i] = own[j];", "ds[i] += 0 * own[j];"),
     ),
     *of(
         "contrastive_sm90_tiles.h",

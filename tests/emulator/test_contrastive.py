@@ -97,7 +97,9 @@ def packed_case(case: Case) -> bytes:
     flags = [case.op == "siglip_loss", case.with_gradients, case.dtype == torch.bfloat16]
     sizes = [case.ds_stride, case.chunk or max(case.count, 1), case.workspace]
     header = [*flags, case.count, case.width, *places, *sizes]
-    return struct.pack(f"{len(header)}q3d", *header, case.scale, case.bias, case.label_smoothing) + b"".join(bodies)
+    products = (case.image.sum(0, dtype=torch.float64) @ case.text.sum(0, dtype=torch.float64)).item()
+    numbers = case.scale, case.bias, case.label_smoothing, products
+    return struct.pack(f"{len(header)}q4d", *header, *numbers) + b"".join(bodies)
 
 
 @pytest.fixture(params=KERNELS)
@@ -138,9 +140,6 @@ def run_cases(run, kernel: str, folder: Path, cases: list[Case]) -> list[Result]
 def result_of(case: Case, means: Tensor, ds: Tensor) -> Result:
     """As the backend makes it of what the kernels left, with its products."""
     loss, d_scale, d_bias = means[0], means[1], means[2]
-    if case.op == "clip_loss" and case.label_smoothing:
-        product = case.image.sum(0, dtype=torch.float64) @ case.text.sum(0, dtype=torch.float64)
-        loss = (loss - case.scale * product * case.label_smoothing / case.count**2).float()
     untouched = means[1:] if not case.with_gradients else means[3 if case.op == "siglip_loss" else 2 :]
     assert (untouched == -1).all(), f"{case.name}: wrote beyond its results"
     if not case.with_gradients:
@@ -170,6 +169,9 @@ def all_cases(rng: random.Random) -> list[Case]:
         Case("clip_loss", 140, 72, scale=100.0, aligned=True, gaps=(3, 0), offsets=(0, 1)),
         Case("clip_loss", 300, 8, with_gradients=False, workspace=2 * row_of_tiles(300) + 4),
         Case("clip_loss", 5, 0),
+        Case("clip_loss", 150, 24, scale=0.0),
+        Case("clip_loss", 135, 40, scale=-20.0, aligned=True),
+        Case("clip_loss", 38, 40, scale=-5.0, label_smoothing=0.2),
         Case("siglip_loss", 1, 1),
         Case("siglip_loss", 37, 165, bias=5.0, gaps=(3, 0)),
         Case("siglip_loss", 131, 64, scale=100.0, chunk=100, gaps=(0, 16)),
@@ -214,6 +216,35 @@ def test_results_are_within_the_budget(build, run, kernel, seed, tmp_path, dtype
     results = run_cases(run, kernel, tmp_path, cases)
     failures = [failure for case, result in zip(cases, results, strict=True) for failure in complaints(case, result)]
     assert not failures, "\n".join(failures)
+
+
+def exact_products(scale: float, label_smoothing: float) -> Case:
+    """Products of 1, and 2^-13 more within a group of twenty, and 2^-9 more of a pair: all are exact."""
+    count = TILE + 12
+    own, group, one = torch.eye(count), torch.eye(7)[torch.arange(count) % 7], torch.ones(count, 1)
+    image = torch.cat([one, own * 2**-4, group * 2**-6], 1).bfloat16()
+    text = torch.cat([one, own * 2**-5, group * 2**-7], 1).bfloat16().copysign(torch.tensor(scale))
+    case = Case("clip_loss", count, image.shape[1], scale=scale, label_smoothing=label_smoothing)
+    return replace(case, image=image, text=text)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+def test_losses_near_zero_keep_their_digits(run, kernel, tmp_path):
+    """Of pairs told apart, to a few roundings of the products. Where products are exact, so are their differences,
+    though the logits are some 10^4; what is left of the column of ones is rounding in any case."""
+    apart = [Case("clip_loss", 140, 72, scale=scale, aligned=True).draw() for scale in (30.0, 60.0)]
+    exact = [exact_products(scale, smoothing) for scale in (9999.7, -9999.7) for smoothing in (0.0, 0.1)]
+    for case, ours in zip(apart + exact, run_cases(run, kernel, tmp_path, apart + exact), strict=True):
+        truth, _ = contrastive_truth(case.op, case.image, case.text, case.scale, 0.0, case.label_smoothing)
+        first = 1 if case.width > case.count else 0
+        limit = 2e-6 if first else 8 * torch.finfo(torch.float32).eps * case.scale
+        assert relative_error(ours.loss, truth.loss) < limit, f"{case.name}: loss"
+        for name in ("image_features", "text_features"):
+            value, expected = getattr(ours, name)[:, first:], getattr(truth, name)[:, first:]
+            assert relative_error(value, expected) < 2 * torch.finfo(case.dtype).eps, f"{case.name}: {name}"
 
 
 @pytest.mark.parametrize("op", ["clip_loss", "siglip_loss"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,16 +34,20 @@ def clip_loss(
     Args:
         image_features: (N, D), float32, bfloat16 or float16 (float64 by the reference); usually of unit length.
         text_features: (N, D), the same dtype and device; row i belongs to image i.
-        logit_scale: a number or a tensor of one element, the factor itself (CLIP's parameter already exponentiated).
+        logit_scale: a number, NumPy's too, or a tensor of one element: the factor itself (CLIP's parameter already
+            exponentiated).
         logit_bias: accepted as open_clip passes it. It shifts every logit alike, so the softmax is blind to it: the
             loss does not change and its gradient is zero.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
-        normalize: divide each feature by its length first (torch.nn.functional.normalize).
+        normalize: divide each feature by its length first (torch.nn.functional.normalize), in float32 whatever its
+            dtype, which it then has again: a row of zeros stays one, and float16 rows may be longer than 65504.
         backend: "cuda", "triton", "cpu", "reference"; None takes the fastest that supports the call.
 
     Returns:
         A scalar tensor, float32 (float64 for float64 features), differentiable once in the features, logit_scale and
-        logit_bias. When a gradient is wanted it is computed together with the loss, so that backward only scales it.
+        logit_bias. When a gradient is wanted it is computed together with the loss, so that backward only scales it: in
+        float32, and rounded to the dtype of the features after that, so that a loss scale does its work. Until then it
+        takes 8 N D bytes, for half types twice what the features do.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, dtype, shape or device; the message names it.
@@ -92,15 +98,20 @@ def _features(name: str, image: Tensor, text: Tensor, normalize: bool) -> tuple[
         )
     _checks.same_device(name, "text_features", text, "image_features", image)
     if normalize:
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        image, text = _normalized(image), _normalized(text)
     image, text = _checks.autocast(image, text)
     _checks.same_dtype(name, "text_features", text, "image_features", image)
     return image, text
 
 
+def _normalized(features: Tensor) -> Tensor:
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return F.normalize(wide, dim=-1).to(features.dtype)
+
+
 def _scalar(name: str, label: str, value: Tensor | float, like: Tensor) -> Tensor:
-    if isinstance(value, (int, float)):
-        return torch.full((), value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    if isinstance(value, (int, float, Real)):  # Real: NumPy's scalars, too
+        return torch.full((), float(value), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     _checks.floating(name, label, value)
     if value.numel() != 1:
         raise ValueError(f"{name}: {label} has shape {tuple(value.shape)}; it must have exactly one element")

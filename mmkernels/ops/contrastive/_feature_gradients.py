@@ -15,14 +15,14 @@ DS_SCALE = 2.0**15  # |N dS| <= 1: without it float16 would lose the small proba
 def feature_gradients(
     write_rows: Callable[[Tensor, int], None], image: Tensor, text: Tensor, scale: Tensor, width: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both features, `width` columns of them, by `step` rows of dS at a time.
+    """Float32 gradients of both features, `width` columns of them, by `step` rows of dS at a time.
 
     write_rows(ds, row0) fills N dS times DS_SCALE from row0 on; rows of ds are 16-byte aligned, and have room for
     columns up to a multiple of 8.
     """
     n, pitch = len(image), -(-len(image) // 8) * 8
     factor = scale.detach().float().reshape(()) / (n * DS_SCALE)
-    d_image, d_text = image.new_empty(n, width), text.new_empty(n, width)
+    d_image, d_text = (x.new_empty(n, width, dtype=torch.float32) for x in (image, text))
     d_text_sum = None
     for row0 in range(0, n, step):
         rows = min(step, n - row0)

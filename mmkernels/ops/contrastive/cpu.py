@@ -19,7 +19,7 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float
 
 
 def clip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
-    d_image, d_text = _contiguous_like(image), _contiguous_like(text)
+    d_image, d_text = _grad_like(image), _grad_like(text)
     loss, d_scale = _core.clip_loss(
         matrix(image), matrix(text), scale.item(), label_smoothing, matrix(d_image), matrix(d_text)
     )
@@ -32,15 +32,15 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Ten
 
 
 def siglip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    d_image, d_text = _contiguous_like(image), _contiguous_like(text)
+    d_image, d_text = _grad_like(image), _grad_like(text)
     loss, d_scale, d_bias = _core.siglip_loss(
         matrix(image), matrix(text), scale.item(), bias.item(), matrix(d_image), matrix(d_text)
     )
     return _loss(loss), d_image, d_text, _full_like(scale, d_scale), _full_like(bias, d_bias)
 
 
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _grad_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def _loss(value: float) -> Tensor:
@@ -48,4 +48,4 @@ def _loss(value: float) -> Tensor:
 
 
 def _full_like(x: Tensor, value: float) -> Tensor:
-    return torch.full(x.shape, value, dtype=x.dtype)
+    return torch.full(x.shape, value, dtype=torch.promote_types(x.dtype, torch.float32))

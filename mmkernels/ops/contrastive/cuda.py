@@ -34,13 +34,13 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float
 
 def clip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
     call = _Call.of(image, text, scale)
-    loss, rows, columns = _clip_forward(call, label_smoothing)
+    loss, rows, columns, diagonal = _clip_forward(call, label_smoothing)
 
-    def with_statistics(to: _cuda.LogitRows) -> _cuda.ClipGradient:
-        statistics = dict(rows=rows.data_ptr(), columns=columns.data_ptr())
-        return _cuda.ClipGradient(to=to, label_smoothing=label_smoothing, **statistics)
+    def with_weights(to: _cuda.LogitRows) -> _cuda.ClipGradient:
+        weights = dict(rows=rows.data_ptr(), columns=columns.data_ptr(), diagonal=diagonal.data_ptr())
+        return _cuda.ClipGradient(to=to, label_smoothing=label_smoothing, **weights)
 
-    d_image, d_text, means = call.gradients("clip_gradient", with_statistics, 1, image.shape[1])
+    d_image, d_text, means = call.gradients("clip_gradient", with_weights, 1, image.shape[1])
     return loss, d_image, d_text, _like(scale, means[0])
 
 
@@ -56,15 +56,19 @@ def siglip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, bias: Ten
     return loss.clone(), d_image, d_text, _like(scale, d_scale), _like(bias, d_bias)
 
 
-def _clip_forward(call: _Call, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and the statistics (2, N) of rows and of columns."""
+def _clip_forward(call: _Call, label_smoothing: float) -> tuple[Tensor, ...]:
+    """Loss, the softmax weights (2, N) of rows and of columns, and the diagonal of N dS."""
     image, n = call.image, len(call.image)
     rows, columns = (image.new_empty(2, n, dtype=torch.float32) for _ in range(2))
     diagonal, loss = image.new_empty(n, dtype=torch.float32), image.new_empty((), dtype=torch.float32)
     workspace = image.new_empty(_cuda.clip_forward_workspace(n), dtype=torch.uint8)
+    products = None
+    if label_smoothing != 0.0:
+        products = image.sum(0, dtype=torch.float64) @ call.text.sum(0, dtype=torch.float64)
     forward = _cuda.ClipForward(
         pairs=call.pairs(),
         label_smoothing=label_smoothing,
+        products=0 if products is None else products.data_ptr(),
         rows=rows.data_ptr(),
         columns=columns.data_ptr(),
         diagonal=diagonal.data_ptr(),
@@ -73,10 +77,7 @@ def _clip_forward(call: _Call, label_smoothing: float) -> tuple[Tensor, Tensor, 
         workspace_bytes=workspace.numel(),
     )
     call.launch("clip_forward", forward)
-    if label_smoothing != 0.0:
-        product = image.sum(0, dtype=torch.float64) @ call.text.sum(0, dtype=torch.float64)
-        loss = (loss - call.scale.double().reshape(()) * product * (label_smoothing / n**2)).float()
-    return loss, rows, columns
+    return loss, rows, columns, diagonal
 
 
 class _Sums:
@@ -151,4 +152,4 @@ def _as_it_is(to: _cuda.LogitRows) -> _cuda.LogitRows:
 
 
 def _like(parameter: Tensor, mean: Tensor) -> Tensor:
-    return mean.to(parameter.dtype, copy=True).reshape(parameter.shape)
+    return mean.to(torch.promote_types(parameter.dtype, torch.float32), copy=True).reshape(parameter.shape)

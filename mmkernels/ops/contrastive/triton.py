@@ -1,18 +1,23 @@
 """The contrastive losses in Triton: no N x N matrix, any scale, features of any length, the same bits in every run.
 
-CLIP, with S = s I T^T, m and r the maximum and the sum of exp(S - m) of a row, m' and r' of a column, e the smoothing:
+CLIP, with p = I T^T, q = p or -p by the sign of the scale s, f = |s| / ln 2, m and r the maximum of q and the sum of
+2^(f (q - m)) over a row without its diagonal, m' and r' over a column, e the smoothing:
 
-    loss  = 1/2N sum_i [log r_i + (m_i - S_ii) + log r'_i + (m'_i - S_ii)] + e/N sum_i S_ii - e s/N^2 (sum I)(sum T)
-    dS_ij = [exp(S_ij - m_i) / 2 r_i + exp(S_ij - m'_j) / 2 r'_j - (1 - e) d_ij - e/N] / N
-    dI = s dS T,  dT = s dS^T I,  ds = sum dS (I T^T)
+    g_i = f (q_ii - m_i),  a_i = 2^min(g_i, 0),  r_i falls to r_i 2^-max(g_i, 0),  the same for a column
+    loss  = 1/2N sum_i [log(1 + r_i / a_i) + log(1 + r'_i / a'_i)] + e s/N [sum_i p_ii - (sum I)(sum T) / N]
+    dS_ij = [2^(f (q_ij - m_i)) w_i + 2^(f (q_ij - m'_j)) w'_j - e/N] / N,   w_i = 2^-max(g_i, 0) / 2 (a_i + r_i)
+    dS_ii = [e (1 - 1/N) - (r_i / (a_i + r_i) + r'_i / (a'_i + r'_i)) / 2] / N
+    dI = s dS T,  dT = s dS^T I,  ds = sum dS p
 
-Pass 1 (`clip_stats`) computes the tiles of S and leaves a (maximum, sum) pair for each row and each column of every
-strip of a tile; `fold_stats` combines them in a fixed order. Why an online maximum and not the fixed offset that
-unit-length features allow: it costs one more exponential an element, a few percent of the products' time, and is right
-for every scale and length, with no guard and no second try. The pair is kept rather than its logarithm: exp(S - m) / r
-rounds like a plain softmax, while in exp(S - lse) an lse of 100 leaves an error of 4e-6. S_ii comes from the very tile
-that m and r come from, so that m_i - S_ii is exactly 0 where the diagonal wins, and a small loss keeps its digits. The
-sum of all logits, for the smoothing, needs no pass: it is a product of sums.
+Pass 1 (`clip_stats`) computes the tiles of p and leaves a (maximum, sum) pair for each row and each column of every
+strip of a tile; `fold_stats` combines them in a fixed order, and `clip_loss_sum` makes the loss, the weights w and the
+dS_ii of them. Why an online maximum and not the fixed offset that unit-length features allow: it costs one more
+exponential an element, a few percent of the products' time, and is right for every scale and length, with no guard and
+no second try. The diagonal is kept out of the sums because a small loss, and what a probability is short of 1, would
+drown in the rounding of its 1. The maximum is subtracted before the scale is applied: the difference of products that
+are close is exact, and nothing is left for the compiler to fuse in one pass and not in the other (a rounded logit of
+100 is wrong by 4e-6). The sum of all logits, for the smoothing, needs no pass: it is a product of sums, subtracted in
+float64.
 
 Pass 2 (`clip_grad`) recomputes the tiles and writes dS for a chunk of rows, which two matrix products of the vendor's
 library turn into dI and into a float32 sum for dT. A flash-style backward would keep a float32 accumulator of tile x D
@@ -47,6 +52,7 @@ WORKSPACE = 2**10 if _triton.INTERPRET.value else 2**28
 GROUP_M = 8
 DS_SCALE = tl.constexpr(_feature_gradients.DS_SCALE)
 LOWEST = tl.constexpr(-3.4e38)  # stands for no logit at all; finite, for -inf - -inf is NaN
+LOG2E = tl.constexpr(1.4426950408889634)
 FOLD = dict(BLOCK_T=16, BLOCK_L=128)
 LOSS_BLOCK = 1024
 
@@ -77,11 +83,10 @@ def clip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, label_smoot
     image, text = aligned_rows(image), aligned_rows(text)
     row_stats, column_stats, diagonal = _clip_stats(image, text, scale)
     loss = _clip_loss(image, text, scale, label_smoothing, row_stats, column_stats, diagonal)
-    off_target, on_target = label_smoothing / n, 1.0 - label_smoothing
     tile = _tile(image, CLIP)
 
     def write_rows(ds: Tensor, sums: Tensor, row0: int, rows: int) -> None:
-        args = row_stats, column_stats, ds, sums, ds.stride(0) // 8, off_target, on_target
+        args = row_stats, column_stats, diagonal, ds, sums, ds.stride(0) // 8, label_smoothing / n
         _launch_tiles(clip_grad, tile, image, text, row0, rows, scale, *args)
 
     d_image, d_text, sums = _gradients(write_rows, 1, tile, image, text, scale, width)
@@ -113,7 +118,7 @@ def siglip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, bias: Ten
 
 
 def _clip_stats(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(maximum, sum of exponentials) of each row and of each column of S, (2, N) each, and its diagonal."""
+    """(maximum, sum of exponentials) of each row and of each column without the diagonal, (2, N) each, and that."""
     n, tile = len(image), _tile(image, CLIP)
     row_stats, column_stats = (image.new_empty(2, n, dtype=torch.float32) for _ in range(2))
     diagonal = image.new_empty(n, dtype=torch.float32)
@@ -123,25 +128,25 @@ def _clip_stats(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Ten
         row_parts = image.new_empty(2, STRIPS.value * tiles_n, rows, dtype=torch.float32)
         column_parts = image.new_empty(2, tiles_m, n, dtype=torch.float32)
         _launch_tiles(clip_stats, tile, image, text, row0, rows, scale, row_parts, column_parts, diagonal)
-        _fold(row_parts, row_stats[:, row0 : row0 + rows], first=True)
-        _fold(column_parts, column_stats, first=row0 == 0)
+        _fold(row_parts, row_stats[:, row0 : row0 + rows], scale, first=True)
+        _fold(column_parts, column_stats, scale, first=row0 == 0)
     return row_stats, column_stats, diagonal
 
 
-def _fold(parts: Tensor, stats: Tensor, first: bool) -> None:
+def _fold(parts: Tensor, stats: Tensor, scale: Tensor, first: bool) -> None:
     _, tiles, length = parts.shape
     programs = triton.cdiv(length, FOLD["BLOCK_L"])
-    launch(fold_stats, programs, parts, stats, tiles, length, stats.stride(0), int(first), **FOLD)
+    launch(fold_stats, programs, parts, stats, scale, tiles, length, stats.stride(0), int(first), **FOLD)
 
 
 def _clip_loss(image, text, scale, label_smoothing, row_stats, column_stats, diagonal) -> Tensor:
-    n = len(image)
-    loss = image.new_empty((), dtype=torch.float32)
-    launch(clip_loss_sum, 1, row_stats, column_stats, diagonal, loss, n, label_smoothing, BLOCK=LOSS_BLOCK)
-    if label_smoothing == 0.0:
-        return loss
-    product = image.sum(0, dtype=torch.float64) @ text.sum(0, dtype=torch.float64)
-    return (loss - scale.to(torch.float64).reshape(()) * product * (label_smoothing / n**2)).float()
+    """The loss. The sums of exponentials become the weights w, the diagonal that of N dS."""
+    loss, products = image.new_empty((), dtype=torch.float32), None
+    if label_smoothing != 0.0:
+        products = image.sum(0, dtype=torch.float64) @ text.sum(0, dtype=torch.float64)
+    args = row_stats, column_stats, diagonal, scale, products, loss, len(image), label_smoothing
+    launch(clip_loss_sum, 1, *args, BLOCK=LOSS_BLOCK)
+    return loss
 
 
 def _gradients(
@@ -197,7 +202,7 @@ def _rows_at_once(bytes_per_row: int, block: int) -> int:
 
 
 def _mean_like(total: Tensor, n: int, parameter: Tensor) -> Tensor:
-    return (total / n).to(parameter.dtype).reshape(parameter.shape)
+    return (total / n).to(torch.promote_types(parameter.dtype, torch.float32)).reshape(parameter.shape)
 
 
 @triton.jit
@@ -221,12 +226,20 @@ def _products(
     return strips_of(products, BLOCK_M, BLOCK_N)
 
 
+@triton.jit
+def _sign_and_factor(scale):
+    """What makes q of p, and exponents of 2 of differences of q; never 0, which would make logits of what is none."""
+    scale = tl.load(scale).to(tl.float32)
+    factor = tl.abs(scale) * LOG2E
+    return tl.where(scale < 0, -1.0, 1.0), tl.where(factor < 2.0**-100, 2.0**-100, factor)
+
+
 @triton.jit(do_not_specialize=["stride_i8", "stride_t8", "n", "row0", "rows"])
 def clip_stats(
     image, text, stride_i8, stride_t8, n, row0, rows, scale,
     row_parts,  # [2, strips along a row, rows]: maximum and sum of exponentials of each row of each strip
     column_parts,  # [2, tiles along a column, N]
-    diagonal,  # [N]
+    diagonal,  # [N], of q
     D: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -234,21 +247,25 @@ def clip_stats(
     tile_m, tile_n = grouped_tile(tiles_m, tiles_n, GROUP_M)
     i0, j0 = row0 + tile_m * BLOCK_M, tile_n * BLOCK_N
     strips = _products(image, text, stride_i8, stride_t8, n, i0, j0, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    scale = tl.load(scale).to(tl.float32)
+    sign, factor = _sign_and_factor(scale)
     i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N // STRIPS)
     p_row = row_parts + tile_n.to(tl.int64) * STRIPS * rows + (i - row0)
     p_column = column_parts + tile_m.to(tl.int64) * n + j
     for strip in tl.static_range(STRIPS):
-        s = tl.where((i[:, None] < n) & (j[None, :] < n), strips[strip] * scale, LOWEST)
+        own = i[:, None] == j[None, :]
+        q = strips[strip] * sign
+        q_ii = tl.sum(tl.where(own, q, 0.0), 1)
+        q = tl.where((i[:, None] < n) & (j[None, :] < n) & ~own, q, LOWEST)
         # A NaN may escape a maximum but never a sum.
-        row_max, column_max = tl.max(s, 1), tl.max(s, 0)
+        row_max, column_max = tl.max(q, 1), tl.max(q, 0)
+        row_sum = tl.sum(tl.exp2((q - row_max[:, None]) * factor), 1)
+        column_sum = tl.sum(tl.exp2((q - column_max[None, :]) * factor), 0)
         tl.store(p_row, row_max, mask=i < n)
-        tl.store(p_row + tiles_n.to(tl.int64) * STRIPS * rows, tl.sum(tl.exp(s - row_max[:, None]), 1), mask=i < n)
+        tl.store(p_row + tiles_n.to(tl.int64) * STRIPS * rows, row_sum, mask=i < n)
         tl.store(p_column, column_max, mask=j < n)
-        tl.store(p_column + tiles_m.to(tl.int64) * n, tl.sum(tl.exp(s - column_max[None, :]), 0), mask=j < n)
+        tl.store(p_column + tiles_m.to(tl.int64) * n, column_sum, mask=j < n)
         first = j0 + strip * (BLOCK_N // STRIPS)
-        s_ii = tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 1)
-        tl.store(diagonal + i, s_ii, mask=(i < n) & (i >= first) & (i < first + BLOCK_N // STRIPS))
+        tl.store(diagonal + i, q_ii, mask=(i < n) & (i >= first) & (i < first + BLOCK_N // STRIPS))
         j += BLOCK_N // STRIPS
         p_column += BLOCK_N // STRIPS
         p_row += rows
@@ -258,10 +275,11 @@ def clip_stats(
 def fold_stats(
     parts,  # [2, tiles, length]
     stats,  # [2, length], `plane` elements between maximum and sum; read too unless this is the first fold
-    tiles, length, plane, first,
+    scale, tiles, length, plane, first,
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Combine (maximum, sum) pairs over the tiles, and with what `stats` holds, in a fixed order."""
+    _, factor = _sign_and_factor(scale)
     x = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     seen = (x < length) & (first == 0)
     total_max = tl.load(stats + x, mask=seen, other=LOWEST)
@@ -273,34 +291,65 @@ def fold_stats(
         part_max = tl.load(p_parts, mask=inside, other=LOWEST)
         part = tl.load(p_parts + tiles.to(tl.int64) * length, mask=inside, other=0.0)
         new_max = tl.maximum(total_max, tl.max(part_max, 0))
-        total = total * tl.exp(total_max - new_max) + tl.sum(part * tl.exp(part_max - new_max[None, :]), 0)
+        total *= tl.exp2((total_max - new_max) * factor)
+        total += tl.sum(part * tl.exp2((part_max - new_max[None, :]) * factor), 0)
         total_max = new_max
     tl.store(stats + x, total_max, mask=x < length)
     tl.store(stats + plane + x, total, mask=x < length)
 
 
+@triton.jit
+def _own_pair(stats, q_ii, n, i, factor):
+    """log(1 + r / a), r / (a + r) and w of rows or columns i; of none, beyond the last, the first two are 0."""
+    x = tl.load(stats + i, mask=i < n, other=LOWEST)
+    r = tl.load(stats + n + i, mask=i < n, other=0.0)
+    lead = (q_ii - x) * factor
+    leads = lead >= 0  # not if NaN
+    fade = tl.where(leads, tl.exp2(-lead), 1.0)
+    rest = r * fade
+    total = tl.where(leads, 1.0, tl.exp2(lead)) + rest
+    loss = tl.log(total) - tl.where(leads, 0.0, lead / LOG2E)
+    loss = tl.where(leads & (rest <= 1.0), log1p_unit(rest), loss)
+    return loss, rest / total, 0.5 * fade / total
+
+
 @triton.jit(do_not_specialize=["n"])
-def clip_loss_sum(row_stats, column_stats, diagonal, loss, n, label_smoothing, BLOCK: tl.constexpr):
-    """The loss but for its mean of all logits; one program, so that the order is fixed."""
-    total = tl.zeros([BLOCK], tl.float64)
+def clip_loss_sum(
+    row_stats,  # [2, N], of which the sums become the weights w
+    column_stats,
+    diagonal,  # [N], of q; becomes that of N dS
+    scale,
+    products,  # the sum of p; None without smoothing
+    loss, n, label_smoothing, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program, so that the order is fixed."""
+    _, factor = _sign_and_factor(scale)
+    total, own = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for i0 in range(0, n, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        inside = i < n
-        s_ii = tl.load(diagonal + i, mask=inside, other=0.0)
-        rows = tl.load(row_stats + i, mask=inside, other=0.0) - s_ii
-        rows += tl.log(tl.load(row_stats + n + i, mask=inside, other=1.0))
-        columns = tl.load(column_stats + i, mask=inside, other=0.0) - s_ii
-        columns += tl.log(tl.load(column_stats + n + i, mask=inside, other=1.0))
-        total += (0.5 * (rows + columns) + label_smoothing * s_ii).to(tl.float64)
-    tl.store(loss, (tl.sum(total, 0) / n).to(tl.float32))
+        q_ii = tl.load(diagonal + i, mask=i < n, other=0.0)
+        row_loss, row_missed, row_weight = _own_pair(row_stats, q_ii, n, i, factor)
+        column_loss, column_missed, column_weight = _own_pair(column_stats, q_ii, n, i, factor)
+        total += (0.5 * (row_loss + column_loss)).to(tl.float64)
+        own += q_ii.to(tl.float64)
+        d = label_smoothing * (1.0 - 1.0 / n) - 0.5 * (row_missed + column_missed)
+        tl.store(diagonal + i, d, mask=i < n)
+        tl.store(row_stats + n + i, row_weight, mask=i < n)
+        tl.store(column_stats + n + i, column_weight, mask=i < n)
+    sum_loss = tl.sum(total, 0)
+    if products is not None:
+        wide = tl.load(scale).to(tl.float64)
+        sum_loss += label_smoothing * (tl.abs(wide) * tl.sum(own, 0) - wide * (tl.load(products) / n))
+    tl.store(loss, (sum_loss / n).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["stride_i8", "stride_t8", "n", "row0", "rows", "stride_ds8"])
 def clip_grad(
-    image, text, stride_i8, stride_t8, n, row0, rows, scale, row_stats, column_stats,
+    image, text, stride_i8, stride_t8, n, row0, rows, scale,
+    row_stats, column_stats, diagonal,  # as clip_loss_sum leaves them
     ds,  # [rows, N]: N dS times DS_SCALE
     sums,  # [tiles]: sum of N dS (I T^T)
-    stride_ds8, off_target, on_target,
+    stride_ds8, off_target,
     D: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -308,22 +357,22 @@ def clip_grad(
     tile_m, tile_n = grouped_tile(tl.cdiv(rows, BLOCK_M), tiles_n, GROUP_M)
     i0, j0 = row0 + tile_m * BLOCK_M, tile_n * BLOCK_N
     strips = _products(image, text, stride_i8, stride_t8, n, i0, j0, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    scale = tl.load(scale).to(tl.float32)
+    sign, factor = _sign_and_factor(scale)
     i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N // STRIPS)
     row_max = tl.load(row_stats + i, mask=i < n, other=0.0)
-    row_weight = 0.5 / tl.load(row_stats + n + i, mask=i < n, other=1.0)
+    row_weight = tl.load(row_stats + n + i, mask=i < n, other=0.0)
     p_ds = ds + (i0 - row0).to(tl.int64) * (stride_ds8 * 8) + (i - i0)[:, None] * (stride_ds8 * 8) + j[None, :]
     total = 0.0
     for strip in tl.static_range(STRIPS):
-        s = strips[strip] * scale
+        q = strips[strip] * sign
         column_max = tl.load(column_stats + j, mask=j < n, other=0.0)
-        column_weight = 0.5 / tl.load(column_stats + n + j, mask=j < n, other=1.0)
-        d = (
-            tl.exp(s - row_max[:, None]) * row_weight[:, None]
-            + tl.exp(s - column_max[None, :]) * column_weight[None, :]
-        )
+        column_weight = tl.load(column_stats + n + j, mask=j < n, other=0.0)
+        d = tl.exp2((q - row_max[:, None]) * factor) * row_weight[:, None]
+        d += tl.exp2((q - column_max[None, :]) * factor) * column_weight[None, :]
         d -= off_target
-        d = tl.where(i[:, None] == j[None, :], d - on_target, d)
+        if (i0 < j0 + BLOCK_N) & (j0 < i0 + BLOCK_M):  # held in every tile, d_ii would spill
+            d_ii = tl.load(diagonal + i, mask=i < n, other=0.0)
+            d = tl.where(i[:, None] == j[None, :], d_ii[:, None], d)
         inside = (i[:, None] < n) & (j[None, :] < n)
         d = tl.where(inside, d, 0.0)
         total += tl.sum(d * strips[strip])
