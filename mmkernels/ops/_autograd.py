@@ -84,6 +84,8 @@ def looped(forward: Callable) -> Callable:
     """A call for each element of the mapped axis: what each costs is what it costs alone."""
 
     def vmap(info, in_dims, *args):
+        if not info.batch_size:
+            raise NotImplementedError("mmkernels: vmap over an axis of length 0")
         calls = [forward(*_element(i, in_dims, args)) for i in range(info.batch_size)]
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0

@@ -114,6 +114,8 @@ def test_vmap(name, backend):
 def test_vmap_of_nothing():
     q, k, v = (torch.randn(0, n, 2, 8) for n in (5, 7, 7))
     assert vmap(lambda *x: span_attention(*x, SPANS))(q, k, v).shape == (0, 5, 2, 8)
+    with pytest.raises(NotImplementedError, match="mmkernels: vmap over an axis of length 0"):
+        vmap(patch_embed, (None, 0))(torch.randn(2, 3, 8, 8), torch.randn(0, 6, 3, 4, 4))
 
 
 def test_vmap_of_attention_is_one_call(monkeypatch):
