@@ -81,6 +81,7 @@ class _Loss(Op):
     def setup_context(ctx, inputs, outputs):
         _, *grads = outputs
         ctx.mark_non_differentiable(*grads)
+        ctx.set_materialize_grads(False)  # zeros of their size, that nobody reads
         ctx.save_for_backward(*inputs[: len(grads)], *grads)
         ctx.others = (None,) * (len(inputs) - len(grads))
         if is_forward_mode():
@@ -88,6 +89,8 @@ class _Loss(Op):
 
     @staticmethod
     def backward(ctx, d_loss, *_):
+        if d_loss is None:
+            return *[None] * (len(ctx.saved_tensors) // 2), *ctx.others
         tensors = d_loss, *ctx.saved_tensors
         return *_Gradients.call(tensors, *tensors), *ctx.others
 
