@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import mmkernels
 from mmkernels.check.budget import Quantity
+from mmkernels.check.suite import CLOSE, CLOSE_DRAWS
 
 DRAWS, PLAIN_DRAWS = 2, 14  # gates are single numbers, whose errors vary much from draw to draw
 
@@ -82,19 +83,17 @@ def _agrees(
     also: theirs in other words, whose errors count as plain PyTorch's too. None of it may be ours, whose mistakes would
     then excuse themselves.
     """
-    quantities: dict[str, Quantity] = {}
 
-    # Under autocast every product rounds to bfloat16, and rarely many of them in one direction.
-    for draw in range(DRAWS + PLAIN_DRAWS * (4 if autocast else 1)):
+    def draw(quantities: dict[str, Quantity], with_ours: bool = True) -> dict[str, Quantity]:
         redraw(source.to(dtype))
         inputs = [x.to(dtype).requires_grad_() for x in make()]
         exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
         truths, upstream = _results(_exact(source), theirs, exact_inputs)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             plains = [_results(source, call, inputs, upstream)[0] for call in (theirs, *also)]
-            if draw < DRAWS:
+            if with_ours:
                 module = build(source)
-                results, _ = _results(source, lambda _, *x, module=module: ours(module, *x), inputs, upstream)
+                results, _ = _results(source, lambda _, *x: ours(module, *x), inputs, upstream)
         for name, truth in truths.items():
             if name.endswith("k_layer_norm.bias"):
                 continue  # it moves all scores of a query alike: its gradient is zero, and rounding all there is of it
@@ -102,8 +101,21 @@ def _agrees(
             quantity = quantities.setdefault(name, Quantity(name, plains[0][name].dtype, computed))
             for plain in plains:
                 quantity.add_plain(plain[name], truth)
-            if draw < DRAWS:
+            if with_ours:
                 quantity.add_ours(results[name], truth)
+        return quantities
+
+    quantities: dict[str, Quantity] = {}
+    # Under autocast every product rounds to bfloat16, and rarely many of them in one direction.
+    for number in range(DRAWS + PLAIN_DRAWS * (4 if autocast else 1)):
+        draw(quantities, with_ours=number < DRAWS)
+    # Of a query with one key the gradient is a difference of two equal sums, rounded in different orders here, alike in
+    # plain code: a draw in a hundred has such a query where it matters. Most draws decide.
+    close = [name for name, quantity in quantities.items() if 1 < quantity.ratio < CLOSE]
+    others = [draw({}) for _ in range(CLOSE_DRAWS if close else 0)]
+    for name in close:
+        if sorted(each[name].ratio for each in others)[CLOSE_DRAWS // 2] <= 1:
+            del quantities[name]
     failures = [failure for quantity in quantities.values() if (failure := quantity.failure())]
     assert not failures, "\n".join(failures)
 
