@@ -338,7 +338,7 @@ class RowSpans:
             return self._views[2]
         shape = (self.batch or 1, self.runs, self.num_queries)
         views = lo.contiguous().view(shape), hi.contiguous().view(shape)
-        if lo.is_contiguous() and hi.is_contiguous():
+        if lo.is_contiguous() and hi.is_contiguous() and _is_lasting(views[0]):
             self._views = lo, hi, views
         return views
 
@@ -349,7 +349,10 @@ class RowSpans:
             return None
         if self._documents is None and self._full:
             one = torch.arange(2, dtype=torch.int32, device=self.device)
-            self._documents = Documents(one * self.num_queries, one * self.num_keys)
+            documents = Documents(one * self.num_queries, one * self.num_keys)
+            if not _is_lasting(one):
+                return documents
+            self._documents = documents
         return self._documents
 
     def hulls(self) -> Tensor:
@@ -361,11 +364,12 @@ class RowSpans:
         until lo or hi are written to; where torch does not count what is written, at every call.
         """
         written = self._written()
-        if written is None:
-            return self._make_hulls()
-        if self._hulls is None or self._hulls[0] != written:
-            self._hulls = written, self._make_hulls()
-        return self._hulls[1]
+        if written is not None and self._hulls is not None and self._hulls[0] == written:
+            return self._hulls[1]
+        hulls = self._make_hulls()
+        if written is not None and _is_lasting(hulls):
+            self._hulls = written, hulls
+        return hulls
 
     def _written(self) -> _Written | None:
         """What changes when lo or hi do; None: nobody can tell. Of tensors made in inference mode torch does not count
@@ -389,6 +393,13 @@ class RowSpans:
 
 
 _Written = tuple[int, int, int, int]
+
+
+def _is_lasting(x: Tensor) -> bool:
+    """Not a tensor of a tracer or of a transform, which ends with it: of those nothing is kept."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def _differ(one: _Written | None, other: _Written | None) -> bool:

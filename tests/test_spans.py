@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from span_layouts import BUILDERS, image_ids, int32, located_images, offsets
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkernels import RowSpans
@@ -154,6 +155,42 @@ def test_spans_that_are_not_contiguous_are_read_as_they_stand():
     spans.with_axes()
     hi.fill_(4)
     assert torch.equal(spans.with_axes()[1], hi.view(1, 1, 9))
+
+
+@pytest.mark.parametrize("builder", ["packed", "full"])
+def test_nothing_is_kept_of_a_tracer_or_a_transform(builder):
+    """Whose tensors end with it: an eager call afterwards would compute with them."""
+
+    def made():
+        return RowSpans.full(6, 6) if builder == "full" else RowSpans.packed(int32([0, 4, 6]), causal=True)
+
+    def everything(spans):
+        return [*spans.with_axes(), spans.hulls(), spans.documents().cu_seqlens]
+
+    class Uses(torch.nn.Module):
+        def __init__(self, spans):
+            super().__init__()
+            self.spans = spans
+
+        def forward(self, x):
+            return x + sum(part.sum() for part in everything(self.spans))
+
+    def within_fakes(uses):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            uses(torch.zeros(2))
+
+    ways = [
+        lambda uses: torch.export.export(uses, (torch.zeros(2),), strict=False),
+        lambda uses: torch.func.grad(lambda x: uses(x).sum())(torch.zeros(2)),
+        lambda uses: torch.func.vmap(uses)(torch.zeros(2)),
+        within_fakes,
+    ]
+    for use in ways:
+        spans = made()
+        use(Uses(spans))
+        for part, expected in zip(everything(spans), everything(made()), strict=True):
+            assert type(part) is torch.Tensor and torch.equal(part, expected)
+            assert not torch._C._functorch.is_functorch_wrapped_tensor(part)
 
 
 def test_from_dense_needs_little_beside_its_mask():

@@ -131,8 +131,9 @@ class SigLipLoss(nn.Module):
 
 
 def _has_own(loss: nn.Module, cls: type) -> bool:
-    """Whether a subclass says itself what the logits or labels are."""
-    return any(getattr(type(loss), name) is not getattr(cls, name) for name in ("get_logits", "get_ground_truth"))
+    """Whether a subclass, or the loss itself, says what the logits or labels are."""
+    names = ("get_logits", "get_ground_truth")
+    return any(name in vars(loss) or getattr(type(loss), name) is not getattr(cls, name) for name in names)
 
 
 def _check_world_size(name: str, world_size: int) -> None:

@@ -181,6 +181,15 @@ def test_a_model_that_ran_before_and_collects_its_layers():
     assert found.ok and {"logits", "hidden_states.0", "hidden_states.2"} <= names, found
 
 
+def test_eager_models_are_compared_by_what_was_swapped():
+    """The hooks of compare itself ask for no weights, for which a swapped layer would fall back: nothing would be
+    compared but the plain model with itself."""
+    config = hf.LlamaConfig(**TEXT)
+    model = drawn(hf.LlamaForCausalLM._from_config(config, attn_implementation="eager"))
+    found = compare(model, **text("left"))
+    assert found.ok and found.report.swapped and not found.report.fallbacks, found
+
+
 # ---- the truth
 
 

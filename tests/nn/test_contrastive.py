@@ -74,6 +74,14 @@ def test_subclasses_are_open_clips(name):
         torch.testing.assert_close(ours(*args), theirs(*args))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_put_on_one_loss_counts(name):
+    args, losses = inputs(), [getattr(module, name)() for module in (mmkernels.nn, open_clip.loss)]
+    for loss in losses:
+        loss.get_logits = lambda *x, own=loss.get_logits, **y: own(x[0], x[1].flip(0), *x[2:], **y)
+    torch.testing.assert_close(losses[0](*args), losses[1](*args))
+
+
 def test_how_newer_versions_cut_their_logits_changes_nothing():
     args = inputs()
     assert torch.equal(mmkernels.nn.SigLipLoss(chunk_size=8)(*args), mmkernels.nn.SigLipLoss()(*args))

@@ -1,6 +1,7 @@
 """Derivatives of every op, whoever asks for them: right, against plain PyTorch in float64, or refused."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_a_query_that_sees_nothing_has_no_derivative(backend):
     nothing = RowSpans(ROWS[:3] * 0, torch.tensor([0, 2, 7], dtype=torch.int32), 7)
     q, k, v = (torch.randn(n, 2, 8) for n in (3, 7, 7))
     k[6], v[6] = torch.nan, torch.nan
-    f = lambda *x: span_attention(*x, nothing, return_lse=True, backend=backend)  # noqa: E731
+    f = partial(span_attention, spans=nothing, return_lse=True, backend=backend)
     _, (t_out, t_lse) = jvp(f, (q, k, v), tuple(map(torch.ones_like, (q, k, v))))
     assert not t_out[0].any() and not t_lse[:, 0].any()
     assert t_out[1].isfinite().all() and t_out[2].isnan().all()
@@ -224,11 +225,14 @@ def test_second_derivatives_are_refused(name, door, backend):
 def test_third_derivatives_of_patch_embed():
     """A product's are products, however often."""
     images, weight = torch.randn(2, 3, 8, 8) / 8, torch.randn(6, 3, 4, 4) / 8
-    found = []
-    for f, x, w in ((patch_embed, images, weight), (plain_patches_alone, images.double(), weight.double())):
-        h = lambda w, f=f, x=x: f(x, w).sin().sum()  # noqa: E731
-        found.append(grad(lambda w: grad(lambda w: grad(h)(w).square().sum())(w).sin().sum())(w))  # noqa: B023
-    assert_same(*found)
+
+    def third(f, images, weight):
+        def first(w):
+            return grad(lambda w: f(images, w).sin().sum())(w)
+
+        return grad(lambda w: grad(lambda w: first(w).square().sum())(w).sin().sum())(weight)
+
+    assert_same(third(patch_embed, images, weight), third(plain_patches_alone, images.double(), weight.double()))
 
 
 def plain_patches_alone(images, weight):
@@ -251,8 +255,13 @@ def test_gradients_of_pixels():
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     mean, std, weight = torch.rand(3), torch.rand(3) + 0.5, torch.randn(6, 3, 4, 4)
     normal = (pixels.double() / 255 - mean[:, None, None]) / std[:, None, None]
-    ours = lambda w: patch_embed(pixels, w, mean=mean, std=std).sin().sum()  # noqa: E731
-    plain = lambda w: plain_patches_alone(normal, w).sin().sum()  # noqa: E731
+
+    def ours(w):
+        return patch_embed(pixels, w, mean=mean, std=std).sin().sum()
+
+    def plain(w):
+        return plain_patches_alone(normal, w).sin().sum()
+
     for of in (grad, lambda f: grad(lambda w: grad(f)(w).square().sum())):
         assert_same(of(ours)(weight), of(plain)(weight.double()))
     assert_same(jvp(ours, (weight,), (weight,))[1], jvp(plain, (weight.double(),), (weight.double(),))[1])
@@ -263,15 +272,10 @@ def test_gradients_of_pixels():
 
 @pytest.mark.parametrize(("name", "door"), [*itertools.product(OPS, ["jvp", "grad"])])
 def test_a_compiled_op_under_a_transform(name, door):
-    """Is right, or torch says what it does not do."""
+    """Compiled in pieces, it is right."""
     ours, plain, inputs = drawn(name)
     torch.compiler.reset()
     f = torch.compile(scalar(by(ours, "reference")), backend="aot_eager")
     take = (lambda f, x: jvp(f, tuple(x), tuple(x))[1]) if door == "jvp" else (lambda f, x: grad(f)(*x))
     truth = take(scalar(plain), wide(inputs))
-    try:
-        found = take(f, inputs)
-    except Exception as error:
-        assert "compile" in str(error) or "dynamo" in str(type(error).__module__), error
-        return
-    assert_same(found, truth)
+    assert_same(take(f, inputs), truth)

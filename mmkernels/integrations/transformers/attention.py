@@ -14,7 +14,7 @@ from transformers.utils import output_capturing
 
 from ... import backends
 from ...spans import RowSpans
-from .. import _attend
+from .. import _attend, watch
 from .._attend import NotSpans
 from .._tracing import is_traced
 from ..report import count_fallback
@@ -42,6 +42,8 @@ _HARMLESS = {
     "sliding_window",
     "use_cache",
 }
+# Hooks on attention layers that read no weights, or are asked for separately: transformers' recorders, and compare's.
+_WITHOUT_WEIGHTS = {output_capturing.__name__, watch.__name__}
 # Those that an attention function of transformers may take, and that go its way.
 _OWN_WAY = {"cache", "output_attentions", "position_bias"}
 
@@ -190,7 +192,7 @@ def _wants_weights(module: nn.Module, options: dict) -> bool:
     recorded = active.global_var if torch.compiler.is_compiling() else active.get()
     if recorded and any("attentions" in name for name in recorded):
         return True
-    return any(hook.__module__ != output_capturing.__name__ for hook in module._forward_hooks.values())
+    return any(hook.__module__ not in _WITHOUT_WEIGHTS for hook in module._forward_hooks.values())
 
 
 # ---- a call
