@@ -54,12 +54,13 @@ def compare(
 
     The truth is the plain model in float64 (float32 where that fails or does not fit; the table says which). An output
     or gradient passes if, in the norm over its elements, it is off by at most twice as much as the plain model's is in
-    its own dtype, plus 2 ulp for each module swapped; these add as independent errors do, in squares. What each swapped
-    module returns has to pass as well, in its rows that have a gradient. Outputs that are no floating numbers have to
-    be equal. Rows that a 2-D `attention_mask` among the keywords calls padding do not count, nor do caches. Time and
-    memory are told only of a result that passed. The model is left exactly as it was, and so are all random generators;
-    hooks of your own run with the copies too. It takes memory for two more models (in evaluation mode their large
-    weights are shared with yours), and before that for one in float64.
+    its own dtype, plus 2 ulp for each module swapped; these add as independent errors do, in squares. Where that is
+    overrun, the median of five draws of rounding decides. What each swapped module returns has to pass as well, in its
+    rows that have a gradient. Outputs that are no floating numbers have to be equal. Rows that a 2-D `attention_mask`
+    among the keywords calls padding do not count, nor do caches. Time and memory are told only of a result that passed.
+    The model is left exactly as it was, and so are all random generators; hooks of your own run with the copies too. It
+    takes memory for two more models (in evaluation mode their large weights are shared with yours), and before that for
+    one in float64.
 
     Args:
         model: in training or evaluation, on any device, accelerated before (then with what it has, by the backend it
