@@ -130,9 +130,9 @@ def clip_with_grads(change):
 
 
 def patch_forward(change):
-    def wrong(*args):
-        tokens = patch_reference.patch_embed(*args)
-        change(tokens, *args)
+    def wrong(patches, additions):
+        tokens = patch_reference.patch_embed(patches, additions)
+        change(tokens, patches.images)
         return tokens
 
     return {"patch_embed": wrong}
@@ -184,7 +184,7 @@ def test_finds_a_wrong_last_row(monkeypatch):
 
 
 def test_finds_an_element_not_written(monkeypatch):
-    def forget_one(tokens, *_):
+    def forget_one(tokens, _):
         tokens[0, 1, 3] = torch.empty_like(tokens)[0, 1, 3]
 
     plant(monkeypatch, **patch_forward(forget_one))
@@ -211,7 +211,7 @@ def test_a_close_verdict_is_settled_by_more_draws(monkeypatch, overrun, growth, 
 
 @pytest.mark.parametrize("name", ["P16", "crop", "rows, strided"])
 def test_finds_a_read_past_the_edge(monkeypatch, name):
-    def read_past(tokens, images, *_):
+    def read_past(tokens, images):
         last = sum((size - 1) * stride for size, stride in zip(images.shape, images.stride(), strict=True))
         tokens += 0 * images.as_strided((1,), (1,), images.storage_offset() + last + 1).to(tokens)
 
@@ -231,7 +231,7 @@ def test_finds_other_bits_in_a_second_run(monkeypatch):
 
 
 def test_finds_a_written_input(monkeypatch):
-    plant(monkeypatch, **patch_forward(lambda tokens, images, *_: images.mul_(1.001)))
+    plant(monkeypatch, **patch_forward(lambda tokens, images: images.mul_(1.001)))
     assert "images was written to" in failures("patch_embed", "P16")
 
 
@@ -251,8 +251,8 @@ def test_finds_a_scaled_gradient_of_attention(monkeypatch, index, name, dtype):
 @pytest.mark.parametrize("wrong", [lambda x: None, lambda x: -x, lambda x: x.roll(1, 1)], ids=["lost", "sign", "head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_finds_a_wrong_gradient_of_the_log_sum_exp(monkeypatch, name, wrong, dtype):
-    def changed(d_out, q, k, v, out, lse, d_lse, *rest):
-        return span_reference.span_attention_backward(d_out, q, k, v, out, lse, wrong(d_lse.nan_to_num(0.0)), *rest)
+    def changed(d_out, q, k, v, out, lse, d_lse, params):
+        return span_reference.span_attention_backward(d_out, q, k, v, out, lse, wrong(d_lse.nan_to_num(0.0)), params)
 
     plant(monkeypatch, span_attention_backward=changed)
     found = failures("span_attention", name, dtype)
@@ -262,8 +262,8 @@ def test_finds_a_wrong_gradient_of_the_log_sum_exp(monkeypatch, name, wrong, dty
 def test_finds_a_gradient_of_the_log_sum_exp_of_nothing(monkeypatch):
     """It is NaN, and reaches what the queries' padding beside it gives: their dQ."""
 
-    def leak(d_out, q, k, v, out, lse, d_lse, *rest):
-        d_q, d_k, d_v = span_reference.span_attention_backward(d_out, q, k, v, out, lse, d_lse, *rest)
+    def leak(d_out, q, k, v, out, lse, d_lse, params):
+        d_q, d_k, d_v = span_reference.span_attention_backward(d_out, q, k, v, out, lse, d_lse, params)
         return d_q + 0 * d_lse.mT[..., None].to(d_q), d_k, d_v
 
     plant(monkeypatch, span_attention_backward=leak)
@@ -284,8 +284,8 @@ def test_finds_a_wrong_gradient_of_sinks(monkeypatch, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_finds_a_key_too_many(monkeypatch, dtype):
-    def one_more(q, k, v, lo, hi, *rest):
-        return span_reference.span_attention(q, k, v, lo, hi + (hi == 31), *rest)
+    def one_more(q, k, v, params):
+        return span_reference.span_attention(q, k, v, params._replace(hi=params.hi + (params.hi == 31)))
 
     plant(monkeypatch, span_attention=one_more)
     found = failures("span_attention", "small causal", dtype)
@@ -315,7 +315,7 @@ def test_finds_a_half_precision_log_sum_exp(monkeypatch):
 
 
 def test_finds_written_spans(monkeypatch):
-    plant(monkeypatch, **span_forward(lambda out, lse, q, k, v, lo, *_: lo.clamp_(0, 3)))
+    plant(monkeypatch, **span_forward(lambda out, lse, q, k, v, params: params.lo.clamp_(0, 3)))
     assert "lo was written to" in failures("span_attention", "small, beyond the keys")
 
 

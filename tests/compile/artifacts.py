@@ -26,8 +26,10 @@ from mmkernels.ops import _triton
 from mmkernels.ops.contrastive import triton as contrastive
 from mmkernels.ops.patch_embed import triton as patch_embed
 from mmkernels.ops.patch_embed.geometry import patch_geometry
+from mmkernels.ops.patch_embed.patches import Additions, Gradients, Patches
 from mmkernels.ops.rotary_embed import triton as rotary_embed
 from mmkernels.ops.span_attention import triton as span_attention
+from mmkernels.ops.span_attention.params import Params
 from mmkernels.spans import RowSpans
 
 TARGETS = {
@@ -97,12 +99,12 @@ class Embedding:
         weight = torch.empty(self.weight, dtype=getattr(torch, self.dtype), device="meta")
         mean = torch.empty(3, device="meta") if self.image_dtype == "uint8" else None
         geometry = patch_geometry(images, weight, None if mean is None else 3, "chw")
+        patches = Patches(images, weight, mean, mean, geometry)
         bias, positions = weight.new_empty(len(weight)), weight.new_empty(geometry.patches, len(weight))
-        tokens = patch_embed.patch_embed(images, weight, bias, positions, None, mean, mean, geometry)
+        tokens = patch_embed.patch_embed(patches, Additions(bias, positions, None))
         grad = tokens.view(geometry.batch, geometry.patches, len(weight))
         d_images, d_weight = None if mean is not None else torch.empty_like(images), torch.empty_like(weight)
-        arguments = grad, images, weight, mean, mean, geometry, d_images, d_weight, None, geometry
-        patch_embed.patch_embed_backward(*arguments)
+        patch_embed.patch_embed_backward(grad, patches, Gradients(d_images, d_weight, None, geometry))
 
     @property
     def launched(self) -> set[str]:
@@ -128,11 +130,11 @@ class Attention:
 
         q, k, v = tensor(self.queries, heads), tensor(self.keys, key_heads), tensor(self.keys, key_heads)
         lo = torch.empty(1, 1, self.queries, dtype=torch.int32, device="meta")
-        spans = lo, lo, RowSpans(lo, lo, self.keys).hulls(), None, self.head**-0.5, 0.0
-        out, lse = span_attention.span_attention(q, k, v, *spans)
+        params = Params(lo, lo, RowSpans(lo, lo, self.keys).hulls(), None, self.head**-0.5, 0.0)
+        out, lse = span_attention.span_attention(q, k, v, params)
         if self.queries > 1:
             d_lse = lse if self.lse_gradient else None
-            span_attention.span_attention_backward(out, q, k, v, out, lse, d_lse, *spans)
+            span_attention.span_attention_backward(out, q, k, v, out, lse, d_lse, params)
 
     @property
     def resized(self) -> Attention:

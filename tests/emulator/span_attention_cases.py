@@ -15,6 +15,7 @@ from mmkernels import RowSpans
 from mmkernels.check import plain
 from mmkernels.check.budget import Quantity
 from mmkernels.ops.span_attention import reference
+from mmkernels.ops.span_attention.params import Params
 
 
 @dataclass
@@ -48,9 +49,12 @@ class Case:
         scale = self.head_size**-0.5 if self.scale is None else self.scale
         return replace(self, value_size=value_size, scale=scale, q=q, k=k, v=v)
 
+    @property
+    def params(self) -> Params:
+        return Params(*self.spans.with_axes(), None, None, self.scale, self.softcap)
+
     def truth(self) -> tuple[Tensor, Tensor]:
-        wide = (x.double() for x in (self.q, self.k, self.v))
-        return reference.span_attention(*wide, *self.spans.with_axes(), None, None, self.scale, self.softcap)
+        return reference.span_attention(*(x.double() for x in (self.q, self.k, self.v)), self.params)
 
     def plain(self) -> tuple[Tensor, Tensor]:
         return plain.span_attention(

@@ -52,9 +52,7 @@ class Backward:
         """In float64."""
         case, out, lse = self.case, *self.case.truth()
         wide = (x.double() for x in (self.d_out, case.q, case.k, case.v))
-        spans = case.spans.with_axes()
-        d_lse = self.d_lse.double()
-        return reference.span_attention_backward(*wide, out, lse, d_lse, *spans, None, None, case.scale, case.softcap)
+        return reference.span_attention_backward(*wide, out, lse, self.d_lse.double(), case.params)
 
     def plain(self) -> Gradients:
         leaves = [x.detach().requires_grad_() for x in (self.case.q, self.case.k, self.case.v)]

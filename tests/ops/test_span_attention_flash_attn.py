@@ -25,6 +25,8 @@ from mmkernels.check import run_case, select
 from mmkernels.check.budget import Quantity
 from mmkernels.ops import _flash_attn
 from mmkernels.ops.span_attention import flash_attn
+from mmkernels.ops.span_attention.params import Params
+from mmkernels.spans import Documents
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -388,6 +390,10 @@ def q_of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 DOCUMENTS = RowSpans.full(4, 4).documents()
 
 
+def params_of(documents: Documents | None, scale: float = 1.0, softcap: float = 0.0) -> Params:
+    return Params(*RowSpans.full(4, 4).with_axes(), None, documents, scale, softcap)
+
+
 @pytest.mark.parametrize(
     ("q", "v", "call", "reason"),
     [
@@ -400,17 +406,17 @@ DOCUMENTS = RowSpans.full(4, 4).documents()
     ],
 )
 def test_what_it_cannot_express_is_told(on_cpu, q, v, call, reason):
-    assert reason in flash_attn.unsupported(q, q, q if v is None else v, *call)
+    assert reason in flash_attn.unsupported(q, q, q if v is None else v, params_of(*call))
 
 
 def test_it_serves_a_gpu_of_ampere_or_later(monkeypatch, on_cpu):
     q = q_of(4, 2, 64)
     monkeypatch.setattr(_flash_attn, "_missing", lambda each: None)
-    assert flash_attn.unsupported(q, q, q, DOCUMENTS) is None
+    assert flash_attn.unsupported(q, q, q, params_of(DOCUMENTS)) is None
     monkeypatch.setattr(_flash_attn, "capability", lambda device: (7, 5))
-    assert flash_attn.unsupported(q, q, q, DOCUMENTS) == "cpu is sm_75; flash-attn needs sm_80 or later"
+    assert flash_attn.unsupported(q, q, q, params_of(DOCUMENTS)) == "cpu is sm_75; flash-attn needs sm_80 or later"
     monkeypatch.setattr(_flash_attn, "DEVICE", "cuda")
-    assert flash_attn.unsupported(q, q, q, DOCUMENTS) == "it serves tensors on cuda, q is on cpu"
+    assert flash_attn.unsupported(q, q, q, params_of(DOCUMENTS)) == "it serves tensors on cuda, q is on cpu"
 
 
 @pytest.mark.parametrize(
@@ -441,7 +447,7 @@ def test_the_first_provider_that_serves_the_call_is_taken(
     monkeypatch.setattr(_flash_attn, "_missing", lambda each: None if each.name in here else "it is not here")
     monkeypatch.setattr(_flash_attn, "capability", lambda device: capability)
     q = q_of(4, 2, head)
-    reason = flash_attn.unsupported(q, q, q, DOCUMENTS, 0.1, softcap)
+    reason = flash_attn.unsupported(q, q, q, params_of(DOCUMENTS, 0.1, softcap))
     if reason is None:
         assert _flash_attn.provider(head, softcap, q.device).name == chosen
     else:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import _cuda
+from .._address import address
 from .._aligned_rows import aligned_rows
 from .._cuda_tensors import has_hopper_kernels, launch, unserved
 from ._feature_gradients import feature_gradients
@@ -68,7 +69,7 @@ def _clip_forward(call: _Call, label_smoothing: float) -> tuple[Tensor, ...]:
     forward = _cuda.ClipForward(
         pairs=call.pairs(),
         label_smoothing=label_smoothing,
-        products=0 if products is None else products.data_ptr(),
+        products=address(products),
         rows=rows.data_ptr(),
         columns=columns.data_ptr(),
         diagonal=diagonal.data_ptr(),
@@ -108,7 +109,7 @@ class _Call:
             text=self.text.data_ptr(),
             text_stride=self.text.stride(0),
             scale=self.scale.data_ptr(),
-            bias=0 if self.bias is None else self.bias.data_ptr(),
+            bias=address(self.bias),
             count=len(self.image),
             width=self.image.shape[1],
             bfloat16=self.image.dtype == torch.bfloat16,
@@ -127,7 +128,7 @@ class _Call:
             pairs=self.pairs(),
             row0=row0,
             row_count=rows,
-            ds=0 if ds is None else ds.data_ptr(),
+            ds=address(ds),
             ds_stride=0 if ds is None else ds.stride(0),
             totals=sums.totals.data_ptr(),
             means=sums.means.data_ptr(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -10,21 +12,30 @@ from .._autograd import Op, is_forward_mode, looped
 from .._registration import register
 from . import reference
 from .geometry import known_patch_geometry, patch_geometry
+from .patches import Additions, Gradients, Patches
 
 
 def _geometry(images, weight, mean, layout, find=known_patch_geometry):
     return find(images, weight, None if mean is None else mean.numel(), layout)
 
 
-def _kernels(images, weight, backend, geometry):
-    found = backends.select("patch_embed", backend, images, weight)
+def _patches(images, weight, mean, std, layout) -> Patches:
+    return Patches(images, weight, _contiguous(mean), _contiguous(std), _geometry(images, weight, mean, layout))
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _kernels(patches: Patches, backend: str) -> ModuleType:
+    found, geometry = backends.select("patch_embed", backend, patches.images, patches.weight), patches.geometry
     return found if geometry.batch * geometry.patches else reference  # of nothing, there is nothing to launch
 
 
 def _forward(images, weight, bias, pos_embed, prefix, mean, std, layout, backend):
-    geometry = _geometry(images, weight, mean, layout)
-    kernels = _kernels(images, weight, backend, geometry)
-    return kernels.patch_embed(images, weight, bias, pos_embed, prefix, mean, std, geometry)
+    patches = _patches(images, weight, mean, std, layout)
+    additions = Additions(*map(_contiguous, (bias, pos_embed, prefix)))
+    return _kernels(patches, backend).patch_embed(patches, additions)
 
 
 def _forward_fake(images, weight, bias, pos_embed, prefix, mean, std, layout, backend):
@@ -35,14 +46,15 @@ def _forward_fake(images, weight, bias, pos_embed, prefix, mean, std, layout, ba
 
 
 def _backward(grad, images, weight, mean, std, layout, num_prefix, need_images, need_weight, need_bias, backend):
-    geometry = _geometry(images, weight, mean, layout)
-    kernels = _kernels(images, weight, backend, geometry)
-    d_images = torch.zeros_like(images) if need_images else None  # zeros: pixels past the last whole patch
+    patches = _patches(images, weight, mean, std, layout)
+    d_images = torch.zeros_like(images) if need_images else None
     d_weight = torch.empty_like(weight) if need_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if need_bias else None
-    into = _geometry(images if d_images is None else d_images, weight if d_weight is None else d_weight, mean, layout)
-    patches = grad.reshape(geometry.batch, num_prefix + geometry.patches, grad.shape[-1])[:, num_prefix:]  # (B, N, E)
-    kernels.patch_embed_backward(patches, images, weight, mean, std, geometry, d_images, d_weight, d_bias, into)
+    like = images if d_images is None else d_images, weight if d_weight is None else d_weight
+    into = Gradients(d_images, d_weight, d_bias, _geometry(*like, mean, layout))
+    tokens = num_prefix + patches.geometry.patches
+    grad = grad.reshape(patches.geometry.batch, tokens, grad.shape[-1])[:, num_prefix:]  # (B, N, E)
+    _kernels(patches, backend).patch_embed_backward(grad, patches, into)
     return tuple(weight.new_empty(0) if x is None else x for x in (d_images, d_weight, d_bias))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .._aligned_rows import aligned_rows
 from .geometry import PatchGeometry
 
 
@@ -50,3 +51,8 @@ def weight_view(weight: Tensor, geometry: PatchGeometry, order: tuple[int, ...])
     sizes = (weight.shape[0], *(geometry.patch[d] for d in order))
     strides = (geometry.weight_row_stride, *(geometry.weight_strides[d] for d in order))
     return weight.as_strided(sizes, strides, weight.storage_offset())
+
+
+def weight_rows(weight: Tensor, geometry: PatchGeometry, pixels: Pixels) -> Tensor:
+    """(E, K) in the order of the pixels, ready for the kernels."""
+    return aligned_rows(weight_view(weight, geometry, pixels.order).reshape(weight.shape[0], geometry.pixels))

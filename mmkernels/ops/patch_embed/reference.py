@@ -11,67 +11,49 @@ import torch
 from torch import Tensor
 
 from .geometry import PatchGeometry
+from .patches import Additions, Gradients, Patches
 
 
 def unsupported(images: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def patch_embed(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
-    geometry: PatchGeometry,
-) -> Tensor:
-    tokens = _patches(images, weight, mean, std, geometry) @ _rows(weight, geometry).T  # (B, N, E)
+def patch_embed(patches: Patches, additions: Additions) -> Tensor:
+    weight, geometry = patches.weight, patches.geometry
+    bias, positions, prefix = additions
+    tokens = _pixels(patches) @ _rows(weight, geometry).T  # (B, N, E)
     if bias is not None:
         tokens = tokens + bias
-    num_prefix = 0 if prefix is None else prefix.shape[0]
     if prefix is not None:
         tokens = torch.cat([prefix.expand(geometry.batch, -1, -1), tokens], 1)
-    if pos_embed is not None:
-        skipped = tokens.shape[1] - pos_embed.shape[0]
-        tokens = torch.cat([tokens[:, :skipped], tokens[:, skipped:] + pos_embed], 1)
-    return tokens.reshape(geometry.result_shape(weight.shape[0], num_prefix)).contiguous()
+    if positions is not None:
+        skipped = tokens.shape[1] - positions.shape[0]
+        tokens = torch.cat([tokens[:, :skipped], tokens[:, skipped:] + positions], 1)
+    return tokens.reshape(geometry.result_shape(weight.shape[0], additions.num_prefix)).contiguous()
 
 
-def patch_embed_backward(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    geometry: PatchGeometry,
-    d_images: Tensor | None,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-    into: PatchGeometry,
-) -> None:
-    """grad: (B, N, E). Fills those of d_images (given as zeros), d_weight, d_bias that are not None; `into` is their
-    geometry."""
-    if d_images is not None:
-        d_patches = grad @ _rows(weight, geometry)
-        d_images.as_strided(into.view_sizes, into.view_strides).copy_(d_patches.reshape(into.view_sizes))
-    if d_weight is not None:
-        patches = _patches(images, weight, mean, std, geometry)
-        d_rows = grad.flatten(0, 1).T @ patches.flatten(0, 1)  # (E, K)
-        _weight_view(d_weight, into).copy_(d_rows.reshape(-1, *into.patch))
-    if d_bias is not None:
-        torch.sum(grad, (0, 1), out=d_bias)
+def patch_embed_backward(grad: Tensor, patches: Patches, into: Gradients) -> None:
+    """grad: (B, N, E)."""
+    geometry = into.geometry
+    if into.images is not None:
+        d_pixels = grad @ _rows(patches.weight, patches.geometry)
+        sizes = geometry.view_sizes
+        into.images.as_strided(sizes, geometry.view_strides).copy_(d_pixels.reshape(sizes))
+    if into.weight is not None:
+        d_rows = grad.flatten(0, 1).T @ _pixels(patches).flatten(0, 1)  # (E, K)
+        _weight_view(into.weight, geometry).copy_(d_rows.reshape(-1, *geometry.patch))
+    if into.bias is not None:
+        torch.sum(grad, (0, 1), out=into.bias)
 
 
-def _patches(
-    images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None, geometry: PatchGeometry
-) -> Tensor:
-    patches = images.as_strided(geometry.view_sizes, geometry.view_strides, images.storage_offset())
+def _pixels(patches: Patches) -> Tensor:
+    """(B, N, K), of the weight's dtype."""
+    images, weight, mean, std, geometry = patches
+    pixels = images.as_strided(geometry.view_sizes, geometry.view_strides, images.storage_offset())
     if mean is not None:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        patches = (patches.to(wide) / 255 - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
-    return patches.to(weight.dtype).reshape(geometry.batch, geometry.patches, geometry.pixels)
+        pixels = (pixels.to(wide) / 255 - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+    return pixels.to(weight.dtype).reshape(geometry.batch, geometry.patches, geometry.pixels)
 
 
 def _weight_view(weight: Tensor, geometry: PatchGeometry) -> Tensor:

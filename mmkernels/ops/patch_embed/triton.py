@@ -35,7 +35,8 @@ from .. import _triton
 from .._aligned_rows import aligned_rows
 from .._triton import STRIPS, Tile, dot, launch, rounded, strips_of
 from .geometry import PatchGeometry
-from .pixels import Pixels, weight_view
+from .patches import Additions, Gradients, Patches
+from .pixels import Pixels, weight_rows, weight_view
 
 IMAGE_DTYPES = (*_triton.DTYPES, torch.uint8)
 PROGRAMS = 256  # that a split of the weight gradient aims at: two for each multiprocessor of the largest GPUs
@@ -55,26 +56,18 @@ def unsupported(images: Tensor, weight: Tensor) -> str | None:
     return _triton.unsupported("images", images, IMAGE_DTYPES) or _triton.unsupported("weight", weight)
 
 
-def patch_embed(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
-    geometry: PatchGeometry,
-) -> Tensor:
-    features, num_prefix = weight.shape[0], 0 if prefix is None else prefix.shape[0]
+def patch_embed(patches: Patches, additions: Additions) -> Tensor:
+    images, weight, mean, _, geometry = patches
+    bias, positions, prefix = additions
+    features, num_prefix = weight.shape[0], additions.num_prefix
     tokens = weight.new_empty(geometry.batch, num_prefix + geometry.patches, features)
     pixels, tile = Pixels.of(images, geometry), _tile(weight, two_blocks=mean is None)
-    rows = _weight_rows(weight, geometry, pixels)
+    rows = weight_rows(weight, geometry, pixels)
     count = geometry.batch * geometry.patches
-    positions = None if pos_embed is None else pos_embed.contiguous()
-    skipped = 0 if pos_embed is None else pos_embed.shape[0] - geometry.patches
+    skipped = 0 if positions is None else positions.shape[0] - geometry.patches
     launch(
         embed, triton.cdiv(count, tile.BLOCK_M) * triton.cdiv(features, tile.BLOCK_N),
-        images, rows, None if bias is None else bias.contiguous(), positions, *_normalisation(mean, std), tokens,
+        images, rows, bias, positions, *_normalisation(patches), tokens,
         *_walk(pixels, geometry), rows.stride(0) // 8, count, num_prefix, skipped, geometry.pixels,
         E=features, K=geometry.pixels, WIDTH=rows.shape[1], **_channels(geometry, pixels),
         **_meta(weight, pixels, tile),
@@ -88,57 +81,36 @@ def patch_embed(
     return tokens.view(geometry.result_shape(features, num_prefix))
 
 
-def patch_embed_backward(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    geometry: PatchGeometry,
-    d_images: Tensor | None,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-    into: PatchGeometry,
-) -> None:
-    """grad: (B, N, E). Fills those of d_images (given as zeros), d_weight, d_bias that are not None; `into` is their
-    geometry."""
-    if d_bias is not None:
-        torch.sum(grad, (0, 1), out=d_bias)
-    if d_images is None and d_weight is None:
+def patch_embed_backward(grad: Tensor, patches: Patches, into: Gradients) -> None:
+    """grad: (B, N, E)."""
+    if into.bias is not None:
+        torch.sum(grad, (0, 1), out=into.bias)
+    if into.images is None and into.weight is None:
         return
     grad = aligned_rows(grad)
-    if d_images is not None:
-        _write_images_grad(grad, weight, geometry, d_images, into)
-    if d_weight is not None:
-        _write_weight_grad(grad, images, weight, mean, std, geometry, d_weight, into)
+    if into.images is not None:
+        _write_images_grad(grad, patches, into)
+    if into.weight is not None:
+        _write_weight_grad(grad, patches, into)
 
 
-def _write_images_grad(
-    grad: Tensor, weight: Tensor, geometry: PatchGeometry, d_images: Tensor, into: PatchGeometry
-) -> None:
-    pixels, tile = Pixels.of(d_images, into), _tile(weight, two_blocks=True)
-    rows = _weight_rows(weight, geometry, pixels)
-    count = into.batch * into.patches
+def _write_images_grad(grad: Tensor, patches: Patches, into: Gradients) -> None:
+    weight, d_images, geometry = patches.weight, into.images, into.geometry
+    pixels, tile = Pixels.of(d_images, geometry), _tile(weight, two_blocks=True)
+    rows = weight_rows(weight, patches.geometry, pixels)
+    count = geometry.batch * geometry.patches
     launch(
-        images_grad, triton.cdiv(count, tile.BLOCK_M) * triton.cdiv(into.pixels, tile.BLOCK_N),
-        grad, rows, d_images, *_walk(pixels, into),
+        images_grad, triton.cdiv(count, tile.BLOCK_M) * triton.cdiv(geometry.pixels, tile.BLOCK_N),
+        grad, rows, d_images, *_walk(pixels, geometry),
         grad.stride(0) // 8, grad.stride(1) // 8, rows.stride(0) // 8, count, weight.shape[0],
-        E=weight.shape[0], K=into.pixels, WIDTH=rows.shape[1], E_WIDTH=grad.shape[-1], **_meta(weight, pixels, tile),
+        E=weight.shape[0], K=geometry.pixels, WIDTH=rows.shape[1], E_WIDTH=grad.shape[-1],
+        **_meta(weight, pixels, tile),
     )  # fmt: skip
 
 
-def _write_weight_grad(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    geometry: PatchGeometry,
-    d_weight: Tensor,
-    into: PatchGeometry,
-) -> None:
-    pixels = Pixels.of(images, geometry)
-    tile = _tile(weight, two_blocks=False)
+def _write_weight_grad(grad: Tensor, patches: Patches, into: Gradients) -> None:
+    images, weight, *_, geometry = patches
+    pixels, tile = Pixels.of(images, geometry), _tile(weight, two_blocks=False)
     features, count = weight.shape[0], geometry.batch * geometry.patches
     tiles = triton.cdiv(features, tile.BLOCK_M) * triton.cdiv(geometry.pixels, tile.BLOCK_N)
     splits = max(1, min(PROGRAMS // tiles, triton.cdiv(count, 2 * tile.BLOCK_K)))
@@ -147,18 +119,14 @@ def _write_weight_grad(
     copies = weight.new_empty(splits, features, geometry.pixels, dtype=torch.float32)
     launch(
         weight_grad, splits * tiles,
-        grad, images, *_normalisation(mean, std), copies, *_walk(pixels, geometry),
+        grad, images, *_normalisation(patches), copies, *_walk(pixels, geometry),
         grad.stride(0) // 8, grad.stride(1) // 8, count, run,
         E=features, K=geometry.pixels, E_WIDTH=grad.shape[-1], **_channels(geometry, pixels),
         **_meta(weight, pixels, tile),
     )  # fmt: skip
     d_rows = copies[0] if splits == 1 else copies.sum(0)
-    weight_view(d_weight, into, pixels.order).copy_(d_rows.view(features, *(geometry.patch[d] for d in pixels.order)))
-
-
-def _weight_rows(weight: Tensor, geometry: PatchGeometry, pixels: Pixels) -> Tensor:
-    """(E, K) in the order of the pixels, ready for the kernels."""
-    return aligned_rows(weight_view(weight, geometry, pixels.order).reshape(weight.shape[0], geometry.pixels))
+    target = weight_view(into.weight, into.geometry, pixels.order)
+    target.copy_(d_rows.view(target.shape))
 
 
 def _walk(pixels: Pixels, geometry: PatchGeometry) -> tuple[int, ...]:
@@ -168,8 +136,9 @@ def _walk(pixels: Pixels, geometry: PatchGeometry) -> tuple[int, ...]:
     return *(s // pixels.vector for s in strides[:-1]), innermost, geometry.patches, *geometry.grid[1:]
 
 
-def _normalisation(mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _normalisation(patches: Patches) -> tuple[Tensor | None, Tensor | None]:
     """Factor and offset of each channel: x * factor - offset."""
+    mean, std = patches.mean, patches.std
     return (None, None) if mean is None else ((std * 255).reciprocal_(), mean / std)
 
 

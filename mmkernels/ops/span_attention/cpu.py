@@ -6,37 +6,24 @@ import torch
 from torch import Tensor
 
 from ... import _core
-from ...spans import Documents
+from .._address import address
 from .._core_tensors import heads_of, unserved
+from .limits import too_wide
+from .params import Params
 
 MAX_HEAD = 256
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape[-1] > MAX_HEAD:
-            return f"it serves heads of up to {MAX_HEAD} numbers, those of {name} have {x.shape[-1]}"
-    return unserved("q", q)
+def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params | None = None) -> str | None:
+    return too_wide(q, k, v, MAX_HEAD) or unserved("q", q)
 
 
-def span_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    hulls: Tensor | None,
-    documents: Documents | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     out = q.new_empty((batch, tokens, heads, v.shape[3]))
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    lo, hi = lo.contiguous(), hi.contiguous()
-    _core.span_attention(
-        heads_of(q), heads_of(k), heads_of(v), heads_of(out), lse.data_ptr(), _spans(lo, hi, batch), scale, softcap
-    )
+    spans = _spans(params, batch)
+    _core.span_attention(*map(heads_of, (q, k, v, out)), lse.data_ptr(), spans, params.scale, params.softcap)
     return out, lse
 
 
@@ -48,29 +35,22 @@ def span_attention_backward(
     out: Tensor,
     lse: Tensor,
     d_lse: Tensor | None,
-    lo: Tensor,
-    hi: Tensor,
-    hulls: Tensor | None,
-    documents: Documents | None,
-    scale: float,
-    softcap: float,
+    params: Params,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    lo, hi = lo.contiguous(), hi.contiguous()
     _core.span_attention_backward(
         *map(heads_of, (d_out, q, k, v, out)),
         lse.data_ptr(),
-        0 if d_lse is None else d_lse.data_ptr(),
-        _spans(lo, hi, q.shape[0]),
-        scale,
-        softcap,
+        address(d_lse),
+        _spans(params, q.shape[0]),
+        params.scale,
+        params.softcap,
         *map(heads_of, grads),
     )
     return grads
 
 
-def _spans(lo: Tensor, hi: Tensor, batch: int) -> _core.Spans:
-    """Contiguous (B or 1, runs, Tq)."""
-    _, runs, queries = lo.shape
-    shared = lo.shape[0] == 1 and batch != 1
-    return _core.Spans(lo.data_ptr(), hi.data_ptr(), runs, queries, 0 if shared else runs * queries)
+def _spans(params: Params, batch: int) -> _core.Spans:
+    rows, runs, queries = params.lo.shape
+    shared = rows == 1 and batch != 1
+    return _core.Spans(params.lo.data_ptr(), params.hi.data_ptr(), runs, queries, 0 if shared else runs * queries)

@@ -26,18 +26,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...spans import Documents
 from .. import _flash_attn
 from .._aligned_rows import aligned_rows
 from .._flash_attn import Varlen
+from .params import Params
 
 MAX_HEAD = 256
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, scale: float = 1.0, softcap: float = 0.0
-) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params) -> str | None:
     head = q.shape[-1]
     if q.device.type != _flash_attn.DEVICE:
         return f"it serves tensors on {_flash_attn.DEVICE}, q is on {q.device}"
@@ -47,36 +45,26 @@ def unsupported(
         return f"it serves heads of up to {MAX_HEAD} numbers, a multiple of 8; those of q have {head}"
     if v.shape[-1] != head:
         return f"it serves values as wide as the keys; those of v have {v.shape[-1]} numbers, those of k {head}"
-    if documents is None:
+    if params.documents is None:
         return (
             "it serves spans that RowSpans.packed or RowSpans.full made, and these keep no documents (a compiled "
             "function hands them on only where the backend is named by argument or use_backend)"
         )
-    if not scale > 0:
-        return f"it serves scales above 0, not {scale}"
+    if not params.scale > 0:
+        return f"it serves scales above 0, not {params.scale}"
     major, minor = _flash_attn.capability(q.device)
     if major < 8:
         return f"{q.device} is sm_{major}{minor}; flash-attn needs sm_80 or later"
-    return _flash_attn.unserved(head, softcap, q.device)
+    return _flash_attn.unserved(head, params.softcap, q.device)
 
 
-def span_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    hulls: Tensor | None,
-    documents: Documents,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     batch, queries, heads, width = q.shape
-    if not _has_work(q, k, documents):
+    if not _has_work(q, k, params):
         return torch.zeros_like(q, memory_format=torch.contiguous_format), _no_lse(q)
-    idle, unseen = _idle(lo, hi, k.shape[1]), documents.unseen_keys(k.shape[1])
-    call = _varlen(q, k, documents, scale, softcap)
-    kernels = _flash_attn.provider(width, softcap, q.device)
+    idle, unseen = _idle(params, k.shape[1]), params.documents.unseen_keys(k.shape[1])
+    call = _varlen(q, k, params)
+    kernels = _flash_attn.provider(width, params.softcap, q.device)
     out, lse = kernels.forward(_row(aligned_rows(q)), _cleaned(k, unseen), _cleaned(v, unseen), call)
     out = out.reshape(batch, queries, heads, width).masked_fill_(idle[:, :, None, None], 0.0)
     lse = lse.reshape(heads, batch, queries).transpose(0, 1).masked_fill(idle[:, None], -torch.inf)
@@ -91,18 +79,13 @@ def span_attention_backward(
     out: Tensor,
     lse: Tensor,
     d_lse: Tensor | None,
-    lo: Tensor,
-    hi: Tensor,
-    hulls: Tensor | None,
-    documents: Documents,
-    scale: float,
-    softcap: float,
+    params: Params,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_work(q, k, documents):
+    if not _has_work(q, k, params):
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    idle, unseen = _idle(lo, hi, k.shape[1]), documents.unseen_keys(k.shape[1])
-    call = _varlen(q, k, documents, scale, softcap)
-    kernels = _flash_attn.provider(q.shape[3], softcap, q.device)
+    idle, unseen = _idle(params, k.shape[1]), params.documents.unseen_keys(k.shape[1])
+    call = _varlen(q, k, params)
+    kernels = _flash_attn.provider(q.shape[3], params.softcap, q.device)
     d_out, *rows = (_cleaned(x, rows) for x, rows in ((d_out, idle), (q, idle), (k, unseen), (v, unseen)))
     lse = lse.masked_fill(idle[:, None], torch.inf).transpose(0, 1).flatten(1).contiguous()
     grads = kernels.backward(d_out, *rows, _row(out), lse, call)
@@ -133,9 +116,9 @@ def _of_lse(d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Ten
     return d_out, q, k, torch.zeros_like(v), out
 
 
-def _has_work(q: Tensor, k: Tensor, documents: Documents) -> bool:
+def _has_work(q: Tensor, k: Tensor, params: Params) -> bool:
     """flash-attn refuses calls without documents, and those without tokens."""
-    return q.numel() > 0 and k.numel() > 0 and documents.cu_seqlens.shape[0] > 1
+    return q.numel() > 0 and k.numel() > 0 and params.documents.cu_seqlens.shape[0] > 1
 
 
 def _no_lse(q: Tensor) -> Tensor:
@@ -143,9 +126,9 @@ def _no_lse(q: Tensor) -> Tensor:
     return q.new_full((batch, heads, queries), -torch.inf, dtype=torch.float32)
 
 
-def _idle(lo: Tensor, hi: Tensor, keys: int) -> Tensor:
+def _idle(params: Params, keys: int) -> Tensor:
     """(1, Tq), True for queries that see nothing."""
-    return (lo.clamp(0, keys) >= hi.clamp(0, keys))[:, 0]
+    return (params.lo.clamp(0, keys) >= params.hi.clamp(0, keys))[:, 0]
 
 
 def _cleaned(x: Tensor, rows: Tensor) -> Tensor:
@@ -158,7 +141,8 @@ def _row(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def _varlen(q: Tensor, k: Tensor, documents: Documents, scale: float, softcap: float) -> Varlen:
+def _varlen(q: Tensor, k: Tensor, params: Params) -> Varlen:
+    documents = params.documents
     batch, queries, keys = *q.shape[:2], k.shape[1]
     return Varlen(
         cu_seqlens_q=_offsets(documents.cu_seqlens, batch, queries),
@@ -168,8 +152,8 @@ def _varlen(q: Tensor, k: Tensor, documents: Documents, scale: float, softcap: f
         max_seqlen_k=keys,
         back=-1 if documents.window is None else documents.window - 1,
         ahead=0 if documents.causal else -1,
-        scale=scale,
-        softcap=softcap,
+        scale=params.scale,
+        softcap=params.softcap,
     )
 
 

@@ -2,7 +2,7 @@
 
 Inside, every tensor has a batch axis and spans are (B or 1, runs, Tq). Spans are tensors like any other, so that a new
 layout neither recompiles nor waits for the device. Documents, for the one backend that wants them, are the four fields
-of `mmkernels.spans.Documents`, the first of them None where there are none.
+of `mmkernels.spans.Documents`, the first of them None where there are none. Backends get all this as one `Params`.
 """
 
 from __future__ import annotations
@@ -15,33 +15,39 @@ from ...spans import Documents
 from .._autograd import OnceDifferentiable, Op, folded, is_forward_mode
 from .._registration import register
 from . import reference
+from .params import Params
 
-_SPANS = (
+_PARAMS = (
     "Tensor lo, Tensor hi, Tensor? hulls, Tensor? cu_seqlens, Tensor? cu_seqlens_k, bool causal, SymInt? window, "
     "float scale, float softcap, str backend"
 )
 
 
-def _forward(q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, window, scale, softcap, backend):
+def _params(lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, window, scale, softcap) -> Params:
     documents = None if cu_seqlens is None else Documents(cu_seqlens, cu_seqlens_k, causal, window)
-    kernels = backends.select("span_attention", backend, q, k, v, documents, scale, softcap)
-    return kernels.span_attention(q, k, v, lo, hi, hulls, documents, scale, softcap)
+    hulls = None if hulls is None else hulls.contiguous()
+    return Params(lo.contiguous(), hi.contiguous(), hulls, documents, scale, softcap)
 
 
-def _forward_fake(q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, window, scale, softcap, backend):
+def _forward(q, k, v, *params):
+    *params, backend = params
+    call = q, k, v, _params(*params)
+    return backends.select("span_attention", backend, *call).span_attention(*call)
+
+
+def _forward_fake(q, k, v, *_):
     batch, tokens, heads, _ = q.shape
     lse = q.new_empty((batch, heads, tokens), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty((batch, tokens, heads, v.shape[3])), lse
 
 
-def _backward(
-    d_out, q, k, v, out, lse, d_lse, lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, window, scale, softcap, backend
-):
-    documents = None if cu_seqlens is None else Documents(cu_seqlens, cu_seqlens_k, causal, window)
-    kernels = backends.select("span_attention", backend, q, k, v, documents, scale, softcap)
+def _backward(d_out, q, k, v, out, lse, d_lse, *params):
+    *params, backend = params
+    params = _params(*params)
+    kernels = backends.select("span_attention", backend, q, k, v, params)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
-    return kernels.span_attention_backward(d_out, q, k, v, out, lse, d_lse, lo, hi, hulls, documents, scale, softcap)
+    return kernels.span_attention_backward(d_out, q, k, v, out, lse, d_lse, params)
 
 
 def _backward_fake(d_out, q, k, v, *_):
@@ -49,11 +55,11 @@ def _backward_fake(d_out, q, k, v, *_):
 
 
 _forward_op = register(
-    f"span_attention(Tensor q, Tensor k, Tensor v, {_SPANS}) -> (Tensor, Tensor)", _forward, _forward_fake
+    f"span_attention(Tensor q, Tensor k, Tensor v, {_PARAMS}) -> (Tensor, Tensor)", _forward, _forward_fake
 )
 _backward_op = register(
     "span_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? d_lse, "
-    f"{_SPANS}) -> (Tensor, Tensor, Tensor)",
+    f"{_PARAMS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -61,9 +67,9 @@ _backward_op = register(
 
 class _SpanAttention(Op):
     @staticmethod
-    def forward(q, k, v, lo, hi, hulls, cu_seqlens, cu_seqlens_k, causal, window, scale, softcap, backend, want_lse):
-        spans = lo, hi, hulls, cu_seqlens, cu_seqlens_k
-        return _forward_op(q, k, v, *spans, causal, window, scale, softcap, backend)
+    def forward(*args):
+        *args, _ = args  # want_lse
+        return _forward_op(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -91,8 +97,8 @@ class _SpanAttention(Op):
     @staticmethod
     def jvp(ctx, *tangents):
         *tensors, lo, hi = ctx.saved_tensors
-        scale, softcap = ctx.call[2:4]
-        out, lse = reference.span_attention_jvp(*tensors, *tangents[:3], lo, hi, scale, softcap)
+        params = _params(lo, hi, None, None, None, *ctx.call[:4])
+        out, lse = reference.span_attention_jvp(*tensors, *tangents[:3], params)
         return out, lse if ctx.want_lse else None
 
     vmap = folded(forward, batched=3, shared=3)

@@ -14,28 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...spans import Documents
+from .params import Params
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params | None = None) -> str | None:
     return None
 
 
-def span_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    hulls: Tensor | None,
-    documents: Documents | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """q: (B, Tq, Hq, D), k: (B, Tk, Hkv, D), v: (B, Tk, Hkv, Dv); lo, hi: (B or 1, runs, Tq); softcap 0: none.
-    -> (B, Tq, Hq, Dv) and lse (B, Hq, Tq)."""
-    mask = _mask(lo, hi, k.shape[1])
-    scores = _scores(q, k, mask, scale, softcap)[0]
+def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+    """q: (B, Tq, Hq, D), k: (B, Tk, Hkv, D), v: (B, Tk, Hkv, Dv) -> (B, Tq, Hq, Dv) and lse (B, Hq, Tq)."""
+    mask = _mask(params, k.shape[1])
+    scores = _scores(q, k, mask, params)[0]
     lse = scores.logsumexp(-1)
     out = _visible_product(_weights(scores), _by_heads(v, q), mask)
     return _by_tokens(out).to(q.dtype), lse
@@ -49,23 +38,18 @@ def span_attention_backward(
     out: Tensor,
     lse: Tensor,
     d_lse: Tensor | None,
-    lo: Tensor,
-    hi: Tensor,
-    hulls: Tensor | None,
-    documents: Documents | None,
-    scale: float,
-    softcap: float,
+    params: Params,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, each of its shape and dtype, contiguous. d_lse, as lse; None: zeros."""
-    mask = _mask(lo, hi, k.shape[1])
-    scores, d_cap = _scores(q, k, mask, scale, softcap)
+    mask = _mask(params, k.shape[1])
+    scores, d_cap = _scores(q, k, mask, params)
     weights = _weights(scores)
     queries, keys, values, d_o, o = (_by_heads(x, q) for x in (q, k, v, d_out, out))
     d_weights = d_o @ values.mT
     delta = (d_o * o).sum(-1, keepdim=True)
     if d_lse is not None:
         delta = delta - d_lse[..., None]
-    d_scores = weights * (d_weights - delta) * d_cap * scale
+    d_scores = weights * (d_weights - delta) * d_cap * params.scale
     d_scores = d_scores.masked_fill(~mask, 0.0)
     d_q = _visible_product(d_scores, keys, mask)
     d_k = _visible_product(d_scores.mT, queries, mask.mT)
@@ -80,23 +64,20 @@ def span_attention_jvp(
     t_q: Tensor | None,
     t_k: Tensor | None,
     t_v: Tensor | None,
-    lo: Tensor,
-    hi: Tensor,
-    scale: float,
-    softcap: float,
+    params: Params,
 ) -> tuple[Tensor, Tensor]:
     """The derivatives of out and lse along t_q, t_k and t_v (None: zeros): the forward mode of every backend.
 
     With t_S the derivative of S: t_lse = sum_j P_ij t_S_ij, t_O = (P (t_S - t_lse)) V + P t_V."""
-    mask = _mask(lo, hi, k.shape[1])
-    scores, d_cap = _scores(q, k, mask, scale, softcap)
+    mask = _mask(params, k.shape[1])
+    scores, d_cap = _scores(q, k, mask, params)
     weights, queries, keys = _weights(scores), _by_heads(q, q), _by_heads(k, q)
     t_scores = torch.zeros_like(scores)
     if t_q is not None:
         t_scores = t_scores + _by_heads(t_q, q) @ keys.mT
     if t_k is not None:
         t_scores = t_scores + queries @ _by_heads(t_k, q).mT
-    t_scores = (t_scores * d_cap * scale).masked_fill(~mask, 0.0)
+    t_scores = (t_scores * d_cap * params.scale).masked_fill(~mask, 0.0)
     t_lse = (weights * t_scores).sum(-1)
     t_out = _visible_product(weights * (t_scores - t_lse[..., None]), _by_heads(v, q), mask)
     if t_v is not None:
@@ -104,10 +85,10 @@ def span_attention_jvp(
     return _by_tokens(t_out).to(q.dtype), t_lse
 
 
-def _mask(lo: Tensor, hi: Tensor, num_keys: int) -> Tensor:
+def _mask(params: Params, num_keys: int) -> Tensor:
     """(B or 1, 1, Tq, Tk), True where a query sees a key."""
-    keys = torch.arange(num_keys, device=lo.device)
-    return ((lo[..., None] <= keys) & (keys < hi[..., None])).any(1)[:, None]
+    keys = torch.arange(num_keys, device=params.lo.device)
+    return ((params.lo[..., None] <= keys) & (keys < params.hi[..., None])).any(1)[:, None]
 
 
 def _by_heads(x: Tensor, q: Tensor) -> Tensor:
@@ -125,12 +106,12 @@ def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
     return _by_tokens(grad.unflatten(1, (like.shape[2], -1)).sum(2))
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+def _scores(q: Tensor, k: Tensor, mask: Tensor, params: Params) -> tuple[Tensor, Tensor | float]:
     """(B, Hq, Tq, Tk), -inf where a query does not see a key, and their derivative by the scaled product."""
-    scores, derivative = _by_heads(q, q) @ _by_heads(k, q).mT * scale, 1.0
-    if softcap:
-        bounded = (scores / softcap).tanh()
-        scores, derivative = softcap * bounded, 1 - bounded * bounded
+    scores, derivative = _by_heads(q, q) @ _by_heads(k, q).mT * params.scale, 1.0
+    if params.softcap:
+        bounded = (scores / params.softcap).tanh()
+        scores, derivative = params.softcap * bounded, 1 - bounded * bounded
     return scores.masked_fill(~mask, -torch.inf), derivative
 
 

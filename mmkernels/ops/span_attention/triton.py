@@ -28,10 +28,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ...spans import Documents, RowSpans
 from .. import _triton
 from .._aligned_rows import aligned_rows
 from .._triton import Tile, launch
+from .limits import too_wide
+from .params import Params
 from .triton_backward import key_grads, key_table, query_grad
 from .triton_forward import forward, merge
 from .triton_tiles import FEW_ROWS, LARGEST_BLOCK, LARGEST_HEAD, Width, gradient_passes, tile_of
@@ -42,29 +43,17 @@ SPLIT_STEP = 64 if _triton.INTERPRET.value else 512
 MERGE_ROWS, TABLE_BLOCK = 16, 256
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape[-1] > LARGEST_HEAD:
-            return f"it serves heads of up to {LARGEST_HEAD} numbers, those of {name} have {x.shape[-1]}"
-    return _triton.unsupported("q", q)
+def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params | None = None) -> str | None:
+    return too_wide(q, k, v, LARGEST_HEAD) or _triton.unsupported("q", q)
 
 
-def span_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    hulls: Tensor | None,
-    documents: Documents | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     group, value_width = heads // k.shape[2], v.shape[3]
     out = q.new_empty(batch, queries, heads, value_width)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    _, scale, q = _positive_scale(scale, q)
+    lo, hi, *_ = params
+    _, scale, q = _positive_scale(params.scale, q)
     packed = group if queries < FEW_ROWS else 1
     tile = _tile("few_rows" if queries * packed <= FEW_ROWS else "forward", q, v)
     programs = batch * (heads // packed) * triton.cdiv(queries * packed, tile.BLOCK_M)
@@ -74,9 +63,9 @@ def span_attention(
         part_out, part_lse = (q.new_empty(parts, *x.shape, dtype=torch.float32) for x in (out, lse))
     rows = _rows(q, packed > 1), _rows(k), _rows(v)
     launch(
-        forward, programs * parts, *rows, lo.contiguous(), hi.contiguous(), part_out, part_lse, *_strides(*rows),
+        forward, programs * parts, *rows, lo, hi, part_out, part_lse, *_strides(*rows),
         queries, k.shape[1], heads, group, packed, lo.shape[1], _batch_stride(lo), parts, *_part_sizes(parts, out, lse),
-        scale, softcap, DV_OUT=value_width, PACKED=packed > 1, **_meta(q, v, lo, softcap), **tile.meta(),
+        scale, params.softcap, DV_OUT=value_width, PACKED=packed > 1, **_meta(q, v, params), **tile.meta(),
     )  # fmt: skip
     if parts > 1:
         count = batch * queries * heads
@@ -96,45 +85,41 @@ def span_attention_backward(
     out: Tensor,
     lse: Tensor,
     d_lse: Tensor | None,
-    lo: Tensor,
-    hi: Tensor,
-    hulls: Tensor | None,
-    documents: Documents | None,
-    scale: float,
-    softcap: float,
+    params: Params,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    if hulls is None:
-        hulls = RowSpans(lo, hi, k.shape[1]).hulls()
-    sign, scale, q = _positive_scale(scale, q)
-    meta = _meta(q, v, lo, softcap)
+    sign, scale, q = _positive_scale(params.scale, q)
+    params = params.with_hulls(k.shape[1])._replace(scale=scale)
+    meta = _meta(q, v, params)
     rows = tuple(map(_rows, (q, k, v, d_out)))
-    lo, hi, lse = lo.contiguous(), hi.contiguous(), lse.contiguous()
+    lse = lse.contiguous()
     row_terms = torch.empty_like(lse), torch.empty_like(lse)
-    _query_grad(rows, _rows(out), lo, hi, lse, d_lse, row_terms, d_q, scale, softcap, meta)
-    _key_grads(rows, hulls, lo, hi, row_terms, d_k, d_v, scale, softcap, meta)
+    _query_grad(rows, _rows(out), lse, d_lse, row_terms, d_q, params, meta)
+    _key_grads(rows, row_terms, d_k, d_v, params, meta)
     return d_q if sign > 0 else d_q.mul_(sign), d_k, d_v
 
 
-def _query_grad(rows, out, lo, hi, lse, d_lse, row_terms, d_q, scale, softcap, meta) -> None:
+def _query_grad(rows, out, lse, d_lse, row_terms, d_q, params: Params, meta) -> None:
     q, k, v, _ = rows
+    lo, hi, *_ = params
     batch, queries, heads, width = d_q.shape
     tile = _tile("query_grad", q, v)
     launch(
         query_grad, batch * heads * triton.cdiv(queries, tile.BLOCK_M), *rows, out, lo, hi, lse,
         lse if d_lse is None else d_lse, *row_terms, d_q, *_strides(*rows, out), queries, k.shape[1], heads,
-        heads // k.shape[2], lo.shape[1], _batch_stride(lo), scale, softcap, D_OUT=width, LSE_GRAD=d_lse is not None,
-        **meta, **tile.meta(),
+        heads // k.shape[2], lo.shape[1], _batch_stride(lo), params.scale, params.softcap, D_OUT=width,
+        LSE_GRAD=d_lse is not None, **meta, **tile.meta(),
     )  # fmt: skip
 
 
-def _key_grads(rows, hulls, lo, hi, row_terms, d_k, d_v, scale, softcap, meta) -> None:
+def _key_grads(rows, row_terms, d_k, d_v, params: Params, meta) -> None:
     q, _, v, _ = rows
+    lo, hi, *_ = params
     batch, keys, key_heads, width = d_k.shape
     queries, group = q.shape[1], q.shape[2] // key_heads
     tile = _tile("key_grads", q, v)
     blocks = triton.cdiv(keys, tile.BLOCK_N)
-    table = _key_table(hulls.contiguous(), queries, keys, blocks, tile)
+    table = _key_table(params.hulls, queries, keys, blocks, tile)
     programs = batch * key_heads * blocks
     parts = _parts(programs, queries * group)
     part_k, part_v = d_k, d_v
@@ -144,8 +129,8 @@ def _key_grads(rows, hulls, lo, hi, row_terms, d_k, d_v, scale, softcap, meta) -
         launch(
             key_grads, programs * parts, *rows, lo, hi, *row_terms, table, part_k, part_v, *_strides(*rows),
             queries, keys, key_heads, group, lo.shape[1], _batch_stride(lo), _batch_stride(table), parts,
-            *_part_sizes(parts, d_k, d_v), scale, softcap, D_OUT=width, DV_OUT=d_v.shape[3], WANT_K=want_k,
-            WANT_V=want_v, **meta, **tile.meta(),
+            *_part_sizes(parts, d_k, d_v), params.scale, params.softcap, D_OUT=width, DV_OUT=d_v.shape[3],
+            WANT_K=want_k, WANT_V=want_v, **meta, **tile.meta(),
         )  # fmt: skip
     if parts > 1:
         d_k.copy_(part_k.sum(0))
@@ -165,13 +150,13 @@ def _positive_scale(scale: float, q: Tensor) -> tuple[float, float, Tensor]:
     return (1.0, scale, q) if scale > 0 else (-1.0, -scale, -q) if scale < 0 else (0.0, 1.0, q * 0.0)
 
 
-def _meta(q: Tensor, v: Tensor, lo: Tensor, softcap: float) -> dict[str, object]:
+def _meta(q: Tensor, v: Tensor, params: Params) -> dict[str, object]:
     """What the kernels are compiled for; see triton_device."""
     return dict(
         HEAD=Width(q.shape[3]).columns,
         VALUE=Width(v.shape[3]).columns,
-        MATH=(softcap > 0, q.dtype == torch.float32, _triton.precision(q.dtype)),
-        ONE_RUN=lo.shape[1] == 1,
+        MATH=(params.softcap > 0, q.dtype == torch.float32, _triton.precision(q.dtype)),
+        ONE_RUN=params.lo.shape[1] == 1,
     )
 
 
