@@ -202,13 +202,14 @@ void run_rotary_embed(const RotaryEmbed& call) { MMK_RETURN(call.x.dtype, rotary
 void bind_rotary_embed(py::module_& module) {
     module.def(
         "rotary_embed",
-        [](const Heads& x, const Heads& out, uintptr_t cos, uintptr_t sin, int64_t table_stride, bool transposed) {
+        [](const Heads& x, const Heads& out, uintptr_t cos, uintptr_t sin, int64_t table_stride, bool interleaved,
+           bool transposed) {
             py::gil_scoped_release release;
             run_rotary_embed({x, out, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin),
-                              table_stride, transposed});
+                              table_stride, interleaved, transposed});
         },
-        py::arg("x"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("table_stride"), py::arg("transposed"),
-        "Fills out.");
+        py::arg("x"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("table_stride"), py::arg("interleaved"),
+        py::arg("transposed"), "Fills out.");
 }
 
 }  // namespace

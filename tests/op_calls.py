@@ -30,6 +30,11 @@ def plain_rotary(x, cos, sin):
     return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
 
 
+def plain_interleaved(x, cos, sin):
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2)
+
+
 def plain_clip(image, text, scale):
     logits, label = scale * image @ text.T, torch.arange(len(image))
     return sum(F.cross_entropy(x, label, label_smoothing=0.1) for x in (logits, logits.T)) / 2
@@ -58,6 +63,11 @@ OPS = {
         plain_rotary,
         [(5, 3, 8), (5, 8), (5, 8)],
     ),
+    "rotary_embed, interleaved": (
+        lambda x, cos, sin, backend: rotary_embed(x, cos, sin, interleaved=True, backend=backend),
+        plain_interleaved,
+        [(5, 3, 8), (5, 4), (5, 4)],
+    ),
     "clip_loss": (
         lambda i, t, s, backend: clip_loss(i, t, s, label_smoothing=0.1, backend=backend),
         plain_clip,
@@ -69,7 +79,7 @@ OPS = {
         [(5, 8), (5, 8), (), ()],
     ),
 }
-TWICE = ("patch_embed", "rotary_embed")  # whose gradients can be differentiated
+TWICE = ("patch_embed", "rotary_embed", "rotary_embed, interleaved")  # whose gradients can be differentiated
 ONCE = [name for name in OPS if name not in TWICE]
 
 

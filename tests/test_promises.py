@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor, init_device_m
 from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-NAMES = [name for name in OPS if "batch" not in name]
+NAMES = [name for name in OPS if "," not in name]
 RIGHT, REFUSED = "right", "refused"
 
 

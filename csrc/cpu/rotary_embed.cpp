@@ -1,8 +1,9 @@
-// Rotary position embedding. A head is two halves, a and b, and so are the tables, c of cosines and s of sines:
+// Rotary position embedding. A head is pairs (a, b), and so are the tables, c of cosines and s of sines:
 //
 //     out_a = a c_a - b s_a,  out_b = b c_b + a s_b         (out = x c + rotate_half(x) s)
 //
 // and by the transpose, which takes the gradient of out to that of x, the same with -s_b for s_a and -s_a for s_b.
+// The a of a head are its first half and the b the other, or, interleaved, its even numbers and its odd ones.
 //
 // Every number is read once, turned in float32 and written once, rounded: the time is that of the memory. Eager code
 // makes six tensors of the size of x on the way, in float32 where x is of half type.
@@ -16,12 +17,7 @@ namespace {
 
 constexpr int64_t kTokens = 16;  // a task
 
-struct Tables {
-    const float *cos, *sin_a, *sin_b;
-    float sign;  // of both sines
-};
-
-template <class T>
+template <class T, bool kInterleaved>
 class Rotation {
   public:
     explicit Rotation(const RotaryEmbed& call) : call_(call), half_(call.x.dim / 2) {}
@@ -40,31 +36,36 @@ class Rotation {
     void turn(int64_t row, int64_t token) const {
         const Heads &x = call_.x, &out = call_.out;
         const int64_t at = row * call_.table_stride + token * x.dim;
-        const float* sin = call_.sin + at;
-        const Tables tables = call_.transposed ? Tables{call_.cos + at, sin + half_, sin, -1}
-                                               : Tables{call_.cos + at, sin, sin + half_, 1};
         const T* from = static_cast<const T*>(x.data) + row * x.batch_stride + token * x.token_stride;
         T* to = static_cast<T*>(out.data) + row * out.batch_stride + token * out.token_stride;
-        for (int64_t h = 0; h < x.heads; h++) head(from + h * x.head_stride, to + h * out.head_stride, tables);
+        for (int64_t h = 0; h < x.heads; h++) head(from + h * x.head_stride, to + h * out.head_stride, at);
     }
 
-    void head(const T* x, T* out, const Tables& tables) const {
+    void head(const T* x, T* out, int64_t at) const {
+        const int64_t count = kInterleaved ? call_.x.dim : half_;
         int64_t d = 0;
-        for (; d + kLanes <= half_; d += kLanes) lanes(x + d, out + d, tables, d, kLanes);
-        if (d < half_) lanes(x + d, out + d, tables, d, static_cast<int>(half_ - d));
+        for (; d + kLanes <= count; d += kLanes) lanes(x + d, out + d, at + d, kLanes);
+        if (d < count) lanes(x + d, out + d, at + d, static_cast<int>(count - d));
     }
 
-    // `count` numbers of either half, of which x and out point to the first.
-    MMK_INLINE void lanes(const T* x, T* out, const Tables& tables, int64_t d, int count) const {
+    // The first `count` numbers of x, or of either half of it; `at` is their place in the tables.
+    MMK_INLINE void lanes(const T* x, T* out, int64_t at, int count) const {
         const auto read = [count](const auto* p)
                               MMK_INLINE_LAMBDA { return count == kLanes ? load(p) : load_first(p, count); };
         const auto write = [count](T* p, Vec v)
                                MMK_INLINE_LAMBDA { count == kLanes ? store(p, v) : store_first(p, v, count); };
-        const Vec a = read(x), b = read(x + half_), sign = splat(tables.sign);
-        const Vec cos_a = read(tables.cos + d), cos_b = read(tables.cos + half_ + d);
-        const Vec sin_a = sign * read(tables.sin_a + d), sin_b = sign * read(tables.sin_b + d);
-        write(out, a * cos_a - b * sin_a);
-        write(out + half_, b * cos_b + a * sin_b);
+        const float *cos = call_.cos + at, *sin = call_.sin + at;
+        const bool transposed = call_.transposed;
+        if constexpr (kInterleaved) {
+            const Vec v = read(x), s = read(sin), turned = transposed ? -swap_neighbours(s) : s;
+            write(out, v * read(cos) + swap_neighbours(v) * select((lane_index() & 1) == 1, turned, -turned));
+        } else {
+            const Vec a = read(x), b = read(x + half_);
+            const Vec sin_a = transposed ? -read(sin + half_) : read(sin);
+            const Vec sin_b = transposed ? -read(sin) : read(sin + half_);
+            write(out, a * read(cos) - b * sin_a);
+            write(out + half_, b * read(cos + half_) + a * sin_b);
+        }
     }
 
     const RotaryEmbed& call_;
@@ -74,7 +75,10 @@ class Rotation {
 }  // namespace
 
 void rotary_embed(const RotaryEmbed& call) {
-    with_element_type(call.x.dtype, [&](auto type) { Rotation<decltype(type)>(call).run(); });
+    with_element_type(call.x.dtype, [&](auto type) {
+        using T = decltype(type);
+        call.interleaved ? Rotation<T, true>(call).run() : Rotation<T, false>(call).run();
+    });
 }
 
 }  // namespace mmk::MMK_ISA

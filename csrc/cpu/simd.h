@@ -53,6 +53,15 @@ static MMK_INLINE IVec lane_index() {
     MMK_UNROLL for (int l = 0; l < kLanes; l++) i[l] = l;
     return i;
 }
+static MMK_INLINE Vec swap_neighbours(Vec v) {  // lanes 1 0 3 2 5 4 ...
+#if defined(__AVX512F__)
+    return _mm512_permute_ps(v, 0xb1);
+#elif defined(__AVX2__)
+    return _mm256_permute_ps(v, 0xb1);
+#else
+    return Vec{v[1], v[0], v[3], v[2]};
+#endif
+}
 static MMK_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
 static MMK_INLINE bool all_ones(Vec v) {

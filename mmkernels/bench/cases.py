@@ -129,6 +129,7 @@ class RotaryCase:
     heads: int
     dim: int
     op: str = "rotary_embed"
+    interleaved: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     compiled: tuple[str, ...] = ()
     quick: bool = False
@@ -136,9 +137,10 @@ class RotaryCase:
 
     def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
         projected = draw.normal(self.tokens, self.heads * 3 // 2, self.dim).to(device, dtype)
-        angles = draw.normal(self.tokens, self.dim // 2).repeat(1, 2).to(device)
-        x = projected[:, : self.heads]
-        return Call({"x": x, "cos": angles.cos().float(), "sin": angles.sin().float()}, {}, ("x",))
+        angles = draw.normal(self.tokens, self.dim // 2).float().to(device)
+        tables = (_of_pairs(table, self.interleaved) for table in (angles.cos(), angles.sin()))
+        tensors = dict(zip(("x", "cos", "sin"), (projected[:, : self.heads], *tables), strict=True))
+        return Call(tensors, {"interleaved": self.interleaved}, ("x",))
 
     def upstream(self, draw: Draw, call: Call) -> Tensor:
         return draw.normal(self.tokens, self.heads, self.dim).to(call.tensors["x"])
@@ -153,6 +155,10 @@ class RotaryCase:
 
     def eager_bytes(self, direction: str, call: Call) -> int:
         return 6 * self.bytes(direction, call)
+
+
+def _of_pairs(table: Tensor, interleaved: bool) -> Tensor:
+    return table.repeat_interleave(2, -1) if interleaved else table.repeat(1, 2)
 
 
 Case = LossCase | PatchCase | AttentionCase | RotaryCase
@@ -198,4 +204,5 @@ CASES: tuple[Case, ...] = (
     RotaryCase("300x4x64", 300, 4, 64, devices=_ASKED, quick=True),
     RotaryCase("qwen-vision-5476x32x80", 5476, 32, 80, compiled=_CPU + _GPU),
     RotaryCase("text-4096x40x128", 4096, 40, 128),
+    RotaryCase("interleaved-4096x40x128", 4096, 40, 128, interleaved=True),
 )

@@ -113,6 +113,7 @@ class RotaryCase:
     memory: str = "plain"
     tables: str = "shared"  # by the batch; or "own": each row of it has its own
     table_dtype: torch.dtype = torch.float32
+    interleaved: bool = False
     quick: bool = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
     plain_draws: int = 0
@@ -122,7 +123,8 @@ class RotaryCase:
         angles = 3 * draw.normal(*(batch if self.tables == "own" else []), tokens, dim)  # halves that differ, too
         tables = (guarded(table.to(device, self.table_dtype)) for table in (angles.cos(), angles.sin()))
         x = guarded(draw.normal(*self.shape).to(device, dtype), self.memory)
-        return Call(dict(zip(("x", "cos", "sin"), (x, *tables), strict=True)), {}, ("x", "cos", "sin"))
+        options = {"interleaved": True} if self.interleaved else {}
+        return Call(dict(zip(("x", "cos", "sin"), (x, *tables), strict=True)), options, ("x", "cos", "sin"))
 
     def upstream(self, draw: Draw, result: Tensor) -> Tensor:
         return draw.normal(*result.shape)
@@ -229,6 +231,12 @@ ROTARY = [
     RotaryCase("half tables", (45, 3, 96), table_dtype=torch.bfloat16),
     RotaryCase("beyond 2^31", (3, 2, 32), memory="far", dtypes=(torch.bfloat16,)),
     RotaryCase("T 1100, several threads", (1100, 4, 80)),
+    RotaryCase("interleaved, T 37, H 3, D 80", (37, 3, 80), interleaved=True, quick=True),
+    RotaryCase("interleaved, D 2", (5, 1, 2), interleaved=True, quick=True, plain_draws=40),
+    RotaryCase("interleaved, D 70", (40, 5, 70), memory="odd", interleaved=True),
+    RotaryCase(
+        "interleaved, a batch of its own tables", (2, 33, 4, 64), "rotary_embed", "fused", "own", interleaved=True
+    ),
 ]
 
 Case = LossCase | PatchCase | AttentionCase | RotaryCase

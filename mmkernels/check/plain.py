@@ -169,9 +169,13 @@ def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
     return out.view(*queries.shape[:-1], width)[..., : values.shape[-1]]
 
 
-def rotary_embed(x, cos, sin):
-    """As transformers' vision towers turn their queries and keys."""
+def rotary_embed(x, cos, sin, *, interleaved=False):
+    """As transformers' vision towers turn their queries and keys; or interleaved, as its Cohere does."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide, cos, sin = x.to(dtype), cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)
-    first, second = wide.chunk(2, -1)
-    return (wide * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+    if interleaved:
+        turned = torch.stack((-wide[..., 1::2], wide[..., ::2]), -1).flatten(-2)
+    else:
+        first, second = wide.chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+    return (wide * cos + turned * sin).to(x.dtype)

@@ -156,11 +156,12 @@ class Rotation:
     head: int
     dtype: str = "bfloat16"
     tokens: int = 1003
+    interleaved: bool = False
 
     def run(self) -> None:
         x = torch.empty(2, self.tokens, 6, self.head, dtype=getattr(torch, self.dtype), device="meta")[:, :, :4]
         table = torch.empty(1, self.tokens, self.head, device="meta")
-        rotary_embed.rotary_embed(x, table, table, False)
+        rotary_embed.rotary_embed(x, table, table, self.interleaved, False)
 
     @property
     def resized(self) -> Rotation:
@@ -191,6 +192,7 @@ CALLS = {
     "attention-64-lse": Attention(64, lse_gradient=True),
     "rotary-80": Rotation(80),
     "rotary-128-float32": Rotation(128, dtype="float32"),
+    "rotary-128-interleaved": Rotation(128, interleaved=True),
 }
 
 

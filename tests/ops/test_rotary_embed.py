@@ -6,6 +6,7 @@ That the backends equal the reference, within the error budget, is tests/test_ch
 import pytest
 import torch
 import torch._dynamo.testing
+from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as apply_to_neighbours
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
@@ -32,13 +33,23 @@ def test_equals_llama(backend):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_interleaved_equals_cohere(backend):
+    q, k, (cos, sin) = torch.randn(2, 6, 30, 36), torch.randn(2, 2, 30, 36), tables(2, 30, 18)
+    whole = [table.repeat_interleave(2, -1) for table in (cos, sin)]
+    for x, theirs in zip((q, k), apply_to_neighbours(q, k, *whole), strict=True):
+        for given in (cos, sin), whole:
+            ours = rotary_embed(x.transpose(1, 2), *given, interleaved=True, backend=backend).transpose(1, 2)
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("shape", [(3, 6), (2, 3, 6)])
-def test_gradients_of_every_order_are_those_of_the_result(shape):
+def test_gradients_of_every_order_are_those_of_the_result(shape, interleaved):
     x, (cos, sin) = torch.randn(2, 3, 2, 6, dtype=torch.float64), tables(*shape, dtype=torch.float64)
     inputs = [each.requires_grad_() for each in (x, cos, sin)]
 
     def turned(*inputs):
-        return rotary_embed(*inputs, backend="reference")
+        return rotary_embed(*inputs, interleaved=interleaved, backend="reference")
 
     assert torch.autograd.gradcheck(turned, inputs)
     assert torch.autograd.gradgradcheck(turned, inputs)
@@ -58,18 +69,20 @@ def test_nothing_to_turn(backend):
         assert out.shape == shape
 
 
-def test_a_nan_stays_in_its_pair(backend):
+@pytest.mark.parametrize(("interleaved", "pair"), [(False, [3, 11]), (True, [2, 3])])
+def test_a_nan_stays_in_its_pair(backend, interleaved, pair):
     x, (cos, sin) = torch.randn(5, 4, 16), tables(5, 16)
     x[2, 1, 3] = torch.nan
     expected = torch.zeros(5, 4, 16, dtype=torch.bool)
-    expected[2, 1, [3, 11]] = True
-    assert torch.equal(rotary_embed(x, cos, sin, backend=backend).isnan(), expected)
+    expected[2, 1, pair] = True
+    assert torch.equal(rotary_embed(x, cos, sin, interleaved=interleaved, backend=backend).isnan(), expected)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_opcheck(backend, transposed):
+def test_opcheck(backend, interleaved, transposed):
     x, (cos, sin) = torch.randn(2, 5, 3, 8), tables(1, 5, 8)
-    torch.library.opcheck(torch.ops.mmkernels.rotary_embed, (x, cos, sin, transposed, backend))
+    torch.library.opcheck(torch.ops.mmkernels.rotary_embed, (x, cos, sin, interleaved, transposed, backend))
 
 
 def test_compiles_whole_and_once_whatever_the_length(backend):

@@ -1,4 +1,4 @@
-"""Rotary position embedding, which turns the halves of every query and key by the angles of its token."""
+"""Rotary position embedding, which turns pairs of numbers of every query and key by the angles of its token."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from . import op
 _NAME = "rotary_embed"
 
 
-def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
+def rotary_embed(
+    x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str | None = None
+) -> Tensor:
     """x cos + rotate_half(x) sin, where rotate_half((a, b)) = (-b, a): queries or keys before they attend.
 
-    Su et al. 2021, https://arxiv.org/abs/2104.09864, on the halves of a head as GPT-NeoX, Llama and Qwen-VL have it;
-    what transformers calls `apply_rotary_pos_emb` and `apply_rotary_pos_emb_vision`, in one pass over x.
+    Su et al. 2021, https://arxiv.org/abs/2104.09864; what transformers calls `apply_rotary_pos_emb` and
+    `apply_rotary_pos_emb_vision`, in one pass over x.
 
     Args:
         x: (T, H, D), or with a batch axis (B, T, H, D), D even; float32, bfloat16 or float16 (the reference backend:
             float64 too). The last stride must be 1, the others may be anything: queries and keys that lie side by side
             in a fused projection are turned in one call.
         cos, sin: of the angles, (T, D), or with a batch axis, (B, T, D) or (1, T, D) for the whole batch; floating, of
-            any dtype. With D / 2 in place of D, the angles of one half, which are those of the other too.
+            any dtype: a number for each of a head, in its order. With D / 2 in place of D, a number for each pair.
+        interleaved: what is turned together. False: number i of the first half of a head and number i of the other, as
+            GPT-NeoX, Llama and Qwen-VL have it. True: two neighbours, as RoFormer, GPT-J and Cohere have it, where
+            rotate_half((a, b, c, d, ...)) = (-b, a, -d, c, ...).
         backend: "triton", "cpu", "reference"; None takes the fastest of them that supports the call.
 
     Returns:
@@ -44,10 +49,14 @@ def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = N
     cos, sin = (table.to(wide).contiguous() for table in (cos, sin))
     cos, sin = (table if table.dim() == 3 else table[None] for table in (cos, sin))
     if cos.shape[-1] < x.shape[-1]:
-        cos, sin = (torch.cat((table, table), -1) for table in (cos, sin))
+        cos, sin = (_of_pairs(table, interleaved) for table in (cos, sin))
     batched = x.dim() == 4
-    out = op.rotary_embed(x if batched else x[None], cos, sin, backends.requested(backend))
+    out = op.rotary_embed(x if batched else x[None], cos, sin, bool(interleaved), backends.requested(backend))
     return out if batched else out.squeeze(0)
+
+
+def _of_pairs(table: Tensor, interleaved: bool) -> Tensor:
+    return table.repeat_interleave(2, -1) if interleaved else torch.cat((table, table), -1)
 
 
 def _check_x(x: Tensor) -> None:

@@ -13,8 +13,9 @@ def unsupported(x: Tensor) -> str | None:
     return unserved("x", x)
 
 
-def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     table_stride = cos.stride(0) if len(cos) > 1 else 0
-    _core.rotary_embed(heads_of(x), heads_of(out), cos.data_ptr(), sin.data_ptr(), table_stride, transposed)
+    tables = cos.data_ptr(), sin.data_ptr(), table_stride
+    _core.rotary_embed(heads_of(x), heads_of(out), *tables, interleaved, transposed)
     return out

@@ -1,6 +1,9 @@
 """Rotary embedding in Triton: a row of a program is one head of one token, turned in registers.
 
 out_a = a c_a - b s_a,  out_b = b c_b + a s_b,   or transposed, the same with -s_b for s_a and -s_a for s_b
+
+for the halves a and b of a head, or interleaved, its even and its odd numbers, which are read and written together and
+parted in registers.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ def unsupported(x: Tensor) -> str | None:
     return _triton.unsupported("x", x)
 
 
-def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
     batch, tokens, heads, dim = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     x = aligned_rows(x)
@@ -31,7 +34,8 @@ def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tenso
     rows, table_tokens = batch * tokens * heads, tokens if len(cos) > 1 else 0
     launch(
         rotate, triton.cdiv(rows, block), x, cos, sin, out, *strides, rows, tokens, heads, table_tokens,
-        DIM=dim, WIDTH=width, BLOCK_M=block, TRANSPOSED=transposed, num_warps=4,
+        DIM=dim, WIDTH=width, BLOCK_M=block, INTERLEAVED=interleaved,
+        TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -42,22 +46,43 @@ def rotate(
     cos, sin,  # [B or 1, T, D]
     out,  # [B, T, H, D]
     stride_b8, stride_t8, stride_h8, rows, tokens, heads, table_tokens,  # 0: one table for the whole batch
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = DIM // 2
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     head, token, batch = row % heads, row // heads % tokens, row // heads // tokens
-    column = tl.arange(0, WIDTH)[None, :]
-    mask = (row < rows)[:, None] & (column < HALF)
-    p_x = x + (batch * stride_b8 + token * stride_t8 + head * stride_h8)[:, None] * 8 + column
-    table = ((batch * table_tokens + token) * DIM)[:, None] + column
-    a = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(p_x + HALF, mask=mask, other=0.0).to(tl.float32)
-    cos_a, cos_b = tl.load(cos + table, mask=mask, other=0.0), tl.load(cos + table + HALF, mask=mask, other=0.0)
-    sin_a, sin_b = tl.load(sin + table, mask=mask, other=0.0), tl.load(sin + table + HALF, mask=mask, other=0.0)
+    inside = row < rows
+    p_x = x + (batch * stride_b8 + token * stride_t8 + head * stride_h8) * 8
+    table = (batch * table_tokens + token) * DIM
+    a, b = _load_pairs(p_x, inside, DIM, WIDTH, INTERLEAVED)
+    cos_a, cos_b = _load_pairs(cos + table, inside, DIM, WIDTH, INTERLEAVED)
+    sin_a, sin_b = _load_pairs(sin + table, inside, DIM, WIDTH, INTERLEAVED)
     if TRANSPOSED:
         sin_a, sin_b = -sin_b, -sin_a
-    p_out = out + (row * DIM)[:, None] + column
+    out_a, out_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    p_out = out + row * DIM
     dtype = out.dtype.element_ty
-    tl.store(p_out, rounded(a * cos_a - b * sin_a, dtype), mask=mask)
-    tl.store(p_out + HALF, rounded(b * cos_b + a * sin_b, dtype), mask=mask)
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * WIDTH)[None, :]
+        numbers = rounded(tl.interleave(out_a, out_b), dtype)
+        tl.store(p_out[:, None] + column, numbers, mask=inside[:, None] & (column < DIM))
+    else:
+        column = tl.arange(0, WIDTH)[None, :]
+        mask = inside[:, None] & (column < DIM // 2)
+        tl.store(p_out[:, None] + column, rounded(out_a, dtype), mask=mask)
+        tl.store(p_out[:, None] + DIM // 2 + column, rounded(out_b, dtype), mask=mask)
+
+
+@triton.jit
+def _load_pairs(p, inside, DIM: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Rows of DIM numbers, which begin at p [BLOCK_M], as a and b, [BLOCK_M, WIDTH] in float32."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * WIDTH)[None, :]
+        numbers = tl.load(p[:, None] + column, mask=inside[:, None] & (column < DIM), other=0.0).to(tl.float32)
+        return tl.split(numbers.reshape(numbers.shape[0], WIDTH, 2))
+    else:
+        column = tl.arange(0, WIDTH)[None, :]
+        mask = inside[:, None] & (column < DIM // 2)
+        a = tl.load(p[:, None] + column, mask=mask, other=0.0)
+        b = tl.load(p[:, None] + DIM // 2 + column, mask=mask, other=0.0)
+        return a.to(tl.float32), b.to(tl.float32)
