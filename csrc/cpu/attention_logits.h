@@ -44,9 +44,14 @@ struct Logits {
     }
 };
 
-// 2^(base logit - reference). Large weights have large logits and a power near zero: what a float leaves of the factor
-// counts, but for weights that are rounded to half a float's digits. Where nothing is seen the logit is -inf, and its
-// product with the rest would be anything.
+// The float32 weights of so many keys are added up by themselves: one by one, small ones would be rounded away beside
+// that of a key to which the query clings.
+constexpr int kSumGroup = 8;
+
+// 2^(base logit - reference). The reference is a rounded product and the one here is not: all weights of a row are too
+// large or too small by one factor, and so is their sum. Large weights have large logits and a power near zero: what a
+// float leaves of the base counts, but for weights that are rounded to half a float's digits. Where nothing is seen the
+// logit is -inf, and its product with the rest would be anything.
 template <class T>
 static MMK_INLINE Vec weight(Vec logit, const TwoFloats& base, Vec reference) {
     const Vec power = logit * splat(base.first) - reference;

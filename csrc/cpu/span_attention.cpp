@@ -383,22 +383,28 @@ class Forward {
     void weigh(const float* scores, int count, const Vec* reference, float* sum_at, uint32_t* weights) const {
         const TwoFloats base = logits_.base();
         Vec sum[kVectors];
-        std::fill_n(sum, kVectors, Vec{});  // a chain over all keys would lose more digits
-        for (int i = 0; i < count; i += kPack) {
-            MMK_UNROLL for (int v = 0; v < kVectors; v++) {
-                Vec of_keys[kPack];
-                MMK_UNROLL for (int j = 0; j < kPack; j++) {
-                    const Vec logit = load(scores + (i + j) * kTileColumns + v * kLanes);
-                    of_keys[j] = weight<T>(logit, base, reference[v]);
-                    sum[v] += of_keys[j];
-                }
-                uint32_t* to = weights + i / kPack * kTileColumns + v * kLanes;
-                if constexpr (kPack == 1) {
-                    store_bits(to, as_bits(of_keys[0]));
-                } else {
-                    store_bits(to, to_bfloat16_pairs(of_keys[0], of_keys[1]));
+        std::fill_n(sum, kVectors, Vec{});
+        const int group = std::is_same_v<T, float> ? kSumGroup : count;
+        for (int first = 0; first < count; first += group) {
+            Vec part[kVectors];
+            std::fill_n(part, kVectors, Vec{});
+            for (int i = first; i < std::min(first + group, count); i += kPack) {
+                MMK_UNROLL for (int v = 0; v < kVectors; v++) {
+                    Vec of_keys[kPack];
+                    MMK_UNROLL for (int j = 0; j < kPack; j++) {
+                        const Vec logit = load(scores + (i + j) * kTileColumns + v * kLanes);
+                        of_keys[j] = weight<T>(logit, base, reference[v]);
+                        part[v] += of_keys[j];
+                    }
+                    uint32_t* to = weights + i / kPack * kTileColumns + v * kLanes;
+                    if constexpr (kPack == 1) {
+                        store_bits(to, as_bits(of_keys[0]));
+                    } else {
+                        store_bits(to, to_bfloat16_pairs(of_keys[0], of_keys[1]));
+                    }
                 }
             }
+            for (int v = 0; v < kVectors; v++) sum[v] += part[v];
         }
         for (int v = 0; v < kVectors; v++) store(sum_at + v * kLanes, load(sum_at + v * kLanes) + sum[v]);
     }

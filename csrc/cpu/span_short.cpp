@@ -261,14 +261,15 @@ class Short {
 
     // Logits become weights in their place, two keys to a unit for bfloat16; their sum.
     Vec exponentiate(float* logits, int64_t keys, const TwoFloats& base, Vec reference) const {
-        Vec sum{};
+        Vec sum{}, part{};
         if (keys % kPack != 0) store(logits + keys * kBlockLanes, splat(-kInfinity));  // there is room for a whole tile
         for (int64_t key = 0; key < keys; key += kPack) {
             Vec weights[kPack];
             MMK_UNROLL for (int j = 0; j < kPack; j++) {
                 weights[j] = weight<T>(load(logits + (key + j) * kBlockLanes), base, reference);
-                sum += weights[j];
+                part += weights[j];
             }
+            if ((key + kPack) % kSumGroup == 0) sum += part, part = Vec{};
             auto* to = reinterpret_cast<uint32_t*>(logits) + key / kPack * kBlockLanes;
             if constexpr (kPack == 1) {
                 store_bits(to, as_bits(weights[0]));
@@ -276,7 +277,7 @@ class Short {
                 store_bits(to, to_bfloat16_pairs(weights[0], weights[1]));
             }
         }
-        return sum;
+        return sum + part;
     }
 
     void lay_weights_in_rows(int64_t keys, int64_t vectors, const Workspace& work) const {

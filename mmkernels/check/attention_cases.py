@@ -107,6 +107,7 @@ class AttentionCase:
     memory: str = "plain"
     kv_memory: str | None = None  # None: as the queries'
     growing: bool = False  # later keys have larger scores, so that a running maximum moves all the time
+    clinging: bool = False  # a key almost in every query's own direction, beside whose weight the others are small
     sunken: bool = False  # every score is about -200: of a key that is none, which scores zero, the weight would be all
     quick: bool = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
@@ -127,6 +128,8 @@ class AttentionCase:
         q, k = normal(spans.num_queries, q_heads, dim), normal(spans.num_keys, kv_heads, dim)
         if self.growing:
             q, k = q.abs(), k.abs() * torch.linspace(0.1, 3, len(k)).view(-1, 1, 1)
+        if self.clinging:
+            k = q + 0.1 * k
         if self.sunken:
             depth = (200 * dim**0.5) ** 0.5
             q[..., 0], k[..., 0] = depth, -depth
@@ -216,6 +219,8 @@ ATTENTION: list[AttentionCase] = [
     AttentionCase("scale -0.2", causal((60, 41)), scale=-0.2),
     AttentionCase("growing scores", full(40, 700), growing=True),
     replace(_SMALL, name="small, growing scores", layout=full(9, 70), growing=True),
+    AttentionCase("clinging queries", full(150, 150), scale=0.3, clinging=True, plain_draws=20),
+    AttentionCase("clinging queries, windows", blocks([61, 90], [61, 90]), scale=0.3, clinging=True, plain_draws=20),
     AttentionCase("scores far below zero", full(70, 301), sunken=True, plain_draws=20),
     replace(_SMALL, name="small windows, scores far below zero", layout=blocks(_ODD, _ODD), sunken=True),
     AttentionCase("softcap 20", causal((70, 41)), heads=(4, 2), softcap=20.0, scale=1.0, plain_draws=20),
