@@ -20,16 +20,16 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from . import _installation
 
 NAMES = ("cuda", "triton", "flash-attn", "cpu", "reference")
 
@@ -38,7 +38,6 @@ NAMES = ("cuda", "triton", "flash-attn", "cpu", "reference")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 OLDEST_TRITON = (3, 4)  # before it, a kernel cannot index a tuple of tiles
-INSTALL = "pip install --force-reinstall --no-deps mmkernels"
 
 MODULE_ATTRIBUTE = "_mmkernels_backend"
 
@@ -255,9 +254,9 @@ def _unusable_gpu(module: ModuleType) -> str | None:
 
 
 def _not_built(part: str, error: ImportError) -> str:
-    record = Path(__file__).with_name("_build.json")
-    built = json.loads(record.read_text()).get(part, {}) if record.exists() else {}
-    return f"{built.get('reason') or error}; mend: {built.get('mend') or INSTALL}"
+    found = _installation.left_out(part)
+    mend = f"{found['mend']}, then {_installation.reinstall()}" if found else _installation.reinstall()
+    return f"{found.get('reason') or error}; mend: {mend}"
 
 
 @functools.cache

@@ -2,26 +2,39 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from mmkernels._installation import reinstall
+
 ROOT = Path(__file__).parents[1]
 
 
-def install(target: Path, **environment: str) -> subprocess.CompletedProcess:
-    """What `pip install .` does, into a folder of its own, from a copy of the tracked sources."""
-    source = target / "source"
-    files = ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE", "csrc", "mmkernels")
-    source.mkdir(parents=True)
-    subprocess.run(f"cp -r {' '.join(files)} {source}", shell=True, cwd=ROOT, check=True)
-    subprocess.run(f"rm -f {source}/mmkernels/*.so {source}/mmkernels/_build.json", shell=True, check=True)
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory) -> Path:
+    """The source distribution, of a copy of the sources."""
+    folder = tmp_path_factory.mktemp("sdist")
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in files.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('.'))"
+    subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, check=True)
+    return next(folder.glob("mmkernels-*.tar.gz"))
+
+
+def install(sdist: Path, target: Path, **environment: str) -> subprocess.CompletedProcess:
+    """From the source distribution, into a folder of its own."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target"]
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
     return subprocess.run(
-        [*command, str(target / "site"), str(source)], capture_output=True, text=True, env=variables, check=False
+        [*command, str(target / "site"), str(sdist)], capture_output=True, text=True, env=variables, check=False
     )
 
 
@@ -38,12 +51,15 @@ def run(target: Path, code: str) -> str:
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CXX": "/nowhere/c++"}, "the compiled core was not built"),
+        (
+            {"CXX": "/nowhere/c++"},
+            "not built: Could not find the compiler specified in the environment variable CXX: /n",
+        ),
         ({"MMKERNELS_NATIVE": "0"}, "left out by MMKERNELS_NATIVE=0 at install"),
     ],
 )
-def test_without_a_compiler_it_installs_works_and_says_so(tmp_path, environment, reason):
-    done = install(tmp_path, **environment)
+def test_without_a_compiler_it_installs_works_and_says_so(sdist, tmp_path, environment, reason):
+    done = install(sdist, tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     code = (
         "import torch, mmkernels; x = torch.randn(5, 8); print(mmkernels.clip_loss(x, x, 3.0).item()); "
@@ -54,8 +70,17 @@ def test_without_a_compiler_it_installs_works_and_says_so(tmp_path, environment,
     assert reason in missing and "mend: " in missing and "pip install" in missing
 
 
-def test_native_required_turns_a_missing_compiler_into_an_error(tmp_path):
-    done = install(tmp_path, CXX="/nowhere/c++", MMKERNELS_NATIVE="require")
+def test_the_source_distribution_builds_the_core(sdist, tmp_path):
+    """Without the checkout: what the core is made of is in it. The kernels for GPUs are its too (test_cuda_build)."""
+    done = install(sdist, tmp_path, MMKERNELS_CUDA="0", MMKERNELS_NATIVE="require")
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "site") in run(tmp_path, "import mmkernels; print(mmkernels.__file__)")
+    arguments = ["check", "--quick", "--op", "rotary_embed", "--backend", "cpu"]
+    assert "rotary_embed" in run(tmp_path, f"import sys; from mmkernels.cli import main; sys.exit(main({arguments}))")
+
+
+def test_native_required_turns_a_missing_compiler_into_an_error(sdist, tmp_path):
+    done = install(sdist, tmp_path, CXX="/nowhere/c++", MMKERNELS_NATIVE="require")
     assert done.returncode != 0
     assert not (tmp_path / "site" / "mmkernels").exists()
 
@@ -63,24 +88,29 @@ def test_native_required_turns_a_missing_compiler_into_an_error(tmp_path):
 # ---- the CUDA kernels, by a cmake that only writes down what it was asked, and fails on them if it is told to
 
 
-def install_with_recorder(folder: Path, fails: bool = False, **environment: str) -> subprocess.CompletedProcess:
+FAILS = 'echo "[3/9] nvcc a.cu"; echo "a.cu(3): error: identifier \\"x\\" is undefined"; echo "2 errors"; exit 1'
+
+
+def install_with_recorder(
+    sdist: Path, folder: Path, fails: str = "exit 0", **environment: str
+) -> subprocess.CompletedProcess:
     (folder / "bin").mkdir()
     cmake = folder / "bin" / "cmake"
-    cmake.write_text(f'#!/bin/sh\necho "$@" >>{folder}/calls\ncase "$*" in *csrc/cuda*) exit {int(fails)};; esac\n')
+    cmake.write_text(f'#!/bin/sh\necho "$@" >>{folder}/calls\ncase "$*" in *csrc/cuda*) {fails};; esac\n')
     cmake.chmod(0o755)
     nvcc = folder / "bin" / "nvcc"
     nvcc.write_text("#!/bin/sh\n")
     nvcc.chmod(0o755)
     path = f"{folder}/bin:{os.environ['PATH']}"
-    return install(folder, **({"PATH": path, "CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": ""} | environment))
+    return install(sdist, folder, **({"PATH": path, "CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": ""} | environment))
 
 
 def record(folder: Path) -> dict[str, dict[str, str]]:
     return json.loads((folder / "site" / "mmkernels" / "_build.json").read_text())
 
 
-def test_the_cuda_kernels_are_built_where_nvcc_is(tmp_path):
-    done = install_with_recorder(tmp_path, MMKERNELS_CUDA_ARCHS="80, 90a")
+def test_the_cuda_kernels_are_built_where_nvcc_is(sdist, tmp_path):
+    done = install_with_recorder(sdist, tmp_path, MMKERNELS_CUDA_ARCHS="80, 90a")
     assert done.returncode == 0, done.stderr
     core, _, cuda, _ = (tmp_path / "calls").read_text().splitlines()
     assert "csrc/cuda" not in core
@@ -88,17 +118,37 @@ def test_the_cuda_kernels_are_built_where_nvcc_is(tmp_path):
     assert record(tmp_path) == {"core": {}, "cuda": {}}
 
 
-def test_kernels_that_do_not_compile_leave_the_core_unharmed(tmp_path):
-    done = install_with_recorder(tmp_path, fails=True)
+def test_kernels_that_do_not_compile_leave_the_core_unharmed(sdist, tmp_path):
+    done = install_with_recorder(sdist, tmp_path, fails=FAILS)
     assert done.returncode == 0, done.stderr
     found = record(tmp_path)
     assert found["core"] == {}
-    assert found["cuda"]["reason"].startswith("the CUDA kernels were not built: Command") and found["cuda"]["mend"]
+    complaint = 'the CUDA kernels were not built: a.cu(3): error: identifier "x" is undefined ('
+    assert found["cuda"]["reason"].startswith(complaint) and found["cuda"]["mend"]
     assert found["cuda"]["reason"] in run(tmp_path, "from mmkernels import backends; print(backends.missing('cuda'))")
 
 
-def test_native_required_turns_kernels_that_do_not_compile_into_an_error(tmp_path):
-    assert install_with_recorder(tmp_path, fails=True, MMKERNELS_NATIVE="require").returncode != 0
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (
+            '{"dir_info": {"editable": true}, "url": "file:///a%20b/c"}',
+            "pip install --force-reinstall --no-deps -e /a b/c",
+        ),
+        ('{"dir_info": {}, "url": "file:///src"}', "pip install --force-reinstall --no-deps /src"),
+        ('{"archive_info": {}, "url": "file:///mmkernels.whl"}', "--no-deps --no-binary mmkernels mmkernels"),
+        (None, "--no-deps --no-binary mmkernels mmkernels"),
+    ],
+)
+def test_installing_anew_is_said_for_where_the_package_came_from(monkeypatch, tmp_path, origin, command):
+    if origin:
+        (tmp_path / "direct_url.json").write_text(origin)
+    monkeypatch.setattr(metadata, "distribution", lambda name: metadata.PathDistribution(tmp_path))
+    assert reinstall().endswith(command)
+
+
+def test_native_required_turns_kernels_that_do_not_compile_into_an_error(sdist, tmp_path):
+    assert install_with_recorder(sdist, tmp_path, fails=FAILS, MMKERNELS_NATIVE="require").returncode != 0
 
 
 @pytest.mark.parametrize(
@@ -108,8 +158,8 @@ def test_native_required_turns_kernels_that_do_not_compile_into_an_error(tmp_pat
         ({"CUDA_HOME": "/nowhere"}, "the CUDA kernels were not built: no nvcc was found"),
     ],
 )
-def test_without_nvcc_or_on_purpose_only_the_core_is_built(tmp_path, environment, reason):
-    done = install_with_recorder(tmp_path, **environment)
+def test_without_nvcc_or_on_purpose_only_the_core_is_built(sdist, tmp_path, environment, reason):
+    done = install_with_recorder(sdist, tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert "csrc/cuda" not in (tmp_path / "calls").read_text()
     assert record(tmp_path)["cuda"]["reason"] == reason

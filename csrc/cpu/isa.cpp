@@ -18,6 +18,12 @@ namespace {
 constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 
 #if defined(__x86_64__)
+// Names that older compilers do not know.
+bool has_avx512_bfloat16() {
+    constexpr unsigned kBFloat16 = 1u << 5;
+    unsigned features, b, c, d;
+    return __get_cpuid_count(7, 1, &features, &b, &c, &d) != 0 && (features & kBFloat16);
+}
 bool has_amx_bfloat16() {
     constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
     unsigned a, b, c, features;
@@ -46,7 +52,7 @@ bool runs_here([[maybe_unused]] Isa isa) {
             return runs_here(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         case Isa::kAvx512Bf16:
-            return runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+            return runs_here(Isa::kAvx512) && has_avx512_bfloat16();
         case Isa::kAmx:
             return runs_here(Isa::kAvx512Bf16) && has_amx_bfloat16() && may_use_tiles();
     }

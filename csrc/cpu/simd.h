@@ -212,6 +212,26 @@ static MMK_INLINE Vec tanh(Vec x) {
 typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t ByteLanes __attribute__((vector_size(kLanes)));
 
+#if !defined(__AVX2__)
+// float16 where no instruction converts it and the compiler may have no type for it. Exponents are 112 apart.
+static MMK_INLINE Vec from_float16(HalfLanes h) {
+    const UVec bits = __builtin_convertvector(h, UVec), sign = (bits & 0x8000u) << 16, size = bits & 0x7fffu;
+    const UVec top = size >= 0x7c00u ? splat_bits(112u << 23) : UVec{};  // inf and NaN keep the highest exponent
+    const Vec normal = as_float((size << 13) + (112u << 23) + top);
+    const Vec subnormal = __builtin_convertvector((IVec)size, Vec) * splat(0x1p-24f);
+    return as_float(as_bits(select((IVec)(size < 0x400u), subnormal, normal)) | sign);
+}
+// Rounded to nearest even, past the largest to infinity; NaN becomes a quiet NaN of the same sign.
+static MMK_INLINE HalfLanes to_float16(Vec v) {
+    const UVec sign = as_bits(v) & 0x80000000u, size = as_bits(v) ^ sign, shifted = size - (112u << 23);
+    const UVec normal = (shifted + 0xfffu + ((shifted >> 13) & 1u)) >> 13;
+    const UVec subnormal = as_bits(as_float(size) + splat(0.5f)) - as_bits(splat(0.5f));  // 0.5 has an ulp of 2^-24
+    const UVec infinite = size > 0x7f800000u ? splat_bits(0x7e00u) : splat_bits(0x7c00u);
+    const UVec finite = size < 0x38800000u ? subnormal : normal;
+    return __builtin_convertvector((size < 0x477ff000u ? finite : infinite) | sign >> 16, HalfLanes);
+}
+#endif
+
 static MMK_INLINE Vec load(const BFloat16* p) {
     HalfLanes h;
     memcpy(&h, p, sizeof h);
@@ -223,11 +243,9 @@ static MMK_INLINE Vec load(const Float16* p) {
 #elif defined(__AVX2__)
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-    _Float16 h[kLanes];
-    memcpy(h, p, sizeof h);
-    Vec v;
-    for (int i = 0; i < kLanes; i++) v[i] = static_cast<float>(h[i]);
-    return v;
+    HalfLanes h;
+    memcpy(&h, p, sizeof h);
+    return from_float16(h);
 #endif
 }
 static MMK_INLINE Vec load(const uint8_t* p) {
@@ -267,9 +285,8 @@ static MMK_INLINE void store(Float16* p, Vec v) {
 #elif defined(__AVX2__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
-    _Float16 h[kLanes];
-    for (int i = 0; i < kLanes; i++) h[i] = static_cast<_Float16>(v[i]);
-    memcpy(p, h, sizeof h);
+    const HalfLanes h = to_float16(v);
+    memcpy(p, &h, sizeof h);
 #endif
 }
 

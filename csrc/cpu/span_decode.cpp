@@ -94,8 +94,8 @@ MMK_INLINE void value_units(const T* first, [[maybe_unused]] const T* second, in
 #endif
     }
 }
-MMK_INLINE void in_order(Vec (&)[1]) {}
-MMK_INLINE void in_order([[maybe_unused]] Vec (&c)[2]) {
+[[maybe_unused]] MMK_INLINE void in_order(Vec (&)[1]) {}
+[[maybe_unused]] MMK_INLINE void in_order([[maybe_unused]] Vec (&c)[2]) {
 #if defined(__AVX512BF16__)
     const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
     const __m512i high = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from .. import _cuda, _installation
 
 HALVES = (torch.bfloat16, torch.float16)
 DEVICE = "cpu" if _cuda.emulated else "cuda"
@@ -82,7 +82,7 @@ def _older_than_the_build(device: torch.device) -> str | None:
     wanted = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
     return (
         f"{device} is sm_{major}{minor}, the build holds code for {built}; mend: MMKERNELS_CUDA_ARCHS={wanted} "
-        "pip install --force-reinstall --no-deps mmkernels"
+        f"{_installation.reinstall()}"
         if (major, minor) >= (8, 0)
         else f"{device} is sm_{major}{minor}; the kernels need sm_80 or later: the triton backend may serve it"
     )
