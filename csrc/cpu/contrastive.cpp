@@ -322,7 +322,7 @@ struct GradientTile;
 
 template <>
 struct GradientTile<FloatOperand> {  // one layout serves both; it may take the place of p
-    static constexpr bool kInPlace = true;
+    [[maybe_unused]] static constexpr bool kInPlace = true;
     float *g, *scratch;  // scratch: unused
 
     void put(int64_t r, int64_t c, const Vec (&rows)[1]) const { store(g + r * kTile + c, rows[0]); }

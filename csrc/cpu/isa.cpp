@@ -18,7 +18,12 @@ namespace {
 constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 
 #if defined(__x86_64__)
-// Names that older compilers do not know.
+// Those whose names older compilers do not know.
+bool has_f16c() {
+    constexpr unsigned kF16c = 1u << 29;
+    unsigned a, b, features, d;
+    return __get_cpuid(1, &a, &b, &features, &d) != 0 && (features & kF16c);
+}
 bool has_avx512_bfloat16() {
     constexpr unsigned kBFloat16 = 1u << 5;
     unsigned features, b, c, d;
@@ -47,7 +52,7 @@ bool runs_here([[maybe_unused]] Isa isa) {
         case Isa::kPortable:
             return true;
         case Isa::kAvx2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
         case Isa::kAvx512:
             return runs_here(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
