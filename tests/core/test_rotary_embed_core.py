@@ -24,6 +24,23 @@ def test_bitwise_the_same_for_any_number_of_threads(same_for_any_threads, level,
     same_for_any_threads(lambda: [rotary_embed(x, angles.cos(), angles.sin(), backend="cpu")])
 
 
+def test_float16_is_read_and_rounded_as_torch_does(level):
+    """Every number there is; and those at and beside the middle of any two, where rounding turns."""
+    halves = torch.arange(2**16).to(torch.int32).to(torch.int16).view(torch.float16)
+    same = rotary_embed(halves.view(-1, 1, 8), torch.ones(2**13, 8), torch.zeros(2**13, 8), backend="cpu").flatten()
+    finite = halves.isfinite()
+    assert torch.equal(same[finite], halves[finite]) and torch.equal(same.isnan(), ~finite)  # inf * 0 of its partner
+
+    wide = halves[finite & (halves >= 0)].sort().values.unique().double()
+    middles = torch.cat([wide, (wide[1:] + wide[:-1]) / 2, torch.tensor([65520.0, 65536.0, 1e30, torch.inf])]).float()
+    near = [middles, torch.nextafter(middles, torch.tensor(0.0)), torch.nextafter(middles, torch.tensor(torch.inf))]
+    numbers = torch.cat([*near, *(-x for x in near), torch.tensor([torch.nan])])
+    cos = torch.nn.functional.pad(numbers, (0, -len(numbers) % 8)).view(-1, 8)
+    ones = torch.ones(len(cos), 1, 8, dtype=torch.float16)
+    found = rotary_embed(ones, cos, torch.zeros_like(cos), backend="cpu").view(-1, 8)
+    torch.testing.assert_close(found, cos.half(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("program", bounds("sanitize_rotary_embed.cpp"), ids=str)
 def test_in_bounds_and_defined(program, passes):
     """With heads that are multiples of nothing and tensors that end where their memory ends."""
