@@ -2,6 +2,7 @@
 is passed over in silence."""
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -132,13 +133,23 @@ def test_a_library_that_does_not_fit_takes_no_other_down(monkeypatch):
     """Of a transformers too old for our code, in a process that has imported it, a timm model is none the worse."""
     from mmkernels.integrations import transformers as ours
 
-    monkeypatch.setattr(ours, "fits", lambda: "transformers 4.50 is too old: take 5.1 or later")
+    monkeypatch.setattr(ours, "fits", lambda: "transformers 4.50 is too old: take 5.4 or later")
     vit = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
     report = report_of(vit)
     assert len(report.swapped) == 3 and not report.left
     report = report_of(FAMILY["clip"].build())
     assert [entry.what for entry in report.swapped] == ["patch embedding"]
-    assert ("transformers", "transformers 4.50 is too old: take 5.1 or later") in [(x.cls, x.what) for x in report.left]
+    assert ("transformers", "transformers 4.50 is too old: take 5.4 or later") in [(x.cls, x.what) for x in report.left]
+
+
+def test_a_transformers_too_old_is_refused_by_name(monkeypatch):
+    import transformers
+
+    from mmkernels.integrations import transformers as ours
+
+    monkeypatch.setattr(transformers, "__version__", "5.3.0")
+    with pytest.raises(ImportError, match=r"mmkernels needs transformers 5.4 or later; mend: pip install"):
+        importlib.reload(ours)
 
 
 def test_nothing_swapped_is_said():

@@ -10,11 +10,17 @@ It serves every model that goes through AttentionInterface, and refuses by name 
 packs the vision towers that loop over their images, and leaves to the model what it does not know.
 """
 
-from transformers import AttentionInterface, AttentionMaskInterface
+import transformers
 
-from .attention import NAME, span_attention_forward
-from .finder import find, fits, restored, swapped
-from .masks import EAGER_NAME, SDPA_NAME, additive_span_mask, bool_span_mask, span_mask
+OLDEST = "5.4"  # whose masks are functions of the number of queries and of the first of them
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+    raise ImportError(f"mmkernels needs transformers {OLDEST} or later; mend: pip install 'transformers>={OLDEST}'")
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+
+from .attention import NAME, span_attention_forward  # noqa: E402
+from .finder import find, fits, restored, swapped  # noqa: E402
+from .masks import EAGER_NAME, SDPA_NAME, additive_span_mask, bool_span_mask, span_mask  # noqa: E402
 
 AttentionInterface.register(NAME, span_attention_forward)
 AttentionMaskInterface.register(NAME, span_mask)
