@@ -22,7 +22,6 @@ import importlib
 import importlib.util
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from ._warnings import warn
 
 NAMES = ("cuda", "triton", "flash-attn", "cpu", "reference")
 
@@ -39,6 +40,8 @@ AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 
 OLDEST_TRITON = (3, 4)  # before it, a kernel cannot index a tuple of tiles
 INSTALL = "pip install --force-reinstall --no-deps mmkernels"
+
+_PUBLIC = {"contrastive": "clip_loss and siglip_loss"}  # functions of a hot path that has not their name
 
 MODULE_ATTRIBUTE = "_mmkernels_backend"
 
@@ -263,8 +266,7 @@ def _not_built(part: str, error: ImportError) -> str:
 @functools.cache
 def _warn_slow(op: str, device: str, dtype: torch.dtype) -> None:
     """Once for each kind of call; what is in the way is worked out by `explain`."""
-    warnings.warn(
-        f"mmkernels: {op} on {device} tensors of {dtype} is served by the plain PyTorch reference, no faster than "
-        "eager code; mmkernels.explain(...) says why, `mmkernels info` what is missing here",
-        stacklevel=2,
+    warn(
+        f"mmkernels: {_PUBLIC.get(op, op)}, on {device} tensors of {dtype}: served by the plain PyTorch reference, no "
+        "faster than eager code; mmkernels.explain(...) says why, `mmkernels info` what is missing here"
     )
