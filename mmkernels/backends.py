@@ -39,6 +39,9 @@ NAMES = ("cuda", "triton", "flash-attn", "cpu", "reference")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 OLDEST_TRITON = (3, 4)  # before it, a kernel cannot index a tuple of tiles
+NO_GPU_FOR_TRITON = (
+    "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
+)
 INSTALL = "pip install --force-reinstall --no-deps mmkernels"
 
 _PUBLIC = {"contrastive": "clip_loss and siglip_loss"}  # functions of a hot path that has not their name
@@ -60,9 +63,12 @@ class Candidate:
     chosen: bool
     reason: str | None
 
+    @property
+    def state(self) -> str:
+        return "chosen" if self.chosen else "usable" if self.reason is None else f"not usable: {self.reason}"
+
     def __str__(self) -> str:
-        state = "chosen" if self.chosen else "usable" if self.reason is None else f"not usable: {self.reason}"
-        return f"{self.backend:<10} {state}"
+        return f"{self.backend:<10} {self.state}"
 
 
 class Explanation(tuple[Candidate, ...]):
@@ -178,9 +184,7 @@ def missing(backend: str) -> str | None:
         if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
             return f"triton is {version}; the kernels need {'.'.join(map(str, OLDEST_TRITON))}: take torch 2.8 or later"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            return (
-                "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
-            )
+            return NO_GPU_FOR_TRITON
         return None
     if backend == "flash-attn":
         return importlib.import_module("mmkernels.ops._flash_attn").missing()
