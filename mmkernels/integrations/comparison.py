@@ -72,10 +72,8 @@ class Comparison:
 
     def _table(self) -> Table:
         what = "forward and backward" if self.backward else "forward"
-        table = Table(
-            title=f"{self.model}: accelerated against plain, {what}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
-        table.show_edge = False
+        table = Table(title=f"{self.model}: accelerated against plain, {what}", box=box.SIMPLE_HEAD, padding=0)
+        table.show_edge = False  # 80 columns hold paths of some 45 characters, and the figures
         table.title_justify = table.caption_justify = "left"
         table.title_style, table.header_style = "bold", "bold"
         table.caption = (
