@@ -287,7 +287,7 @@ def _of_models(options: argparse.Namespace, request) -> Callable:
 
 
 def _how(env: dict) -> str:
-    return f"{env['threads']} threads, instruction set {env['isa'] or 'none: the compiled core is missing'}"
+    return f"{_count(env['threads'], 'thread')}, instruction set {env['isa'] or 'none: the compiled core is missing'}"
 
 
 def _no_such_case(options: argparse.Namespace, name: str | None, cases: Sequence) -> None:

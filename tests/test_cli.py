@@ -104,6 +104,17 @@ def test_help_explains_every_option_and_the_exit_codes(command, capsys):
     assert cli.EXIT_CODES in capsys.readouterr().out
 
 
+def test_the_docs_tell_every_option_and_exit_code():
+    sections = (Path(__file__).parents[1] / "docs" / "cli.md").read_text().split("\n## ")
+    told = {section.split()[0]: section for section in sections}
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action.choices, dict))
+    for name, command in commands.choices.items():
+        assert all(
+            f"`{action.option_strings[-1]}" in told[name] for action in command._actions[1:] if action.option_strings
+        )
+    assert all(f"| {code} |" in told["Exit"] for code in (cli.RIGHT, cli.WRONG, cli.USAGE, cli.INTERRUPTED))
+
+
 @pytest.mark.parametrize("case", [[], ["--case", "text-4096x40x128"], ["--case", "one third of a fused projection"]])
 def test_explain_says_what_each_backend_makes_of_a_call(case, capsys):
     assert cli.main(["explain", "rotary_embed", *case, "--dtype", "bfloat16", "--device", "cpu"]) == 0
@@ -140,6 +151,19 @@ def test_a_log_tells_how_much_there_is_and_that_it_lives(capsys, monkeypatch):
     assert cli.main(["bench", "--op", "clip_loss", "--quick", "--dtype", "float32", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "1 case in 1 dtype, about 10 seconds" in out and "0 of 1 done, now clip_loss 512x256 float32" in out
+
+
+def test_what_takes_longer_is_expected_to():
+    def check(**asked) -> float:
+        request = session.Request(device="cpu", **asked)
+        return session.expected_seconds(request, session.places(request))
+
+    assert check(quick=True, backend="cpu") < check(backend="cpu") < check(backend=None)
+    assert session.expected_seconds(session.Request(), [session.Place("cuda", "cuda")]) is None  # never measured
+    quick, whole = (runner.expected_seconds(runner.Request(quick=quick)) for quick in (True, False))
+    large, forward = (runner.Request(cases=("8192x512",), passes=passes) for passes in (("fwd", "fwd_bwd"), ("fwd",)))
+    assert 30 < quick < 300 < whole < 7200
+    assert runner.expected_seconds(forward) < runner.expected_seconds(large) / 2
 
 
 def test_the_wait_for_the_interpreter_is_told():

@@ -48,7 +48,7 @@ def write_json(path: str, records: list[dict], found: list[Place], env: dict) ->
 def _print_table(console: Console, records: list[dict], seed: int) -> None:
     """Fits 80 columns: only where the worst error lies is folded."""
     table = Table(title=f"Every kernel against its reference, seed {seed}", box=box.SIMPLE_HEAD, show_edge=False)
-    table.title_justify, table.title_style, table.header_style, table.padding = "left", "bold", "bold", (0, 1, 0, 0)
+    table.title_justify, table.title_style, table.header_style, table.padding = "left", "bold", "bold", 0
     table.add_column("op and backend", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     for heading in ("passed", "not\nserved", "error /\nbudget"):
