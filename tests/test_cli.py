@@ -237,11 +237,6 @@ def test_unknown_cases_and_devices_are_errors_of_the_command(capsys):
         assert "torch sees no GPU here" in refused(["bench", "--device", "cuda"], capsys)
 
 
-def test_a_model_without_its_library_is_an_error_of_the_command(capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    assert "needs transformers and scikit-learn" in refused(["bench", "--model", "clip-vit-b-16"], capsys)
-
-
 def test_bench_ends_with_1_when_a_budget_is_missed(capsys, monkeypatch, tmp_path):
     command = ["bench", "--quick", "--op", "clip_loss", "--dtype", "float32", "--pass", "fwd_bwd", "--device", "cpu"]
     file = tmp_path / "figures.json"
