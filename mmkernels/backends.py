@@ -21,7 +21,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from types import ModuleType
 import torch
 
 from . import _installation
+from ._warnings import warn
 
 NAMES = ("cuda", "triton", "flash-attn", "cpu", "reference")
 
@@ -38,6 +38,11 @@ NAMES = ("cuda", "triton", "flash-attn", "cpu", "reference")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 OLDEST_TRITON = (3, 4)  # before it, a kernel cannot index a tuple of tiles
+NO_GPU_FOR_TRITON = (
+    "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
+)
+
+_PUBLIC = {"contrastive": "clip_loss and siglip_loss"}  # functions of a hot path that has not their name
 
 MODULE_ATTRIBUTE = "_mmkernels_backend"
 
@@ -56,9 +61,12 @@ class Candidate:
     chosen: bool
     reason: str | None
 
+    @property
+    def state(self) -> str:
+        return "chosen" if self.chosen else "usable" if self.reason is None else f"not usable: {self.reason}"
+
     def __str__(self) -> str:
-        state = "chosen" if self.chosen else "usable" if self.reason is None else f"not usable: {self.reason}"
-        return f"{self.backend:<10} {state}"
+        return f"{self.backend:<10} {self.state}"
 
 
 class Explanation(tuple[Candidate, ...]):
@@ -174,9 +182,7 @@ def missing(backend: str) -> str | None:
         if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
             return f"triton is {version}; the kernels need {'.'.join(map(str, OLDEST_TRITON))}: take torch 2.8 or later"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            return (
-                "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
-            )
+            return NO_GPU_FOR_TRITON
         return None
     if backend == "flash-attn":
         return importlib.import_module("mmkernels.ops._flash_attn").missing()
@@ -262,8 +268,7 @@ def _not_built(part: str, error: ImportError) -> str:
 @functools.cache
 def _warn_slow(op: str, device: str, dtype: torch.dtype) -> None:
     """Once for each kind of call; what is in the way is worked out by `explain`."""
-    warnings.warn(
-        f"mmkernels: {op} on {device} tensors of {dtype} is served by the plain PyTorch reference, no faster than "
-        "eager code; mmkernels.explain(...) says why, `mmkernels info` what is missing here",
-        stacklevel=2,
+    warn(
+        f"mmkernels: {_PUBLIC.get(op, op)}, on {device} tensors of {dtype}: served by the plain PyTorch reference, no "
+        "faster than eager code; mmkernels.explain(...) says why, `mmkernels info` what is missing here"
     )

@@ -1,15 +1,19 @@
-"""The command line: `mmkernels info`, `mmkernels check`, `mmkernels bench`."""
+"""The command line: `mmkernels info`, `explain`, `check` and `bench`."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import importlib.util
+import json
+import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,74 +22,159 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import backends
+from ._version import __version__
+
+try:
+    import shtab
+except ImportError:  # installed without its dependencies
+    shtab = None
 
 OPS = ("clip_loss", "siglip_loss", "patch_embed", "span_attention", "rotary_embed")
 MODELS = ("clip-vit-b-16", "clip-vit-b-16-step-256", "siglip-so400m", "qwen2.5-vl-1024", "mllama-cross-attention")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 
+RIGHT, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
+EXIT_CODES = """exit codes:
+  0    everything is right
+  1    a kernel is off, or one that was asked for could not run
+  2    the command is wrong, or asks for what is not here; nothing was run
+  130  interrupted, by Ctrl-C or SIGTERM; what was known by then is printed and written
+"""
+LOG_SECONDS = 5.0  # between lines of progress, where there is no terminal
+
+Step = Callable[[str, int, int], None]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 where a check or a budget was missed, 2 for a wrong command."""
+    """Run a command and return its exit code, one of EXIT_CODES; a wrong command raises SystemExit(2)."""
     options = _parser().parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 150)
     if getattr(options, "device", None) == "cuda" and not torch.cuda.is_available():
-        console.print("[red]torch sees no GPU here[/]; leave --device out, or see `mmkernels info`")
-        return 2
+        options.error("argument --device: torch sees no GPU here; leave it out, or see `mmkernels info`")
     # `timeout` and job schedulers end a program with SIGTERM: what is known by then is worth its table and its file.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return options.command(options, console)
+        return options.command(options, Console())
+    except KeyboardInterrupt:  # before there was anything to tell
+        return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+# ---- what can be asked
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mmkernels", description="Fused kernels for multimodal models.")
+    parser = _described(argparse.ArgumentParser, prog="mmkernels", description="Fused kernels for multimodal models.")
+    parser.add_argument("--version", action="version", version=f"mmkernels {__version__}")
+    if shtab:
+        shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell, and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
-    info = commands.add_parser("info", help="versions, instruction set, and which backend is there or why not")
-    info.set_defaults(command=_info)
-
-    check = commands.add_parser("check", help="does every kernel equal its reference on this machine?")
-    check.set_defaults(command=_check)
-    check.add_argument("--op", choices=OPS)
-    check.add_argument("--case", metavar="NAME", help="one case, as the table names it")
-    check.add_argument("--backend", choices=backends.NAMES)
-    check.add_argument("--device", choices=DEVICES)
-    check.add_argument("--dtype", choices=DTYPES)
-    check.add_argument("--seed", type=int, help="of the inputs; a fresh one is drawn and printed otherwise")
-    check.add_argument("--quick", action="store_true", help="only the small cases")
-    check.add_argument("--json", metavar="FILE", help="write the outcomes there too")
-
-    bench = commands.add_parser("bench", help="how fast, against what one would use instead?")
-    bench.set_defaults(command=_bench)
-    bench.add_argument("--op", choices=OPS, action="append", help="may be repeated, like --case, --dtype and --pass")
-    bench.add_argument("--case", metavar="NAME", action="append")
-    models = f"a whole model instead, plain and accelerated: {', '.join(MODELS)}"
-    bench.add_argument("--model", metavar="NAME", action="append", choices=MODELS, help=models)
-    bench.add_argument("--dtype", choices=DTYPES, action="append")
-    bench.add_argument("--pass", choices=("fwd", "fwd_bwd"), action="append", dest="passes")
-    bench.add_argument("--device", choices=DEVICES)
-    bench.add_argument("--seed", type=int, default=0)
-    bench.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
-    bench.add_argument("--json", metavar="FILE", help="write every figure there")
+    add = functools.partial(_described, commands.add_parser)
+    _add_info(add("info", help="versions, instruction set, and which backend is there or why not"))
+    _add_explain(add("explain", help="what each backend makes of a call of an op, on this machine"))
+    _add_check(add("check", help="does every kernel equal its reference on this machine?"))
+    _add_bench(add("bench", help="how fast, against what one would use instead?"))
     return parser
 
 
-def _info(options: argparse.Namespace, console: Console) -> int:
-    from .bench.machine import environment
+def _described(make: Callable[..., argparse.ArgumentParser], *args: str, **texts: str) -> argparse.ArgumentParser:
+    texts.setdefault("description", texts.get("help", ""))
+    return make(*args, **texts, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    table = Table(show_header=False, box=None)
-    env = environment()
-    env["instruction set"] = _instruction_sets(env.pop("isa"))
-    for name, value in env.items():
-        table.add_row(f"[bold]{name}[/]", escape(str(value)) if value is not None else "[dim]none[/]")
-    console.print(table, soft_wrap=True)
-    for name in backends.NAMES:
-        reason = backends.missing(name)
-        state = "[green]there[/]" if reason is None else f"[yellow]not there:[/] {escape(reason)}"
-        console.print(f"backend [bold]{name}[/]: {state}", soft_wrap=True)
-    return 0
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_info, error=parser.error)
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_explain, error=parser.error)
+    parser.add_argument("op", choices=OPS, help="a function of mmkernels")
+    parser.add_argument("--case", metavar="NAME", help="a call of this case of bench or check (a small one of bench)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the call's tensors (float32)")
+    parser.add_argument("--device", choices=DEVICES, default=_default_device(), help="where they are (a GPU's, if any)")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_check, error=parser.error)
+    parser.add_argument("--op", choices=OPS, help="only this op")
+    parser.add_argument("--case", metavar="NAME", help="only this case, as the table names it")
+    parser.add_argument("--backend", choices=backends.NAMES, help="only this backend, which has to be there then")
+    parser.add_argument("--device", choices=DEVICES, help="only on this device")
+    parser.add_argument("--dtype", choices=DTYPES, help="only in this dtype")
+    parser.add_argument("--seed", type=int, help="of the inputs; a fresh one is drawn and printed otherwise")
+    parser.add_argument("--quick", action="store_true", help="only the small cases")
+    _add_json(parser, "write the outcomes there too")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_bench, error=parser.error)
+    parser.add_argument("--op", choices=OPS, action="append", help="only this op; may be repeated, as the next four")
+    parser.add_argument("--case", metavar="NAME", action="append", help="only this case, as the table names it")
+    models = f"a whole model instead, plain and accelerated: {', '.join(MODELS)}"
+    parser.add_argument("--model", metavar="NAME", action="append", choices=MODELS, help=models)
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="in this dtype (float32 and bfloat16)")
+    parser.add_argument(
+        "--pass",
+        choices=("fwd", "fwd_bwd"),
+        action="append",
+        dest="passes",
+        help="forward alone, or forward and backward (both)",
+    )
+    parser.add_argument("--device", choices=DEVICES, default=_default_device(), help="where (on a GPU, if any)")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds each")
+    _add_json(parser, "write every figure there")
+
+
+def _add_json(parser: argparse.ArgumentParser, text: str) -> None:
+    option = parser.add_argument("--json", metavar="FILE", type=_writable, help=text)
+    if shtab:
+        option.complete = shtab.FILE
+
+
+def _writable(path: str) -> str:
+    """Refused now, not when minutes of measuring are to be written."""
+    file = Path(path)
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{path!r} is a folder")
+    if not file.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(file.parent)!r}")
+    if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be written to")
+    return path
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---- answers
+
+
+def _info(options: argparse.Namespace, console: Console) -> int:
+    facts = _facts()
+    if options.json:
+        print(json.dumps(facts, indent=1))
+        return RIGHT
+    table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    states = facts.pop("backends")
+    for name, value in (facts | {f"backend {name}": state for name, state in states.items()}).items():
+        table.add_row(name, "[dim]none[/]" if value is None else escape(str(value)))
+    console.print(table)
+    return RIGHT
+
+
+def _facts() -> dict:
+    from .bench.machine import environment
+    from .check.session import Request, places
+
+    facts = environment()
+    facts["instruction set"] = _instruction_sets(facts.pop("isa"))
+    return facts | {"backends": {place.backend: place.state for place in places(Request())}}
 
 
 def _instruction_sets(chosen: object) -> str | None:
@@ -96,100 +185,160 @@ def _instruction_sets(chosen: object) -> str | None:
     return f"{chosen} (of {', '.join(_core.isa_levels())}; MMKERNELS_CPU_ISA caps the choice)"
 
 
+def _explain(options: argparse.Namespace, console: Console) -> int:
+    from .bench.cases import CASES as MEASURED
+    from .bench.cases import ours
+    from .check import CASES as CHECKED
+    from .check.draw import Draw
+
+    cases = [case for case in (*MEASURED, *CHECKED) if case.op == options.op]
+    case = next((case for case in cases if options.case in (None, case.name)), None)
+    if case is None:
+        _no_such_case(options, options.case, cases)
+    call = case.make(Draw(0, case.op, case.name), getattr(torch, options.dtype), options.device)
+    shapes = ", ".join(f"{name} {str(x.dtype).removeprefix('torch.')} {[*x.shape]}" for name, x in call.tensors.items())
+    console.print(f"[bold]{options.op}[/], {escape(case.name)}, on {options.device}: {escape(shapes)}")
+    table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
+    for candidate in backends.explain(ours(case), **call.tensors, **call.options):
+        table.add_row(f"[bold]{candidate.backend}[/]", escape(candidate.state))
+    console.print(table)
+    return RIGHT
+
+
 def _check(options: argparse.Namespace, console: Console) -> int:
     from .bench.machine import environment
+    from .check import CASES
     from .check.report import print_report, write_json
-    from .check.session import Request, places, run
+    from .check.session import Request, expected_seconds, places, run
 
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     chosen = {name: getattr(options, name) for name in ("op", "case", "backend", "device", "dtype", "quick")}
     request = Request(seed=seed, **chosen)
     found = places(request)
     if not any(request.cases(place) for place in found):
-        return _no_such_case(console, options.case, "check")
+        _no_such_case(options, options.case, CASES)
+    count = sum(len(request.cases(place)) for place in found if not place.missing)
+    _announce(console, _count(count, "case"), expected_seconds(request, found))
     with _progress(console) as step:
         records = run(request, found, step)
     print_report(console, records, found, seed)
     if options.json:
         write_json(options.json, records, found, environment())
+    if any(record.get("interrupted") for record in records):
+        return INTERRUPTED
     wanted_but_missing = options.backend and all(place.missing for place in found)
-    return int(bool(wanted_but_missing) or any(record["failures"] for record in records))
+    return WRONG if wanted_but_missing or any(record["failures"] for record in records) else RIGHT
 
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
-    from .bench import PASSES, Request, run
+    from .bench import CASES, PASSES, Request, run
     from .bench.cases import DTYPES as USUAL
     from .bench.machine import environment
     from .bench.report import print_report, write_json
+    from .bench.runner import expected_seconds
 
     request = Request(
         ops=tuple(options.op or ()),
         cases=tuple(options.case or ()),
         dtypes=tuple(getattr(torch, name) for name in options.dtype) if options.dtype else USUAL,
         passes=tuple(options.passes or PASSES),
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=options.device,
         quick=options.quick,
         seed=options.seed,
     )
-    measure = functools.partial(run, request)
     if options.model:
-        measure = _of_models(options.model, request)
-    elif not request.selected():
-        return _no_such_case(console, ", ".join(options.case or ()), "bench")
+        measure = _of_models(options, request)
+        count, seconds = _count(len(options.model), "model"), None
+    elif request.selected():
+        measure = functools.partial(run, request)
+        count, seconds = _count(len(request.selected()), "case"), expected_seconds(request)
+    else:
+        _no_such_case(options, ", ".join(options.case or ()), CASES)
     env = environment()
     console.print(
         f"[bold]{env['gpu'] if request.device == 'cuda' else env['cpu']}[/], torch {env['torch']}, {_how(env)}"
     )
+    _announce(console, f"{count} in {_count(len(request.dtypes), 'dtype')}", seconds)
     with _progress(console) as step:
         report = measure(env, step)
     print_report(console, report)
     if options.json:
         write_json(options.json, report)
-    return int(not report.passed)
+    return INTERRUPTED if report.interrupted else RIGHT if report.passed else WRONG
 
 
-def _of_models(names: list[str], request) -> Callable:
+def _of_models(options: argparse.Namespace, request) -> Callable:
     if any(importlib.util.find_spec(needed) is None for needed in ("transformers", "sklearn")):
-        raise SystemExit('--model needs transformers and scikit-learn: pip install "mmkernels[examples]"')
+        options.error('argument --model: needs transformers and scikit-learn: pip install "mmkernels[examples]"')
     if importlib.util.find_spec("torchvision") is not None:
         try:
             importlib.import_module("torchvision")
         except RuntimeError as error:  # operators of another build of torch
-            raise SystemExit(
-                f"--model: the torchvision here does not fit torch {torch.__version__}, and transformers fails with it "
-                f"({error}); mend: pip uninstall torchvision, which no model of the bench needs"
-            ) from error
+            options.error(
+                f"argument --model: the torchvision here does not fit torch {torch.__version__}, and transformers "
+                f"fails with it ({error}); mend: pip uninstall torchvision, which no model of the bench needs"
+            )
     from .bench.model_runner import run_models
     from .bench.models import MODELS
 
-    models = [model for model in MODELS if model.name in names]
+    models = [model for model in MODELS if model.name in options.model]
     sizes = request.target_seconds, request.quick
     return functools.partial(run_models, models, request.dtypes, request.passes, request.device, *sizes)
 
 
 def _how(env: dict) -> str:
-    return f"{env['threads']} threads, instruction set {env['isa'] or 'none: the compiled core is missing'}"
+    return f"{_count(env['threads'], 'thread')}, instruction set {env['isa'] or 'none: the compiled core is missing'}"
 
 
-def _no_such_case(console: Console, name: str | None, command: str) -> int:
-    from .bench import CASES as MEASURED
-    from .check import CASES as CHECKED
+def _no_such_case(options: argparse.Namespace, name: str | None, cases: Sequence) -> None:
+    names = "; ".join(dict.fromkeys(case.name for case in cases))
+    options.error(f"argument --case: no case is called {name!r}; there are: {names}")
 
-    names = dict.fromkeys(case.name for case in (CHECKED if command == "check" else MEASURED))
-    console.print(f"[red]no case is called {escape(repr(name))}[/]; there are: {escape('; '.join(names))}")
-    return 2
+
+# ---- progress
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _announce(console: Console, count: str, seconds: float | None) -> None:
+    """seconds: None where nobody has measured how long it takes."""
+    if seconds is None:
+        console.print(count)
+    elif seconds < 90:
+        console.print(f"{count}, about {max(10, round(seconds, -1)):.0f} seconds")
+    else:
+        console.print(f"{count}, about {seconds / 60:.0f} minutes")
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator:
+def _progress(console: Console) -> Iterator[Step]:
+    """A bar on a terminal; in a log a line now and then, which shows that it lives."""
+    if not console.is_terminal:
+        yield _logged(console)
+        return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting")
 
         def step(description: str, done: int, total: int) -> None:
             progress.update(task, description=escape(description), completed=done, total=total)
 
         yield step
+
+
+def _logged(console: Console) -> Step:
+    start = last = time.monotonic()
+
+    def step(description: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= LOG_SECONDS:
+            console.print(f"{now - start:.0f} s: {done} of {total} done, now {escape(description)}")
+            last = now
+
+    return step
 
 
 if __name__ == "__main__":

@@ -138,6 +138,22 @@ def test_the_slow_way_is_announced_once():
         mmkernels.patch_embed(IMAGES, WEIGHT)
 
 
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("patch_embed", lambda: mmkernels.patch_embed(IMAGES.double(), WEIGHT.double())),
+        ("patch_embed", lambda: mmkernels.nn.PatchEmbed(3, 4, 4).double()(IMAGES.double())),  # through torch's Module
+        ("clip_loss and siglip_loss", lambda: mmkernels.clip_loss(*torch.zeros(2, 3, 4).double(), torch.ones(()))),
+    ],
+    ids=["function", "module", "loss"],
+)
+def test_the_slow_way_is_told_by_public_names_and_of_the_callers_line(name, call):
+    backends._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match=f"^mmkernels: {name}, on cpu tensors of torch.float64: served by") as caught:
+        call()
+    assert (caught[0].filename, caught[0].lineno) == (__file__, call.__code__.co_firstlineno)
+
+
 def test_the_backward_pass_keeps_the_backend_of_its_forward(monkeypatch):
     from mmkernels.ops.patch_embed import cpu
 

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from mmkernels.bench.measure import Stopwatch, Timing, with_peak_memory
 from mmkernels.bench.model_runner import _bound, _flops, run_models
 from mmkernels.bench.models import MODELS
 from mmkernels.bench.peers import peers
-from mmkernels.bench.report import print_report, write_json
+from mmkernels.bench.report import _table, print_report, write_json
 from mmkernels.bench.runner import contenders, prepare
 from mmkernels.check.ops import OPS, Call
 from mmkernels.check.suite import evaluate
@@ -116,8 +117,29 @@ def test_a_peer_that_takes_too_long_or_too_much_is_told(monkeypatch):
     assert report.passed and [result["is_ours"] for result in report.results] == [True]
 
 
-def recording_console():
-    return Console(record=True, width=200, file=io.StringIO())
+def recording_console(width=200):
+    return Console(record=True, width=width, file=io.StringIO())
+
+
+PEERS = ("compiled normalise + cut + linear", "compiled FlexAttention", "SDPA, groups as queries", "compiled eager")
+
+
+@pytest.mark.parametrize("width", [80, 150])
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_table_keeps_figures_and_names_at_the_width_of_a_terminal(peer, width):
+    for case in CASES:
+        own = {"op": case.op, "case": case.name, "dtype": "bfloat16", "pass": "fwd_bwd", "peak_fraction": 0.4}
+        own |= {"error": 1.0, "error_budget": 4.0}
+        ours = own | {"impl": "mmkernels:cpu", "is_ours": True, "ms": 1.0, "peak_bytes": 3562 << 20}
+        other = own | {"is_ours": False, "peak_bytes": 12345 << 20}
+        others = [other | {"impl": "eager", "ms": 129.47}, other | {"impl": peer, "ms": 60.55}]
+        console = recording_console(width)
+        console.print(_table(case.op, [[ours, *others]], ()))
+        text = console.export_text()
+        figures = "129.47", "60.55", "40%", "3562", "12345", "0.25"
+        for whole in (case.name, "bfloat16, fwd + bwd", *figures, *peer.split()):
+            assert whole in text
+        assert "\N{HORIZONTAL ELLIPSIS}" not in text and max(map(len, text.splitlines())) <= width
 
 
 def test_the_table_quotes_ratios_and_no_bare_times():
@@ -342,19 +364,25 @@ def test_every_model_can_be_named_and_is_in_the_help(capsys):
     assert all(name in printed.replace(" ", "") and name in refused for name in cli.MODELS)
 
 
-def test_models_need_the_library_they_come_from(monkeypatch):
+def refused_model(capsys) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "--model", MODELS[0].name])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_models_need_the_library_they_come_from(monkeypatch, capsys):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else there(name))
-    with pytest.raises(SystemExit, match=r"--model needs transformers .*pip install \"mmkernels\[examples\]\""):
-        cli.main(["bench", "--model", MODELS[0].name])
+    assert re.search(r"--model: needs transformers .*pip install \"mmkernels\[examples\]\"", refused_model(capsys))
 
 
-def test_a_torchvision_of_another_torch_is_named(monkeypatch, tmp_path):
+def test_a_torchvision_of_another_torch_is_named(monkeypatch, tmp_path, capsys):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    with pytest.raises(SystemExit, match=r"torchvision here does not fit torch .*nms.*pip uninstall torchvision"):
-        cli.main(["bench", "--model", MODELS[0].name])
+    wanted = r"torchvision here does not fit torch .*nms.*pip uninstall torchvision"
+    assert re.search(wanted, refused_model(capsys))
 
 
 def test_steps_start_without_gradients():

@@ -1,10 +1,12 @@
 """Every kernel equals its reference; and the suite that says so would notice if one did not."""
 
+import io
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from mmkernels import backends
 from mmkernels.check import CASES, run_case, select
@@ -13,6 +15,7 @@ from mmkernels.check.contrastive_truth import contrastive_truth
 from mmkernels.check.draw import DRAWS, Draw
 from mmkernels.check.ops import OPS
 from mmkernels.check.poison import MEMORY, guarded, poisoned
+from mmkernels.check.report import print_report
 from mmkernels.check.suite import CLOSE_DRAWS, evaluate, name_of
 from mmkernels.ops.contrastive import reference as contrastive_reference
 from mmkernels.ops.patch_embed import reference as patch_reference
@@ -382,3 +385,23 @@ def test_the_same_seed_draws_the_same_call():
     first, again, other = (case_named("clip_loss", "37x65").make(Draw(s), torch.float32, "cpu") for s in (1, 1, 2))
     assert torch.equal(first.tensors["image_features"], again.tensors["image_features"])
     assert not torch.equal(first.tensors["image_features"], other.tensors["image_features"])
+
+
+def test_the_table_fits_a_terminal():
+    """At 80 columns: only where the worst error lies is folded, at its spaces."""
+    quantity = {"name": "d_text_features", "error": 123.45, "budget": 1.0}
+    records = [
+        {"op": op, "case": case, "backend": backend, "device": device, "dtype": "bfloat16", "failures": []}
+        | {"quantities": [quantity], "unsupported": unsupported}
+        for op in OPS
+        for backend, device in (("triton", "cpu"), ("flash-attn", "cuda"))
+        for case, unsupported in [("interleaved, a batch of its own tables", None)] * 104 + [("other", "no")] * 12
+    ]
+    console = Console(record=True, width=80, file=io.StringIO())
+    print_report(console, records, [], 2**31)
+    text = console.export_text()
+    rows = [line for line in text.splitlines() if "bfloat16" in line]
+    for row in rows:
+        assert all(whole in row for whole in ("104 of 104", " 12 ", "123.45"))
+    assert len(rows) == 2 * len(OPS) and "d_text_features" in text and "interleaved," in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text and all(f"\n{op} " in text for op in OPS)

@@ -1,4 +1,4 @@
-"""`mmkernels info`, `check` and `bench`: what they print, and with which code they end."""
+"""`mmkernels info`, `explain`, `check` and `bench`: what they print, and with which code they end."""
 
 import json
 import os
@@ -10,11 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 
+import mmkernels
 from mmkernels import backends, cli
+from mmkernels.bench import runner
 from mmkernels.check import session
 from mmkernels.ops.contrastive import reference
 
 ONE = ["--op", "clip_loss", "--case", "3x7, scale 1"]
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch):
+    """A terminal's default, whatever the tests run in."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def refused(command, capsys) -> str:
+    """What is said of a command that is wrong: nothing else happens."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(command)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
 
 
 def test_info_names_versions_and_every_backend(capsys):
@@ -22,14 +40,136 @@ def test_info_names_versions_and_every_backend(capsys):
     out = capsys.readouterr().out
     assert torch.__version__ in out and "instruction set" in out
     for name in backends.NAMES:
-        assert f"backend {name}:" in out
+        assert f"backend {name} " in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_info_says_what_mends_a_missing_core(capsys, monkeypatch):
-    reason = "no C++ compiler was found; mend: install one"
-    monkeypatch.setattr(backends, "missing", lambda name: reason if name == "cpu" else None)
+    reason, real = "no C++ compiler was found; mend: install one", backends.missing
+    monkeypatch.setattr(backends, "missing", lambda name: reason if name == "cpu" else real(name))
     assert cli.main(["info"]) == 0
-    assert f"backend cpu: not there: {reason}" in capsys.readouterr().out
+    assert f"not there: {reason}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_info_as_json_holds_what_the_table_shows(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["torch"] == torch.__version__ and set(facts["backends"]) == set(backends.NAMES)
+    assert cli.main(["info"]) == 0
+    table = "".join(capsys.readouterr().out.split())
+    for name, value in (facts | facts.pop("backends")).items():
+        assert f"{name}{'none' if value is None else value}".replace(" ", "") in table
+
+
+@pytest.mark.parametrize(
+    "missing, state",
+    [
+        (backends.NO_GPU_FOR_TRITON, "there is no GPU to run it: `mmkernels check` runs its quick cases in Triton's"),
+        ("triton is 3.2.0; the kernels need 3.4", "not there: triton is 3.2.0; the kernels need 3.4"),
+    ],
+)
+def test_info_and_check_say_the_same_of_triton(missing, state, capsys, monkeypatch):
+    real = backends.missing
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backends, "missing", lambda name: missing if name == "triton" else real(name))
+    assert cli.main(["info"]) == 0
+    assert state in " ".join(capsys.readouterr().out.split())
+    code = cli.main(["check", *ONE, "--backend", "triton", "--dtype", "float32"])
+    out = capsys.readouterr().out
+    assert state.removeprefix("not there: ") in out
+    assert (code, out.count("1 of 1")) == ((0, 1) if missing == backends.NO_GPU_FOR_TRITON else (1, 0))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"mmkernels {mmkernels.__version__}\n"
+
+
+def test_completion_is_printed_for_a_shell(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert end.value.code == 0 and "explain" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["info", "explain", "check", "bench"])
+def test_help_explains_every_option_and_the_exit_codes(command, capsys):
+    (commands,) = (action for action in cli._parser()._actions if action.choices and command in action.choices)
+    assert all(action.help for action in commands.choices[command]._actions)
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert cli.EXIT_CODES in capsys.readouterr().out
+
+
+def test_the_docs_tell_every_option_and_exit_code():
+    sections = (Path(__file__).parents[1] / "docs" / "cli.md").read_text().split("\n## ")
+    told = {section.split()[0]: section for section in sections}
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action.choices, dict))
+    for name, command in commands.choices.items():
+        assert all(
+            f"`{action.option_strings[-1]}" in told[name] for action in command._actions[1:] if action.option_strings
+        )
+    assert all(f"| {code} |" in told["Exit"] for code in (cli.RIGHT, cli.WRONG, cli.USAGE, cli.INTERRUPTED))
+
+
+@pytest.mark.parametrize("case", [[], ["--case", "text-4096x40x128"], ["--case", "one third of a fused projection"]])
+def test_explain_says_what_each_backend_makes_of_a_call(case, capsys):
+    assert cli.main(["explain", "rotary_embed", *case, "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "x bfloat16" in out and (not case or case[1] in out)
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith(backends.NAMES)}
+    assert list(lines) == list(backends.NAMES)
+    assert lines["cpu"].strip() == "chosen" and lines["reference"].strip() == "usable"
+    assert "no kernels of rotary_embed" in lines["cuda"]
+
+
+@pytest.mark.parametrize("op", cli.OPS)
+def test_explain_knows_a_call_of_every_op(op, capsys):
+    assert cli.main(["explain", op, "--device", "cpu"]) == 0
+    assert "chosen" in capsys.readouterr().out
+    assert "no case is called 'nowhere'" in refused(["explain", op, "--case", "nowhere"], capsys)
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(command, capsys, monkeypatch, tmp_path):
+    assert "there is no folder" in refused([command, "--json", str(tmp_path / "none" / "x.json")], capsys)
+    assert "is a folder" in refused([command, "--json", str(tmp_path)], capsys)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "cannot be written to" in refused([command, "--json", str(tmp_path / "x.json")], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_tells_how_much_there_is_and_that_it_lives(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "LOG_SECONDS", 0.0)
+    assert cli.main(["check", *ONE, "--backend", "reference", "--device", "cpu"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "3 cases, about 10 seconds"
+    assert rest[2].endswith(" s: 2 of 3 done, now clip_loss on reference")
+    assert cli.main(["bench", "--op", "clip_loss", "--quick", "--dtype", "float32", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "1 case in 1 dtype, about 10 seconds" in out and "0 of 1 done, now clip_loss 512x256 float32" in out
+
+
+def test_what_takes_longer_is_expected_to():
+    def check(**asked) -> float:
+        request = session.Request(device="cpu", **asked)
+        return session.expected_seconds(request, session.places(request))
+
+    assert check(quick=True, backend="cpu") < check(backend="cpu") < check(backend=None)
+    assert session.expected_seconds(session.Request(), [session.Place("cuda", "cuda")]) is None  # never measured
+    quick, whole = (runner.expected_seconds(runner.Request(quick=quick)) for quick in (True, False))
+    large, forward = (runner.Request(cases=("8192x512",), passes=passes) for passes in (("fwd", "fwd_bwd"), ("fwd",)))
+    assert 30 < quick < 300 < whole < 7200
+    assert runner.expected_seconds(forward) < runner.expected_seconds(large) / 2
+
+
+def test_the_wait_for_the_interpreter_is_told():
+    place, told = session.Place("triton", "cpu", interpreted=True), []
+    session.run(session.Request("clip_loss", "3x7, scale 1", dtype="float32"), [place], lambda *step: told.append(step))
+    assert len(told) > 1 and set(told) == {("waiting for Triton's interpreter on 1 cases", 0, 0)}
 
 
 def test_check_prints_a_table_and_the_seed_and_writes_json(capsys, tmp_path):
@@ -90,14 +230,11 @@ def test_a_process_that_dies_is_a_failure(monkeypatch):
 
 
 def test_unknown_cases_and_devices_are_errors_of_the_command(capsys):
-    assert cli.main(["check", "--case", "3x8"]) == 2
-    assert "no case is called '3x8'; there are: 37x65; 1x1;" in capsys.readouterr().out
-    assert cli.main(["bench", "--case", "3x8"]) == 2
-    assert "1024x512" in capsys.readouterr().out
+    assert "no case is called '3x8'; there are: 37x65; 1x1;" in refused(["check", "--case", "3x8"], capsys)
+    assert "1024x512" in refused(["bench", "--case", "3x8"], capsys)
+    assert "invalid choice: 'int8'" in refused(["bench", "--dtype", "int8"], capsys)
     if not torch.cuda.is_available():
-        assert cli.main(["bench", "--device", "cuda"]) == 2
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "--dtype", "int8"])
+        assert "torch sees no GPU here" in refused(["bench", "--device", "cuda"], capsys)
 
 
 def test_bench_ends_with_1_when_a_budget_is_missed(capsys, monkeypatch, tmp_path):
@@ -119,10 +256,22 @@ def test_a_terminated_check_tells_what_it_knew(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(session, "run_case", terminate)
     file = tmp_path / "outcomes.json"
-    assert cli.main(["check", *ONE, "--backend", "reference", "--device", "cpu", "--json", str(file)]) == 1
+    assert cli.main(["check", *ONE, "--backend", "reference", "--device", "cpu", "--json", str(file)]) == 130
     assert "interrupted after 2 of 3 cases" in capsys.readouterr().out
     assert [bool(outcome["failures"]) for outcome in json.loads(file.read_text())["outcomes"]] == [False, False, True]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_interrupted_bench_ends_with_130(capsys, monkeypatch):
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runner, "_measure", interrupt)
+    command = ["bench", "--quick", "--op", "clip_loss", "--device", "cpu"]
+    assert cli.main(command) == 130
+    assert "interrupted: there would have been more" in capsys.readouterr().out
+    monkeypatch.setattr(runner, "expected_seconds", interrupt)  # before anything is known
+    assert cli.main(command) == 130
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "validate_gpu.sh"

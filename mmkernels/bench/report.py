@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .._console import say
 from .runner import Report
 
 GROUP = ("op", "case", "dtype", "pass")
@@ -31,44 +33,50 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def _table(op: str, groups: list[list[dict]], ceilings: Iterable[dict]) -> Table:
-    """ceilings: of whole models, what would be gained if our ops took no time."""
+    """Fits 80 columns: only the name of the best peer is folded. ceilings: of whole models, what would be gained if our
+    ops took no time."""
     most = {tuple(x[key] for key in GROUP[1:]): f"{x['times']:.2f}" for x in ceilings if op == "model"}
     eager = next((result["impl"] for group in groups for result in group if not result["is_ours"]), "eager")
-    table = Table(title=f"{op}: times faster than", title_justify="left", title_style="bold", header_style="bold")
-    for heading in ("case", "dtype", "pass"):
-        table.add_column(heading)
-    for heading in ("eager", "at most" if most else "best peer"):
-        table.add_column(heading, justify="right")
-    table.add_column("which is", no_wrap=True)
-    for heading in ("of peak", "memory", "eager's", "error / budget"):
-        table.add_column(heading, justify="right")
+    table = Table(title=f"{op}: times faster than", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.title_justify = table.caption_justify = "left"
+    table.title_style, table.header_style = "bold", "bold"
+    table.add_column("case, dtype and pass", no_wrap=True)
+    for heading in ("eager", "at\nmost" if most else "best\npeer"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("which is", min_width=13)
+    for heading in ("of\npeak", "MB", "eager's\nMB", "error /\nbudget"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.caption = {
         "patch_embed": "eager is the convolution, as models run it",
         "model": "eager is transformers' model, with sdpa; at most: if our ops took no time",
         "span_attention": "eager is SDPA, with a dense mask where one is needed",
     }.get(op, f"eager is {eager}")
-    for group in groups:
-        ours = next((result for result in group if result["is_ours"]), None)
-        if ours:
-            others = [result for result in group if not result["is_ours"]]
-            table.add_row(*_row(ours, others, most.get(tuple(ours[key] for key in GROUP[1:]))))
+    for name, same in groupby(groups, key=lambda group: group[0]["case"]):
+        table.add_row(escape(name))
+        for group in same:
+            ours = next((result for result in group if result["is_ours"]), None)
+            if ours:
+                others = [result for result in group if not result["is_ours"]]
+                table.add_row(*_row(ours, others, most.get(tuple(ours[key] for key in GROUP[1:]))))
     return table
 
 
 def _row(ours: dict, others: list[dict], most: str | None) -> tuple[str, ...]:
     first, best = (others[0], min(others, key=lambda result: result["ms"])) if others else (None, None)
     return (
-        escape(ours["case"]),
-        ours["dtype"],
-        ours["pass"].replace("_", " + "),
+        f"  {ours['dtype']}, {ours['pass'].replace('_', ' + ')}",
         _times(ours, first),
         most or _times(ours, best),
-        escape(best["impl"]) if best else "none could run",
+        escape(_named(best["impl"], first["impl"])) if best else "none could run",
         f"{ours['peak_fraction']:.0%}",
         _megabytes(ours),
         _megabytes(first) if first else "-",
         f"{ours['error'] / ours['error_budget']:.2f}",
     )
+
+
+def _named(name: str, eager: str) -> str:
+    return {eager: "eager", f"compiled {eager}": "compiled eager"}.get(name, name)
 
 
 def _times(ours: dict, other: dict | None) -> str:
@@ -80,7 +88,7 @@ def _times(ours: dict, other: dict | None) -> str:
 
 
 def _megabytes(result: dict) -> str:
-    return "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:.0f} MB"
+    return "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:.0f}"
 
 
 def _print_footer(console: Console, report: Report) -> None:
@@ -88,18 +96,19 @@ def _print_footer(console: Console, report: Report) -> None:
     rates = ", ".join(
         f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items() if name not in ("copy", "source")
     )
-    console.print(
+    say(
+        console,
         f"[dim]Peak probed in this run: {rates} ({peaks['source']}), copy {peaks['copy'] / 1e9:.1f} GB/s. Medians of "
-        "alternating runs with cold caches; every figure is of a result within its error budget.[/]"
+        "alternating runs with cold caches, and the most memory held; every figure is of a result within its error "
+        "budget.[/]",
     )
     if report.interrupted:
-        console.print("[bold red]interrupted:[/] there would have been more")
+        say(console, "[bold red]interrupted:[/] there would have been more")
     wobbling = sum(result["ms_p90"] > 1.5 * result["ms_p10"] for result in report.results)
     if wobbling:
-        console.print(
-            f"[yellow]{wobbling} of {len(report.results)} timings spread by more than half:[/] this machine was busy"
-        )
+        count = f"{wobbling} of {len(report.results)} timings"
+        say(console, f"[yellow]{count} spread by more than half:[/] this machine was busy")
     for record in report.unmeasured:
         colour = "bold red" if record["is_ours"] else "yellow"
         what = " ".join(record[key] for key in (*GROUP, "impl"))
-        console.print(f"[{colour}]no figure:[/] {escape(what)}: {escape(record['reason'])}", soft_wrap=True)
+        say(console, f"[{colour}]no figure:[/] {escape(what)}: {escape(record['reason'])}")

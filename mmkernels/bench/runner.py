@@ -23,6 +23,8 @@ from .peers import peers
 
 CALL_LIMIT = 60.0  # seconds; a peer that takes longer for one call is reported so, not measured
 
+COMPILE_SECONDS = 8.0  # a pass
+
 
 @dataclass(frozen=True)
 class Request:
@@ -92,6 +94,19 @@ def run(request: Request, env: dict, step: Callable[[str, int, int], None]) -> R
     except KeyboardInterrupt:
         report.interrupted = True
     return finish(report)
+
+
+def expected_seconds(request: Request) -> float:
+    """About, as two cores of a server took: of each case in a dtype some seconds a pass, most of them to empty caches,
+    the operations of all contenders, of which the truth in float64 is the slowest, and what is compiled."""
+    seconds = 0.0
+    for case in request.selected():
+        for direction in set(case.passes) & set(request.passes):
+            seconds += 2.5 if request.quick else 9.0
+            if request.device == "cpu":
+                seconds += case.flops(direction) / (5e9 * torch.get_num_threads())
+            seconds += COMPILE_SECONDS * (request.device in case.compiled)
+    return seconds * len(request.dtypes)
 
 
 def finish(report: Report) -> Report:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,17 @@ import torch
 from .. import backends
 from .suite import run_case, select
 
+INTERPRETED = "there is no GPU to run it: `mmkernels check` runs its quick cases in Triton's interpreter, on the CPU"
+
+# A case takes on one core of a server: here, and in Triton's interpreter.
+SECONDS = {
+    "clip_loss": (0.15, 1.5),
+    "siglip_loss": (0.1, 0.6),
+    "patch_embed": (0.06, 2.5),
+    "span_attention": (0.4, 3.0),
+    "rotary_embed": (0.1, 0.5),
+}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -31,6 +43,13 @@ class Place:
     @property
     def label(self) -> str:
         return f"{self.backend}, interpreted" if self.interpreted else self.backend
+
+    @property
+    def state(self) -> str:
+        """As `info` and the report of a check tell it."""
+        if self.missing:
+            return f"not there: {self.missing}"
+        return INTERPRETED if interpreting(self) else "there"
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,8 @@ def _places_of(backend: str, devices: list[str]) -> list[Place]:
     here = [device for device in served if device in devices]
     if backend == "triton":
         here = [device for device in here if device == "cuda" or not torch.cuda.is_available() or len(devices) == 1]
-        if here == ["cpu"] and os.environ.get("TRITON_INTERPRET") != "1" and _triton_installed():
+        runs = backends.missing("triton") in (None, backends.NO_GPU_FOR_TRITON)  # in the interpreter at least
+        if here == ["cpu"] and os.environ.get("TRITON_INTERPRET") != "1" and runs:
             return [Place(backend, "cpu", interpreted=True)]
     missing = backends.missing(backend)
     if not here:
@@ -73,16 +93,13 @@ def _places_of(backend: str, devices: list[str]) -> list[Place]:
     return [Place(backend, device, missing=missing) for device in here]
 
 
-def _triton_installed() -> bool:
-    return "not installed" not in (backends.missing("triton") or "")
-
-
 class Interpreter:
     """The second process: `mmkernels check` on the triton backend with TRITON_INTERPRET=1."""
 
     def __init__(self, place: Place, request: Request):
         self.place = place
-        self._file = Path(tempfile.mkdtemp(prefix="mmkernels-check-")) / "outcomes.json"
+        folder = Path(tempfile.mkdtemp(prefix="mmkernels-check-"))
+        self._file, self._printed = folder / "outcomes.json", folder / "printed.txt"
         words = [
             "check",
             "--backend",
@@ -98,36 +115,43 @@ class Interpreter:
             if getattr(request, name):
                 words += [f"--{name}", getattr(request, name)]
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mmkernels", *words, *(["--quick"] if request.quick else [])],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with self._printed.open("w") as printed:  # a pipe that nobody reads meanwhile would fill
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mmkernels", *words, *(["--quick"] if request.quick else [])],
+                env=environment,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+            )
 
     def stop(self) -> None:
         self._process.terminate()
         self.records()
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended by then."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def records(self) -> list[dict]:
         """Wait, and return the outcomes; those of a process that died are one failure."""
-        printed, _ = self._process.communicate()
+        self._process.wait()
         try:
             return json.loads(self._file.read_text())["outcomes"]
         except OSError:
-            lines = printed.strip().splitlines()[-3:]
+            lines = self._printed.read_text().strip().splitlines()[-3:]
             failure = f"the interpreter's process ended with code {self._process.returncode}: {' | '.join(lines)}"
             return [_crash(self.place, failure)]
         finally:
-            self._file.unlink(missing_ok=True)
-            self._file.parent.rmdir()
+            shutil.rmtree(self._file.parent)
 
 
 def run(request: Request, found: list[Place], step: Callable[[str, int, int], None]) -> list[dict]:
     """Check every place that is there; `step(label, done, total)` hears of the progress. Returns records.
 
-    An interrupt ends it early and counts as a failure; the outcomes until then are there.
+    An interrupt ends it early and is the last record, a failure; the outcomes until then are there.
     """
     runnable = [place for place in found if place.missing is None]
     beside = [Interpreter(place, request) for place in runnable if place.interpreted]
@@ -138,14 +162,30 @@ def run(request: Request, found: list[Place], step: Callable[[str, int, int], No
             step(f"{case.op} on {place.label}", done, len(work))
             records.append(run_case(case, dtype, place.backend, place.device, request.seed).record())
         for process in beside:
-            step(f"waiting for Triton's interpreter on {len(request.cases(process.place))} cases", len(work), len(work))
+            waiting = f"waiting for Triton's interpreter on {len(request.cases(process.place))} cases"
+            step(waiting, len(work), len(work))
+            while not process.wait(1.0):
+                step(waiting, len(work), len(work))
             records += process.records()
     except KeyboardInterrupt:
         for process in beside:
             process.stop()
         where = runnable[0] if not work else work[min(len(records), len(work) - 1)][0]
-        records.append(_crash(where, f"interrupted after {len(records)} of {len(work)} cases"))
+        crash = _crash(where, f"interrupted after {len(records)} of {len(work)} cases")
+        records.append(crash | {"interrupted": True})
     return records
+
+
+def expected_seconds(request: Request, found: list[Place]) -> float | None:
+    """About; None on a GPU, whose kernels are compiled first: nobody has measured that."""
+    runnable = [place for place in found if place.missing is None]
+    if any(place.device == "cuda" for place in runnable):
+        return None
+    here = beside = 0.0
+    for place in runnable:
+        seconds = sum(SECONDS[case.op][interpreting(place)] for case, _ in request.cases(place))
+        here, beside = (here, beside + seconds) if place.interpreted else (here + seconds, beside)
+    return max(here, beside)
 
 
 def _crash(place: Place, failure: str) -> dict:

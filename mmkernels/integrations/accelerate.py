@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Collection, Iterator
 from types import ModuleType
 
 from torch import nn
 
 from .. import backends
+from .._warnings import warn
 from . import report as reports
 from . import torch_modules, unknown
 from .report import Entry, Report
@@ -92,7 +92,7 @@ def _say_nothing_swapped(model: nn.Module, kinds: Collection[str], left: list[En
     if not any(entry.kind in ("attention", "loss") for entry in left):
         raise ValueError(message + (seen or f"it has no {', no '.join(kinds)} that mmkernels knows"))
     if not verbose:  # else the report is printed, and says it
-        warnings.warn(message + seen, stacklevel=3)
+        warn(message + seen)
 
 
 def _kinds(only: Collection[str] | None) -> tuple[str, ...]:

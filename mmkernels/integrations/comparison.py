@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .._console import say
 from .agreement import Quantity
 from .report import Report
 
@@ -61,9 +62,8 @@ class Comparison:
         console = console or _console()
         if self.outputs or self.gradients:
             console.print(self._table())
-        console.print(escape(str(self.report)), soft_wrap=True)
-        for line in (*self._cost_lines(), *self._verdict_lines()):
-            console.print(line, soft_wrap=True)
+        for line in (escape(str(self.report)), *self._cost_lines(), *self._verdict_lines()):
+            say(console, line)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH)
@@ -72,14 +72,15 @@ class Comparison:
 
     def _table(self) -> Table:
         what = "forward and backward" if self.backward else "forward"
-        table = Table(title=f"{self.model}: accelerated against plain, {what}", box=box.SIMPLE_HEAD)
+        table = Table(title=f"{self.model}: accelerated against plain, {what}", box=box.SIMPLE_HEAD, padding=0)
+        table.show_edge = False  # 80 columns hold paths of some 45 characters, and the figures
         table.title_justify = table.caption_justify = "left"
         table.title_style, table.header_style = "bold", "bold"
         table.caption = (
             f"truth: {escape(self.truth)}; errors relative to the output, or to the largest gradient, in norm"
         )
         table.add_column("", overflow="fold")
-        for heading in ("error", "plain's", "budget", "error / budget"):
+        for heading in ("error", "plain's", "budget", "error /\nbudget"):
             table.add_column(heading, justify="right", no_wrap=True)
         groups = {"outputs": self.outputs, "gradients": self.gradients, "swapped modules": self.modules}
         for kind, quantities in groups.items():

@@ -2,9 +2,10 @@
 
 import copy
 import importlib
+import io
 import random
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ import torch
 import transformers as hf
 from families import FAMILIES, TEXT, drawn, text
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +22,8 @@ from mmkernels import RowSpans, accelerate, backends, compare, restore
 from mmkernels.bench import machine
 from mmkernels.integrations import _attend
 from mmkernels.integrations.agreement import Quantity, measured, over_draws
+from mmkernels.integrations.comparison import Comparison
+from mmkernels.integrations.report import Report
 from mmkernels.integrations.values import LOSS, Projection, Values, named_outputs
 
 FAMILY = {family.name: family for family in FAMILIES}
@@ -96,6 +100,23 @@ class Swollen(torch.autograd.Function):
 
 
 # ---- what is right passes
+
+
+def test_the_table_fits_a_terminal():
+    """At 80 columns: figures stay whole, and paths of 46 characters where nothing is wrong; longer ones are folded."""
+    path = "text_model.embeddings.token_embedding.weight"
+    right = Quantity(path, error=1.234e-6, plain_error=1.111e-6, rounding=0.0, size=1.0, norm=1.0)
+    wrong = replace(right, name="x." * 40, error=1.0)
+
+    def printed(*quantities: Quantity) -> str:
+        console = Console(record=True, width=80, file=io.StringIO())
+        Comparison("Model", True, "the plain model in float64", list(quantities), [], [], Report()).print(console)
+        return console.export_text()
+
+    assert [path, "1.2e-06", "1.1e-06", "2.2e-06", "0.56"] in [line.split() for line in printed(right).splitlines()]
+    text = printed(right, wrong)
+    assert "4.5e+05 WRONG" in text and text.count("x.") == 40
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
 
 
 @pytest.mark.parametrize("name", ["clip", "llava", "qwen2_vl", "idefics"])

@@ -153,7 +153,10 @@ def test_a_transformers_too_old_is_refused_by_name(monkeypatch):
 
 
 def test_nothing_swapped_is_said():
-    with pytest.warns(UserWarning, match=r"nothing to swap in T5Model: T5Attention: it adds a bias of positions"):
+    with pytest.warns(
+        UserWarning, match=r"nothing to swap in T5Model: T5Attention: it adds a bias of positions"
+    ) as caught:
         accelerate(hf.T5Model(hf.T5Config(**T5)), verbose=False)
+    assert caught[0].filename == __file__
     with pytest.raises(ValueError, match="nothing to swap in Linear: it has no patch embedding, no attention, no loss"):
         accelerate(nn.Linear(3, 4), verbose=False)
