@@ -17,7 +17,8 @@ namespace {
 
 constexpr int64_t kTokens = 16;  // a task
 
-template <class T, bool kInterleaved>
+// Which pairs and which way: known to the compiler, so that no vector asks.
+template <class T, bool kInterleaved, bool kTransposed>
 class Rotation {
   public:
     explicit Rotation(const RotaryEmbed& call) : call_(call), half_(call.x.dim / 2) {}
@@ -55,14 +56,13 @@ class Rotation {
         const auto write = [count](T* p, Vec v)
                                MMK_INLINE_LAMBDA { count == kLanes ? store(p, v) : store_first(p, v, count); };
         const float *cos = call_.cos + at, *sin = call_.sin + at;
-        const bool transposed = call_.transposed;
         if constexpr (kInterleaved) {
-            const Vec v = read(x), s = read(sin), turned = transposed ? -swap_neighbours(s) : s;
+            const Vec v = read(x), s = read(sin), turned = kTransposed ? -swap_neighbours(s) : s;
             write(out, v * read(cos) + swap_neighbours(v) * select((lane_index() & 1) == 1, turned, -turned));
         } else {
             const Vec a = read(x), b = read(x + half_);
-            const Vec sin_a = transposed ? -read(sin + half_) : read(sin);
-            const Vec sin_b = transposed ? -read(sin) : read(sin + half_);
+            const Vec sin_a = kTransposed ? -read(sin + half_) : read(sin);
+            const Vec sin_b = kTransposed ? -read(sin) : read(sin + half_);
             write(out, a * read(cos) - b * sin_a);
             write(out + half_, b * read(cos + half_) + a * sin_b);
         }
@@ -77,7 +77,11 @@ class Rotation {
 void rotary_embed(const RotaryEmbed& call) {
     with_element_type(call.x.dtype, [&](auto type) {
         using T = decltype(type);
-        call.interleaved ? Rotation<T, true>(call).run() : Rotation<T, false>(call).run();
+        if (call.interleaved) {
+            call.transposed ? Rotation<T, true, true>(call).run() : Rotation<T, true, false>(call).run();
+        } else {
+            call.transposed ? Rotation<T, false, true>(call).run() : Rotation<T, false, false>(call).run();
+        }
     });
 }
 
