@@ -93,7 +93,7 @@ def run(command: list[str]) -> None:
 def complaint(lines: list[str]) -> str | None:
     """The first error. CMake says only where it is in the line of that word, and what it is in those that follow."""
     for i, line in enumerate(lines):
-        if re.search(r"\berror\b", line, re.IGNORECASE):
+        if re.search(r"\b(error|fatal)( [#\w-]+)? *:|^CMake Error", line):  # not a file of that name
             told = takewhile(lambda text: not text.startswith(("CMake ", "Call ", "-- ")), filter(None, lines[i + 1 :]))
             return " ".join(islice(told, 3)) if line.startswith("CMake Error") else line
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlparse
@@ -25,4 +26,5 @@ def reinstall() -> str:
     if "dir_info" not in origin:
         return "pip install --force-reinstall --no-deps --no-binary mmkernels mmkernels"
     editable = "-e " if origin["dir_info"].get("editable") else ""
-    return f"pip install --force-reinstall --no-deps {editable}{url2pathname(urlparse(origin['url']).path)}"
+    folder = shlex.quote(url2pathname(urlparse(origin["url"]).path))
+    return f"pip install --force-reinstall --no-deps {editable}{folder}"

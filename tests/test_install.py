@@ -20,6 +20,7 @@ def sdist(tmp_path_factory) -> Path:
     """The source distribution, of a copy of the sources."""
     folder = tmp_path_factory.mktemp("sdist")
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    files.check_returncode()
     for name in files.stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,11 @@ def test_native_required_turns_a_missing_compiler_into_an_error(sdist, tmp_path)
 # ---- the CUDA kernels, by a cmake that only writes down what it was asked, and fails on them if it is told to
 
 
-FAILS = 'echo "[3/9] nvcc a.cu"; echo "a.cu(3): error: identifier \\"x\\" is undefined"; echo "2 errors"; exit 1'
+FAILS = """\
+echo "In file included from error.h:3:"
+echo "a.cu(3): error: identifier \\"x\\" is undefined"
+echo "2 errors"
+exit 1 """
 
 
 def install_with_recorder(
@@ -133,7 +138,7 @@ def test_kernels_that_do_not_compile_leave_the_core_unharmed(sdist, tmp_path):
     [
         (
             '{"dir_info": {"editable": true}, "url": "file:///a%20b/c"}',
-            "pip install --force-reinstall --no-deps -e /a b/c",
+            "pip install --force-reinstall --no-deps -e '/a b/c'",
         ),
         ('{"dir_info": {}, "url": "file:///src"}', "pip install --force-reinstall --no-deps /src"),
         ('{"archive_info": {}, "url": "file:///mmkernels.whl"}', "--no-deps --no-binary mmkernels mmkernels"),
