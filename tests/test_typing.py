@@ -6,9 +6,10 @@ from pathlib import Path
 
 import mmkernels
 
+USER = Path(__file__).parent / "typed" / "user.py"
 
-def test_a_users_code_is_right_by_mypy(tmp_path):
-    user = Path(__file__).parent / "typed" / "user.py"
+
+def by_mypy(file: Path, cache: Path) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
         "-m",
@@ -16,14 +17,26 @@ def test_a_users_code_is_right_by_mypy(tmp_path):
         "--strict",
         "--follow-imports=silent",
         "--cache-dir",
-        str(tmp_path),
-        str(user),
+        str(cache),
+        str(file),
     ]
     folder = Path(mmkernels.__file__).parents[1]
     environment = {} if folder.name == "site-packages" else {"MYPYPATH": str(folder)}  # of an editable install
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    ours = [line for line in done.stdout.splitlines() if "user.py" in line]
-    assert not ours and "error" not in done.stderr, done.stdout + done.stderr
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, check=False)
+
+
+def test_a_users_code_is_right_by_mypy_and_a_wrong_call_is_not(tmp_path):
+    done = by_mypy(USER, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(USER.read_text().replace("interleaved=True", "interleaved='yes'"))
+    done = by_mypy(wrong, tmp_path)
+    assert done.returncode == 1 and 'Argument "interleaved" to "rotary_embed" has incompatible type' in done.stdout
+
+
+def test_the_users_code_holds_every_public_name():
+    text = USER.read_text()
+    assert not [name for name in (*mmkernels.__all__, *mmkernels.nn.__all__) if name not in text]
 
 
 def test_the_version_is_said_once():

@@ -23,6 +23,10 @@ def modules() -> list[nn.Module]:
         mmkernels.nn.PatchEmbed(3, 64, 16, num_patches=196),
         mmkernels.nn.SpanSelfAttention(64, 4),
         mmkernels.nn.SpanCrossAttention(64, 4),
+        mmkernels.nn.GatedCrossAttentionBlock(64, 128, 4),
+        mmkernels.nn.PatchConv2d(3, 64, 16, 16),
+        mmkernels.nn.PatchConv3d(3, 64, (2, 14, 14), (2, 14, 14)),
+        mmkernels.nn.PerceiverResampler(64, 2, 4, 16, 8),
         mmkernels.nn.ClipLoss(),
         mmkernels.nn.SigLipLoss(),
     ]
