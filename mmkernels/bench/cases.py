@@ -137,9 +137,9 @@ class RotaryCase:
 
     def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
         projected = draw.normal(self.tokens, self.heads * 3 // 2, self.dim).to(device, dtype)
-        angles = draw.normal(self.tokens, self.dim // 2).float().to(device)
-        tables = (_of_pairs(table, self.interleaved) for table in (angles.cos(), angles.sin()))
-        tensors = dict(zip(("x", "cos", "sin"), (projected[:, : self.heads], *tables), strict=True))
+        angles = draw.normal(self.tokens, self.dim // 2).to(device)
+        angles = angles.repeat_interleave(2, 1) if self.interleaved else angles.repeat(1, 2)
+        tensors = {"x": projected[:, : self.heads], "cos": angles.cos().float(), "sin": angles.sin().float()}
         return Call(tensors, {"interleaved": self.interleaved}, ("x",))
 
     def upstream(self, draw: Draw, call: Call) -> Tensor:
@@ -155,10 +155,6 @@ class RotaryCase:
 
     def eager_bytes(self, direction: str, call: Call) -> int:
         return 6 * self.bytes(direction, call)
-
-
-def _of_pairs(table: Tensor, interleaved: bool) -> Tensor:
-    return table.repeat_interleave(2, -1) if interleaved else table.repeat(1, 2)
 
 
 Case = LossCase | PatchCase | AttentionCase | RotaryCase

@@ -1,5 +1,5 @@
-"""The core by every compiler that the README promises, as far as they are on this machine, without a warning; and its
-programs for ARM, where an emulator runs them."""
+"""The core by every compiler that the README promises, as far as they are on this machine (.ci/run installs them),
+without a warning; and its programs for ARM, where an emulator runs them."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ OLDEST = "5.4"  # whose masks are functions of the number of queries and of the 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
     raise ImportError(f"mmkernels needs transformers {OLDEST} or later; mend: pip install 'transformers>={OLDEST}'")
 
+# Only now (E402): an older one lacks some of what these import.
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 
 from .attention import NAME, span_attention_forward  # noqa: E402
