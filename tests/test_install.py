@@ -16,26 +16,31 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def sdist(tmp_path_factory) -> Path:
-    """The source distribution, of a copy of the sources."""
-    folder = tmp_path_factory.mktemp("sdist")
+def sources(tmp_path_factory) -> Path:
+    """A copy of the checkout, where what is built is nobody else's."""
+    folder = tmp_path_factory.mktemp("sources")
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     files.check_returncode()
     for name in files.stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sdist(sources) -> Path:
     build = "from setuptools import build_meta; print(build_meta.build_sdist('.'))"
-    subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, check=True)
-    return next(folder.glob("mmkernels-*.tar.gz"))
+    subprocess.run([sys.executable, "-c", build], cwd=sources, capture_output=True, check=True)
+    return next(sources.glob("mmkernels-*.tar.gz"))
 
 
-def install(sdist: Path, target: Path, **environment: str) -> subprocess.CompletedProcess:
-    """From the source distribution, into a folder of its own."""
+def install(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A source distribution or a wheel, into a folder of its own."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target"]
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
     return subprocess.run(
-        [*command, str(target / "site"), str(sdist)], capture_output=True, text=True, env=variables, check=False
+        [*command, str(target / "site"), str(source)], capture_output=True, text=True, env=variables, check=False
     )
 
 
@@ -71,9 +76,14 @@ def test_without_a_compiler_it_installs_works_and_says_so(sdist, tmp_path, envir
     assert reason in missing and "mend: " in missing and "pip install" in missing
 
 
-def test_the_source_distribution_builds_the_core(sdist, tmp_path):
-    """Without the checkout: what the core is made of is in it. The kernels for GPUs are its too (test_cuda_build)."""
-    done = install(sdist, tmp_path, MMKERNELS_CUDA="0", MMKERNELS_NATIVE="require")
+def test_a_wheel_of_the_source_distribution_runs_where_no_compiler_is(sources, tmp_path):
+    """Made without the checkout: what the core is made of is in the source distribution."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MMKERNELS_CUDA": "0"}
+    script = [sources / "scripts" / "build_wheels.sh", sys.executable]
+    built = subprocess.run(script, capture_output=True, text=True, env=environment, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    wheel = next(sources.glob("dist/cpu/mmkernels-*-manylinux_*.whl"))
+    done = install(wheel, tmp_path, PATH="")
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "site") in run(tmp_path, "import mmkernels; print(mmkernels.__file__)")
     arguments = ["check", "--quick", "--op", "rotary_embed", "--backend", "cpu"]
