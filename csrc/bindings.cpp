@@ -7,15 +7,15 @@
 #include <chrono>
 #include <stdexcept>
 
-#include "cpu/contrastive.h"
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
-#include "cpu/patch_embed.h"
+#include "cpu/contrastive/call.h"
+#include "cpu/patch_embed/call.h"
 #include "cpu/probe.h"
-#include "cpu/rotary_embed.h"
-#include "cpu/scratch.h"
-#include "cpu/span_attention.h"
-#include "cpu/tensor.h"
+#include "cpu/rotary_embed/call.h"
+#include "cpu/run/isa.h"
+#include "cpu/run/parallel.h"
+#include "cpu/run/scratch.h"
+#include "cpu/run/tensor.h"
+#include "cpu/span_attention/call.h"
 
 namespace py = pybind11;
 
@@ -115,7 +115,7 @@ void run_patch_embed_backward(const PatchEmbedBackward& call) {
 
 void bind_patch_embed(py::module_& module) {
     py::class_<Patches>(module, "Patches",
-                        "A tensor as patches (b, gt, gy, gx) of pixels (c, t, y, x): see patch_embed.h.")
+                        "A tensor as patches (b, gt, gy, gx) of pixels (c, t, y, x): see cpu/patch_embed/call.h.")
         .def(py::init(&patches), py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"));
     module.def(
         "patch_embed",

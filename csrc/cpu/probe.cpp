@@ -1,6 +1,6 @@
-#include "probe.h"
+#include "cpu/probe.h"
 
-#include "gemm.h"
+#include "cpu/product/gemm.h"
 
 namespace mmk::MMK_ISA {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "isa.h"
+#include "cpu/run/isa.h"
 
 namespace mmk {
 

@@ -10,12 +10,12 @@
 #include <string>
 #include <vector>
 
-#include "contrastive.h"
-#include "patch_embed.h"
-#include "span_attention.h"
+#include "cuda/contrastive/call.h"
+#include "cuda/patch_embed/call.h"
+#include "cuda/span_attention/call.h"
 
 #ifdef MMK_EMULATED
-#include "touched.h"
+#include "emulator/touched.h"
 #else
 #include <cuda_runtime_api.h>
 #endif
@@ -58,7 +58,7 @@ void bind_span_attention(py::module_& module) {
         .def(py::init([](uintptr_t data, int64_t batch, int64_t row, int64_t head) {
             return Heads{pointer<void>(data), batch, row, head};
         }));
-    py::class_<SpanAttention>(module, "SpanAttention", "A call: see span_attention.h.")
+    py::class_<SpanAttention>(module, "SpanAttention", "A call: see span_attention/call.h.")
         .def(py::init([](const Heads& q, const Heads& k, const Heads& v, const Heads& out, uintptr_t lo, uintptr_t hi,
                          uintptr_t hulls, uintptr_t lse, int batch, int queries, int keys, int heads, int key_heads,
                          int head_size, int value_size, int runs, bool spans_by_batch, bool bfloat16, float scale,
@@ -97,7 +97,7 @@ void bind_span_attention(py::module_& module) {
         "span_attention_forward_sm90",
         [](const SpanAttention& call, uintptr_t stream) { run(span_attention_forward_sm90, call, stream); },
         py::arg("call"), py::arg("stream"), "The same on Hopper, of what it serves.");
-    py::class_<SpanAttentionBackward>(module, "SpanAttentionBackward", "A call: see span_attention.h.")
+    py::class_<SpanAttentionBackward>(module, "SpanAttentionBackward", "A call: see span_attention/call.h.")
         .def(py::init([](const SpanAttention& forward, const Heads& d_out, const Heads& d_q, const Heads& d_k,
                          const Heads& d_v, uintptr_t d_lse, uintptr_t workspace) {
                  return SpanAttentionBackward{
@@ -133,7 +133,7 @@ void bind_contrastive_calls(py::module_& module) {
              }),
              py::kw_only(), py::arg("image"), py::arg("image_stride"), py::arg("text"), py::arg("text_stride"),
              py::arg("scale"), py::arg("bias"), py::arg("count"), py::arg("width"), py::arg("bfloat16"));
-    py::class_<ClipForward>(module, "ClipForward", "A call: see contrastive.h.")
+    py::class_<ClipForward>(module, "ClipForward", "A call: see contrastive/call.h.")
         .def(py::init([](const Pairs& pairs, float label_smoothing, uintptr_t products, uintptr_t rows,
                          uintptr_t columns, uintptr_t diagonal, uintptr_t loss, uintptr_t workspace,
                          size_t workspace_bytes) {
@@ -150,7 +150,7 @@ void bind_contrastive_calls(py::module_& module) {
              py::kw_only(), py::arg("pairs"), py::arg("label_smoothing"), py::arg("products"), py::arg("rows"),
              py::arg("columns"), py::arg("diagonal"), py::arg("loss"), py::arg("workspace"),
              py::arg("workspace_bytes"));
-    py::class_<LogitRows>(module, "LogitRows", "Rows of the logits: see contrastive.h.")
+    py::class_<LogitRows>(module, "LogitRows", "Rows of the logits: see contrastive/call.h.")
         .def(py::init([](const Pairs& pairs, int row0, int row_count, uintptr_t ds, int64_t ds_stride, uintptr_t totals,
                          uintptr_t means, uintptr_t workspace, size_t workspace_bytes) {
                  return LogitRows{pairs,
@@ -166,7 +166,7 @@ void bind_contrastive_calls(py::module_& module) {
              py::kw_only(), py::arg("pairs"), py::arg("row0"), py::arg("row_count"), py::arg("ds"),
              py::arg("ds_stride"), py::arg("totals"), py::arg("means"), py::arg("workspace"),
              py::arg("workspace_bytes"));
-    py::class_<ClipGradient>(module, "ClipGradient", "A call: see contrastive.h.")
+    py::class_<ClipGradient>(module, "ClipGradient", "A call: see contrastive/call.h.")
         .def(py::init(
                  [](const LogitRows& to, float label_smoothing, uintptr_t rows, uintptr_t columns, uintptr_t diagonal) {
                      return ClipGradient{to, label_smoothing, pointer<const float>(rows), pointer<const float>(columns),
@@ -205,7 +205,7 @@ void bind_patch_operands(py::module_& module) {
         .value("bfloat16", PixelType::kBFloat16)
         .value("float16", PixelType::kFloat16)
         .value("uint8", PixelType::kUint8);
-    py::class_<Patches>(module, "Patches", "The patches of a tensor of images, by address: see patch_embed.h.")
+    py::class_<Patches>(module, "Patches", "The patches of a tensor of images, by address: see patch_embed/call.h.")
         .def(
             py::init([](uintptr_t data, PixelType type, int batch, std::array<int, 3> grid, int64_t batch_stride,
                         std::array<int64_t, 3> grid_strides, std::array<int, 4> sizes, std::array<int64_t, 4> strides) {
@@ -231,7 +231,7 @@ void bind_patch_operands(py::module_& module) {
 }
 
 void bind_patch_calls(py::module_& module) {
-    py::class_<PatchEmbed>(module, "PatchEmbed", "A call: see patch_embed.h.")
+    py::class_<PatchEmbed>(module, "PatchEmbed", "A call: see patch_embed/call.h.")
         .def(py::init([](const Patches& images, const Normalisation& normalisation, const Rows& weight, PixelType type,
                          bool tf32, uintptr_t bias, uintptr_t positions, uintptr_t prefix, uintptr_t tokens,
                          int features, int prefix_rows, int position_rows) {
@@ -251,7 +251,7 @@ void bind_patch_calls(py::module_& module) {
              py::kw_only(), py::arg("images"), py::arg("normalisation"), py::arg("weight"), py::arg("type"),
              py::arg("tf32"), py::arg("bias"), py::arg("positions"), py::arg("prefix"), py::arg("tokens"),
              py::arg("features"), py::arg("prefix_rows"), py::arg("position_rows"));
-    py::class_<PatchWeightGrad>(module, "PatchWeightGrad", "A call: see patch_embed.h.")
+    py::class_<PatchWeightGrad>(module, "PatchWeightGrad", "A call: see patch_embed/call.h.")
         .def(py::init([](const TokenGrad& grad, const Patches& images, const Normalisation& normalisation,
                          PixelType type, bool tf32, int features, uintptr_t d_weight, int64_t d_weight_stride,
                          std::array<int, 4> d_weight_sizes, std::array<int64_t, 4> d_weight_strides) {
@@ -268,7 +268,7 @@ void bind_patch_calls(py::module_& module) {
         .def_property_readonly("workspace_bytes", &patch_weight_grad_workspace)
         .def("use_workspace",
              [](PatchWeightGrad& call, uintptr_t workspace) { call.workspace = pointer<void>(workspace); });
-    py::class_<PatchImagesGrad>(module, "PatchImagesGrad", "A call: see patch_embed.h.")
+    py::class_<PatchImagesGrad>(module, "PatchImagesGrad", "A call: see patch_embed/call.h.")
         .def(py::init(
                  [](const TokenGrad& grad, const Rows& weight, PixelType type, bool tf32, int features,
                     const Patches& d_images) { return PatchImagesGrad{grad, weight, type, tf32, features, d_images}; }),

@@ -1,9 +1,9 @@
 // The sixteen barriers of a block, of which __syncthreads is number 0, and the clocks that they join.
-#include "barriers.h"
+#include "emulator/barriers.h"
 
 #include <algorithm>
 
-#include "block.h"
+#include "emulator/block.h"
 
 namespace mmk::emulator {
 namespace {

@@ -1,14 +1,14 @@
 // The scheduler: runs the threads of one block after another in turns, until all have ended or none can go on.
-#include "block.h"
+#include "emulator/block.h"
 
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
 
-#include "barriers.h"
-#include "shadow.h"
-#include "shared_memory.h"
+#include "emulator/barriers.h"
+#include "emulator/shadow.h"
+#include "emulator/shared_memory.h"
 
 namespace mmk::emulator {
 

@@ -2,8 +2,8 @@
 #pragma once
 #include <string>
 
-#include "emulator.h"
-#include "fiber.h"
+#include "emulator/emulator.h"
+#include "emulator/fiber.h"
 
 namespace mmk::emulator {
 

@@ -1,9 +1,9 @@
 // Bulk copies and tiles of tensors (TMA): where the elements of a box lie, and stores that end with their group.
 #include <deque>
 
-#include "mbarrier.h"
-#include "shadow.h"
-#include "swizzle.h"
+#include "emulator/mbarrier.h"
+#include "emulator/shadow.h"
+#include "emulator/swizzle.h"
 
 namespace mmk::emulator {
 namespace {

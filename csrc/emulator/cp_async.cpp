@@ -1,7 +1,7 @@
 // cp.async: copies of 4, 8 or 16 bytes that land when their thread waits for their group, and not before.
 #include <deque>
 
-#include "shadow.h"
+#include "emulator/shadow.h"
 
 namespace mmk::emulator {
 namespace {

@@ -3,7 +3,7 @@
 #pragma once
 #include <cmath>
 
-#include "emulator.h"
+#include "emulator/emulator.h"
 
 #define threadIdx (::mmk::emulator::thread_index())
 #define blockIdx (::mmk::emulator::block_index())

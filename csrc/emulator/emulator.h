@@ -28,7 +28,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda_types.h"
+#include "emulator/cuda_types.h"
 
 namespace mmk::emulator {
 

@@ -1,4 +1,4 @@
-#include "fiber.h"
+#include "emulator/fiber.h"
 
 #include <sys/mman.h>
 

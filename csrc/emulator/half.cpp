@@ -1,7 +1,7 @@
 // Conversions of IEEE half precision in integer arithmetic: no instruction set and no compiler extension is assumed.
 #include <cmath>
 
-#include "cuda_types.h"
+#include "emulator/cuda_types.h"
 
 namespace mmk::emulator {
 

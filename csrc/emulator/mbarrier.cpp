@@ -1,11 +1,11 @@
 // mbarriers, and the bulk copies into shared memory that complete on them.
-#include "mbarrier.h"
+#include "emulator/mbarrier.h"
 
 #include <algorithm>
 #include <deque>
 #include <map>
 
-#include "shadow.h"
+#include "emulator/shadow.h"
 
 namespace mmk::emulator {
 namespace {

@@ -1,6 +1,6 @@
 // Bulk copies as an mbarrier sees them.
 #pragma once
-#include "block.h"
+#include "emulator/block.h"
 
 namespace mmk::emulator {
 

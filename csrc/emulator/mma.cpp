@@ -1,7 +1,7 @@
 // ldmatrix and mma: what the lanes of a warp hold of a matrix, as the PTX ISA lays it out.
 #include <algorithm>
 
-#include "shadow.h"
+#include "emulator/shadow.h"
 
 namespace mmk::emulator {
 namespace {

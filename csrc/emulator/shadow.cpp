@@ -1,11 +1,11 @@
-#include "shadow.h"
+#include "emulator/shadow.h"
 
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <cstdio>
 
-#include "shared_memory.h"
+#include "emulator/shared_memory.h"
 
 namespace mmk::emulator {
 namespace {

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "block.h"
+#include "emulator/block.h"
 
 namespace mmk::emulator {
 

@@ -1,11 +1,11 @@
-#include "shared_memory.h"
+#include "emulator/shared_memory.h"
 
 #include <cstdlib>
 #include <map>
 #include <new>
 
-#include "block.h"
-#include "shadow.h"
+#include "emulator/block.h"
+#include "emulator/shadow.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

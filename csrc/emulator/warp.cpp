@@ -1,5 +1,5 @@
 // Operations of a warp on registers: the rendezvous of its lanes, shuffles, votes.
-#include "block.h"
+#include "emulator/block.h"
 
 namespace mmk::emulator {
 

@@ -5,8 +5,8 @@
 #include <deque>
 #include <map>
 
-#include "shadow.h"
-#include "swizzle.h"
+#include "emulator/shadow.h"
+#include "emulator/swizzle.h"
 
 namespace mmk::emulator {
 namespace {

@@ -32,7 +32,7 @@ def test_launchers_for_hopper_refuse_where_the_build_holds_no_code_for_it(tmp_pa
     results as they were. test_cuda_module.py sees that they don't refuse in a build that has the code."""
     declared = [
         launcher
-        for header in sorted(CUDA.glob("*.h"))
+        for header in sorted(CUDA.glob("*/call.h"))
         for launcher in re.findall(
             r"^Error (\w+_sm90)\(const (\w+)& call, cudaStream_t stream\);", header.read_text(), re.M
         )
@@ -41,14 +41,15 @@ def test_launchers_for_hopper_refuse_where_the_build_holds_no_code_for_it(tmp_pa
     calls = "".join(f"    std::puts({name}({call}{{}}, nullptr).message().c_str());\n" for name, call in declared)
     program = tmp_path / "program.cpp"
     program.write_text(
-        '#include <cstdio>\n#include "contrastive.h"\n#include "span_attention.h"\nusing namespace mmk::cuda;\n'
+        '#include <cstdio>\n#include "cuda/contrastive/call.h"\n#include "cuda/span_attention/call.h"\n'
+        "using namespace mmk::cuda;\n"
         f"int main() {{\n{calls}}}\n"
     )
     assert configure(tmp_path / "build", "80").returncode == 0
-    sources = [*CUDA.glob("*_sm90.cu"), CUDA / "contrastive.cu", CUDA / "span_attention_prepare.cu"]
+    sources = [*CUDA.rglob("*_sm90.cu"), CUDA / "contrastive" / "passes.cu", CUDA / "span_attention" / "prepare.cu"]
     subprocess.run(["ninja", "-C", tmp_path / "build", *(f"{source}^" for source in sources)], check=True)
     objects = (tmp_path / "build").rglob("*.cu.o")
-    subprocess.run(["nvcc", f"-I{CUDA}", program, *objects, "-o", tmp_path / "program"], check=True)
+    subprocess.run(["nvcc", f"-I{CUDA.parent}", program, *objects, "-o", tmp_path / "program"], check=True)
     said = subprocess.check_output([tmp_path / "program"], text=True).splitlines()
     for (name, _), message in zip(declared, said, strict=True):
         assert message.startswith(f"{name}: this build holds no code for sm_90a") and "; mend: " in message

@@ -14,7 +14,8 @@ import torch  # noqa: F401  (the core works on its threads)
 from mmkernels import _core
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc" / "cpu"
+CSRC = HERE.parents[1] / "csrc"
+RUN = sorted((CSRC / "cpu" / "run").glob("*.cpp"))  # what is not compiled once per level
 FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -49,7 +50,7 @@ class Program:
 
     def build(self, folder: Path) -> Path:
         built = folder / f"{Path(self.source).stem}-{self}"
-        sources = [HERE / self.source, CSRC / "isa.cpp", CSRC / "parallel.cpp", CSRC / "scratch.cpp"]
+        sources = [HERE / self.source, *RUN]
         command = ["g++", "-std=c++17", "-O1", "-g1", "-Wno-psabi", "-ffp-contract=fast", "-fno-omit-frame-pointer"]
         command += [*CHECKS[self.check], "-fno-sanitize-recover=all", *FLAGS[self.level], f"-DMMK_ISA={self.level}"]
         command += [f"-I{CSRC}", *map(str, sources), "-pthread", "-o", str(built)]

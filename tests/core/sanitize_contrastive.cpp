@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "bounded_memory.h"
-#include "contrastive.cpp"
+#include "cpu/contrastive/losses.cpp"
 #include "openmp_on_threads.h"
 #include "served.h"
 

@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "bounded_memory.h"
+#include "cpu/patch_embed/backward.cpp"
+#include "cpu/patch_embed/forward.cpp"
 #include "openmp_on_threads.h"
-#include "patch_embed.cpp"
-#include "patch_embed_backward.cpp"
 #include "served.h"
 
 using namespace mmk;

@@ -6,8 +6,8 @@
 #include <cstdlib>
 
 #include "bounded_memory.h"
+#include "cpu/rotary_embed/rotary_embed.cpp"
 #include "openmp_on_threads.h"
-#include "rotary_embed.cpp"
 #include "served.h"
 
 using namespace mmk;

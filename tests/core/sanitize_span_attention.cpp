@@ -1,10 +1,10 @@
 // Span attention's forward of one instruction-set level under sanitizers: address and undefined behaviour, on memory
 // that ends where the tensors end, and threads. Besides, the result must be that of the formula, the same to the bit on
 // one thread and on three, and the same to the bit whatever keys hold that a query does not see.
-#include "span_attention.cpp"
+#include "cpu/span_attention/decode.cpp"
+#include "cpu/span_attention/forward.cpp"
+#include "cpu/span_attention/short.cpp"
 #include "span_attention_cases.h"
-#include "span_decode.cpp"
-#include "span_short.cpp"
 
 static void check_row(const Case& c, DType dtype, Layout layout, const SpanAttention& call, const Tensor* tensors[4],
                       int64_t b, int64_t i, int64_t h) {

@@ -3,7 +3,7 @@
 // bit on one thread and on three, and the same to the bit whatever a foreign document holds. NaN stands in all that
 // must not count: in queries that see nothing, in their results and the gradients of these, and in keys that no query
 // sees. Every second layout has a gradient of the log-sum-exp too.
-#include "span_attention_backward.cpp"
+#include "cpu/span_attention/backward.cpp"
 #include "span_attention_cases.h"
 
 struct Formula {  // [batch][token][head][dim]

@@ -2,8 +2,8 @@
 #pragma once
 #include <vector>
 
-#include "gemm.h"
-#include "isa.h"
+#include "cpu/product/gemm.h"
+#include "cpu/run/isa.h"
 
 static std::vector<mmk::DType> served() {
     using mmk::DType;

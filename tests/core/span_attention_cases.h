@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "bounded_memory.h"
+#include "cpu/simd.h"
+#include "cpu/span_attention/call.h"
 #include "openmp_on_threads.h"
 #include "served.h"
-#include "simd.h"
-#include "span_attention.h"
 
 using namespace mmk;
 using namespace mmk::MMK_ISA;

@@ -1,15 +1,14 @@
 // Runs the cases of one file through the passes of the contrastive losses for "sm_80" or "sm_90a", each under three
 // orders of threads, which have to give the same bits, and writes what they left to another. test_contrastive.py knows
 // both files.
-#include "cuda/contrastive.h"
-
 #include <cstdio>
 #include <cstring>
 #include <set>
 #include <string>
 #include <vector>
 
-#include "cuda/contrastive_device.h"
+#include "cuda/contrastive/call.h"
+#include "cuda/contrastive/device.h"
 #include "emulator/emulator.h"
 
 using namespace mmk;

@@ -65,7 +65,7 @@ def link(build: str, objects: list[Path], program: Path, *flags: str) -> Path:
 def link_module(build: str, objects: list[Path], into: Path, module: Path) -> Path:
     """mmkernels._cuda for tensors on the CPU: the bindings and every kernel, compiled into a folder, and the emulator's
     `objects`."""
-    kernels = compile_all(build, sorted((CSRC / "cuda").glob("*.cu")), into)
+    kernels = compile_all(build, sorted((CSRC / "cuda").rglob("*.cu")), into)
     include = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     defined = ["-DMMK_EMULATED", '-DMMK_CUDA_ARCHITECTURES="80 90a"']
     # Bindings touch no tensor: no build needs them watched, and all share one object.

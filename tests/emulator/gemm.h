@@ -1,7 +1,7 @@
 // Two small kernels that use most of the machine, and are as the kernels to come will be: see gemm_sm80.cu,
 // gemm_sm90.cu.
 #pragma once
-#include "cuda/launch.h"
+#include "cuda/isa/launch.h"
 
 namespace mmk::cuda {
 

@@ -1,6 +1,6 @@
 // c = a b by mma, from tiles that cp.async brings in two stages. A block of four warps makes 64 x 64 numbers of c; a
 // warp 16 rows of them.
-#include "cuda/ptx.h"
+#include "cuda/isa/ptx.h"
 #include "gemm.h"
 
 namespace mmk::cuda {

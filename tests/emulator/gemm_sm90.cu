@@ -1,7 +1,7 @@
 // c = a b by wgmma, from tiles that TMA brings in two stages; c leaves by TMA. A block makes 64 x 64 numbers of c: a
 // warpgroup multiplies, one lane of a fifth warp copies.
-#include "cuda/tensor_map.h"
-#include "cuda/wgmma.h"
+#include "cuda/isa/tensor_map.h"
+#include "cuda/isa/wgmma.h"
 #include "gemm.h"
 
 namespace mmk::cuda {

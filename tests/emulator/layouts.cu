@@ -6,9 +6,9 @@
 #include <cstdlib>
 #include <vector>
 
-#include "cuda/launch.h"
-#include "cuda/tensor_map.h"
-#include "cuda/wgmma.h"
+#include "cuda/isa/launch.h"
+#include "cuda/isa/tensor_map.h"
+#include "cuda/isa/wgmma.h"
 
 using namespace mmk;
 using namespace mmk::cuda;

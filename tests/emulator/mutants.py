@@ -69,7 +69,7 @@ class Workshop:
                 objects = Path(folder) / "objects"
                 subprocess.run(["cp", "-rl", self._whole, objects], check=True)
                 # A header may be in any of them.
-                stale = f"*-{mutation.file}.o" if source.suffix == ".cu" else "*.o"
+                stale = f"{source.parent.name}-{source.name}.o" if source.suffix == ".cu" else "*.o"
                 for build in BUILDS:
                     for path in (objects / build).glob(stale):
                         if source.suffix == ".cu" or not path.name.startswith("emulator-"):

@@ -19,7 +19,7 @@ def of(file: str, tests: str, *broken: tuple[str, str, str]) -> list[Mutation]:
 
 MUTATIONS = [
     *of(
-        "span_attention_forward.cu",
+        "span_attention/forward_sm80.cu",
         "test_span_attention.py",
         (
             "keys are used before their copy has ended",
@@ -45,12 +45,12 @@ MUTATIONS = [
         ("values beyond the tensor are loaded", "(values, v, j0, hull.end - j0)", "(values, v, j0, kKeys)"),
         ("keys beyond the tensor are loaded", "j0 + kKeys, hull.end - j0 - kKeys)", "j0 + kKeys, kKeys)"),
         ("values that are NaN stay", "if (masked) make_finite", "if (p.runs < 0) make_finite"),
-        ("flags of spoilt rows are never cleared", "next_flags[thread] = 0", "next_flags[thread] += 0"),
+        ("flags of rows that are not finite are never cleared", "next_flags[thread] = 0", "next_flags[thread] += 0"),
         ("shared memory a tile short", "(kRows + 2 * kKeys) *", "(kRows + kKeys) *"),
         ("a warp stores beyond the queries", "row < present) lse[row]", "row <= present) lse[row]"),
     ),
     *of(
-        "span_attention_device.h",
+        "span_attention/device.h",
         "test_span_attention.py",
         ("rows are read beyond the last", "row < present && column < from.width;", "row <= present;"),
         ("the span of a query behind the last", "inside = row < p.queries", "inside = row <= p.queries"),
@@ -59,7 +59,7 @@ MUTATIONS = [
         ("operands of the right are not transposed", "ldmatrix_x4_trans(b", "ldmatrix_x4(b"),
     ),
     *of(
-        "span_attention_forward_sm90.cu",
+        "span_attention/forward_sm90.cu",
         "test_span_attention.py",
         (
             "the first keys are used before they are there",
@@ -118,14 +118,14 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "span_attention_sm90_tiles.h",
+        "span_attention/tiles_sm90.h",
         "test_span_attention.py",
         ("a product that was never committed", "    wgmma_commit();\n", ""),
         ("half a step along a row of keys", "k * 16 % kColumns * 2;", "k * 16 % kColumns;"),
         ("one exponent of ones too few is looked for", "carries(was.z) | carries(was.w)", "carries(was.z)"),
     ),
     *of(
-        "span_attention_prepare.cu",
+        "span_attention/prepare.cu",
         "test_span_attention_backward.py",
         ("the last queries that see a block of keys", "end = i + 1;", "end = i;"),
         ("the gradient of lse is added", "delta -= call.d_lse[line]", "delta += call.d_lse[line]"),
@@ -133,32 +133,32 @@ MUTATIONS = [
         ("the lse of queries that see nothing has a gradient", "nullptr && !idle)", "nullptr)"),
     ),
     *of(
-        "span_attention_backward.cu",
+        "span_attention/backward_sm80.cu",
         "test_span_attention_backward.py",
         ("keys are used before their copy has ended", "cp_async_wait<0>();\n            if (masked)", "if (masked)"),
         ("no barrier before keys are used", "            __syncthreads();  // the tiles", "            // the tiles"),
         ("no barrier before queries are used", "\n        __syncthreads();  // the tiles", "\n        // the tiles"),
-        ("flags cleared while they are read", "spoilt[(turn + 1) % kFlags", "spoilt[turn % kFlags"),
+        ("flags cleared while they are read", "non_finite[(turn + 1) % kFlags", "non_finite[turn % kFlags"),
         ("the first head of a group counts for all", "walk.head) * p.queries", "walk.first_head) * p.queries"),
         ("every run goes by the first one's queries", "entry[static_cast<int64_t>(run) * key_blocks()]", "entry[0]"),
         ("queries beyond the last are read", "present = p.queries - walk.row0", "present = kStep"),
         ("masks are left out at the end of the keys", " || hull.common_end < key_end", ""),
     ),
     *of(
-        "span_attention_query_grad_sm90.cu",
+        "span_attention/query_grad_sm90.cu",
         "test_span_attention_backward.py",
         ("scores are read while they are computed", "        wgmma_wait<1>(s);\n", ""),
         ("keys are given back while they are multiplied", "wgmma_wait<0>(dq)", "wgmma_wait<1>(dq)"),
         ("what is made finite is not shown to wgmma", "        async_proxy_fence();\n", ""),
     ),
     *of(
-        "span_attention_key_grads_sm90.cu",
+        "span_attention/key_grads_sm90.cu",
         "test_span_attention_backward.py",
         ("products with values are read while they are computed", "wgmma_wait<1>(dp)", "wgmma_wait<2>(dp)"),
         ("queries are used before they are there", "    mbarrier_wait(&shared.ring.own, 0);\n", ""),
     ),
     *of(
-        "contrastive_sm80.cu",
+        "contrastive/tiles_sm80.cu",
         "test_contrastive.py",
         ("stages are used before their copy has ended", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
         (
@@ -180,7 +180,7 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "contrastive_device.h",
+        "contrastive/device.h",
         "test_contrastive.py",
         (
             "logits are rounded before their difference is taken",
@@ -191,7 +191,7 @@ MUTATIONS = [
         ("a scale below 0 turns the softmax round", "scale < 0.0f ? -1.0f : 1.0f", "1.0f"),
     ),
     *of(
-        "contrastive.cu",
+        "contrastive/passes.cu",
         "test_contrastive.py",
         ("one tile too many is folded", "tile + i < fold.tiles", "tile + i <= fold.tiles"),
         ("a small loss is the logarithm of nearly 1", "log1pf(rest)", "logf(1.0f + rest)"),
@@ -203,7 +203,7 @@ MUTATIONS = [
         ("the mean of all logits is not subtracted", "if (p.products != nullptr)", "if (false)"),
     ),
     *of(
-        "contrastive_sm90.cu",
+        "contrastive/tiles_sm90.cu",
         "test_contrastive.py",
         (
             "the diagonal is left in the sums",
@@ -213,7 +213,7 @@ MUTATIONS = [
         ("the diagonal has the gradient of any pair", "ds[i] = own[j];", "ds[i] += 0 * own[j];"),
     ),
     *of(
-        "contrastive_sm90_tiles.h",
+        "contrastive/tiles_sm90.h",
         "test_contrastive.py",
         ("barriers unseen by TMA", "mbarrier_init_fence();", ""),
         ("features are used before they are there", "mbarrier_wait(ring.full + ring.stage, ring.parity);", ""),
@@ -225,18 +225,18 @@ MUTATIONS = [
         ("registers not fenced before a product", "wgmma_fence();", ""),
     ),
     *of(
-        "tile_product.h",
+        "patch_embed/product.h",
         "test_patch_embed.py",
         ("stages are used before their copy has ended", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
     ),
     *of(
-        "patch_embed.cu",
+        "patch_embed/forward.cu",
         "test_patch_embed.py",
         ("patches beyond the last are stored", "m0 + row < count", "m0 + row <= count"),
         ("rows of any width count as aligned", "plan.aligned = call.features % 8 == 0", "plan.aligned = true"),
     ),
     *of(
-        "patch_embed_backward.cu",
+        "patch_embed/backward.cu",
         "test_patch_embed.py",
         (
             "offsets of the next step are taken for this one's",

@@ -1,13 +1,12 @@
 // Runs the cases of one file through the kernels of patch embedding, each under several orders of threads, which have
 // to give the same bits, and writes what they made to another. test_patch_embed.py knows both files.
-#include "cuda/patch_embed.h"
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "cuda/patch_embed/call.h"
 #include "emulator/emulator.h"
 
 using namespace mmk;

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/span_attention.h"
+#include "cuda/span_attention/call.h"
 #include "emulator/emulator.h"
 
 namespace mmk::cuda {

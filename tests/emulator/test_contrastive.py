@@ -17,8 +17,9 @@ from mmkernels.check import plain
 from mmkernels.check.budget import Quantity
 from mmkernels.check.contrastive_truth import contrastive_truth
 
-COMMON = CSRC / "cuda" / "contrastive.cu"
-KERNELS = {"sm_80": CSRC / "cuda" / "contrastive_sm80.cu", "sm_90a": CSRC / "cuda" / "contrastive_sm90.cu"}
+ROOM = CSRC / "cuda" / "contrastive"
+COMMON = ROOM / "passes.cu"
+KERNELS = {"sm_80": ROOM / "tiles_sm80.cu", "sm_90a": ROOM / "tiles_sm90.cu"}
 SOURCES = ["contrastive.cpp", str(COMMON), *map(str, KERNELS.values())]
 DS_SCALE = 2**15
 TILE = 128

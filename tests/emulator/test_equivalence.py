@@ -9,7 +9,7 @@ from emulator_build import CSRC, run_emulated
 
 OPS = {folder.parent.name for folder in (CSRC.parent / "mmkernels" / "ops").glob("*/cuda.py")}
 NAMES = {"contrastive": ("clip_loss", "siglip_loss")}  # of ops whose folder is called otherwise
-HOPPER = list((CSRC / "cuda").glob("*_sm90.cu"))
+HOPPER = list((CSRC / "cuda").rglob("*_sm90.cu"))
 
 
 @pytest.mark.parametrize("capability", ["8.0", "9.0"] if HOPPER else ["8.0"])

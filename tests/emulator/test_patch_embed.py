@@ -19,7 +19,7 @@ from mmkernels.check.suite import evaluate
 from mmkernels.ops.patch_embed.geometry import PatchGeometry, patch_geometry
 from mmkernels.ops.patch_embed.pixels import Pixels, weight_view
 
-KERNELS = [CSRC / "cuda" / "patch_embed.cu", CSRC / "cuda" / "patch_embed_backward.cu"]
+KERNELS = [CSRC / "cuda" / "patch_embed" / name for name in ("forward.cu", "backward.cu")]
 SOURCES = ["patch_embed.cpp", *map(str, KERNELS)]
 FORWARD, WEIGHT_GRAD, IMAGES_GRAD = range(3)
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # PixelType

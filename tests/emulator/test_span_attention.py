@@ -17,8 +17,8 @@ from torch import Tensor
 from mmkernels import RowSpans
 
 KERNELS = {
-    "sm_80": CSRC / "cuda" / "span_attention_forward.cu",
-    "sm_90a": CSRC / "cuda" / "span_attention_forward_sm90.cu",
+    "sm_80": CSRC / "cuda" / "span_attention" / "forward_sm80.cu",
+    "sm_90a": CSRC / "cuda" / "span_attention" / "forward_sm90.cu",
 }
 SOURCES = ["span_attention.cpp", *map(str, KERNELS.values())]
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from mmkernels import RowSpans
 from mmkernels.ops.span_attention import reference
 
-KERNELS = {"sm_80": ["backward", "prepare"], "sm_90a": ["query_grad_sm90", "key_grads_sm90"]}
+KERNELS = {"sm_80": ["backward_sm80", "prepare"], "sm_90a": ["query_grad_sm90", "key_grads_sm90"]}
 
 
 def path_of(name: str) -> Path:
-    return CSRC / "cuda" / f"span_attention_{name}.cu"
+    return CSRC / "cuda" / "span_attention" / f"{name}.cu"
 
 
 NAMES = [name for names in KERNELS.values() for name in names]

@@ -19,10 +19,10 @@ from .triton_device import (
     hull,
     load_rows,
     load_spans,
+    not_finite,
     product,
     scatter_rows,
     scores,
-    spoilt,
     steps,
     weight,
     zeros,
@@ -129,7 +129,7 @@ def query_grad(
     EXACT: tl.constexpr = MATH[1]
     if not EXACT:
         b_lse *= LOG2E
-    tl.store(reference + line + i, b_lse + spoilt(g0, g1, VALUE), mask=inside)
+    tl.store(reference + line + i, b_lse + not_finite(g0, g1, VALUE), mask=inside)
     key_head = (head // group).to(tl.int64)
     k += (batch * stride_kb8 + key_head * stride_kh8) * 8
     v += (batch * stride_vb8 + key_head * stride_vh8) * 8

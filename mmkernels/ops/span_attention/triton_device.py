@@ -89,7 +89,7 @@ def finite(x):
 
 
 @triton.jit
-def spoilt(x0, x1, HEAD: tl.constexpr):
+def not_finite(x0, x1, HEAD: tl.constexpr):
     """For each row 0, or NaN if anything in it is NaN or infinite."""
     W1: tl.constexpr = HEAD[2]
     found = tl.sum(x0.to(tl.float32) * 0.0, 1)

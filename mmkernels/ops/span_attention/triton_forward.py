@@ -16,9 +16,9 @@ from .triton_device import (
     hull,
     load_rows,
     load_spans,
+    not_finite,
     scatter_rows,
     scores,
-    spoilt,
     steps,
     weight,
     zeros,
@@ -50,7 +50,7 @@ def _attend(
         total = total * fade + tl.sum(p, 1)
         v0, v1 = load_rows(v + j0.to(tl.int64) * stride_vt8 * 8, stride_vt8, end - j0, BLOCK_N, VALUE, MASKED)
         if MASKED:
-            p = tl.where(sees, p + spoilt(v0, v1, VALUE)[None, :], 0.0)
+            p = tl.where(sees, p + not_finite(v0, v1, VALUE)[None, :], 0.0)
             v0, v1 = finite(v0), finite(v1)
         acc0 *= fade[:, None]
         if V1 > 0:

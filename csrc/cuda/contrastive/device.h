@@ -1,0 +1,71 @@
+// What the tile kernels of the contrastive losses compute with, on every architecture.
+#pragma once
+#include "cuda/contrastive/passes.h"
+#include "cuda/isa/ptx.h"
+
+namespace mmk::cuda {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// How products p become exponentials: q = sign p, and e to the power of a difference of logits is 2 to that of q times
+// the factor. The difference comes first: that of products that are close is exact, and nothing is left to be fused in
+// one pass and not in another.
+struct Logits {
+    float sign, factor;  // never 0, which would make kLowest a logit like others; NaN of NaN
+
+    MMK_DEVICE explicit Logits(float scale)
+        : sign(scale < 0.0f ? -1.0f : 1.0f), factor(static_cast<float>(fabs(scale * kLog2E))) {
+        if (factor < 0x1p-100f) factor = 0x1p-100f;
+    }
+    MMK_DEVICE float exp(float q, float maximum) const { return exp2_approx((q - maximum) * factor); }
+    // exp(-|a - b|)
+    MMK_DEVICE float fade(float a, float b) const { return exp2_approx(-fabsf(a - b) * factor); }
+};
+
+// log(1 + x) on [0, 1], relative error 1.5e-7: x (1 + x q(x)), q minimax of degree 7.
+MMK_DEVICE float log1p_unit(float x) {
+    constexpr float kQ[] = {0.005364824552088976f, -0.03006579354405403f, 0.07920453697443008f, -0.13753803074359894f,
+                            0.191536545753479f,    -0.24857163429260254f, 0.3332132399082184f,  -0.49999648332595825f};
+    float q = kQ[0];
+#pragma unroll
+    for (int i = 1; i < 8; i++) q = q * x + kQ[i];
+    return x + x * x * q;
+}
+
+// A pair of SigLIP. y is its logit, negative where the pair belongs together: loss = log(1 + exp y).
+struct Sigmoid {
+    float loss, slope;  // slope: d loss / dy
+
+    MMK_DEVICE explicit Sigmoid(float y) {
+        const float e = exp2_approx(fabsf(y) * -static_cast<float>(kLog2E));
+        loss = fmaxf(y, 0.0f) + log1p_unit(e);
+        slope = (y >= 0.0f ? 1.0f : e) * reciprocal_approx(1.0f + e);
+    }
+};
+
+// Maximum of some q, and the sum of their exponentials relative to it. A NaN among them is in the sum.
+struct Statistic {
+    float maximum, sum;
+};
+
+// By one exponential: that of the higher one is 1.
+MMK_DEVICE Statistic merged(const Statistic& a, const Statistic& b, const Logits& logits) {
+    const float fade = logits.fade(a.maximum, b.maximum);
+    const bool a_higher = a.maximum >= b.maximum;
+    return {fmaxf(a.maximum, b.maximum), (a_higher ? a.sum : b.sum) + (a_higher ? b.sum : a.sum) * fade};
+}
+
+// The tile of this block: kGroup rows of tiles go column by column, so that what runs at a time reads few rows of
+// either matrix and finds them in the L2 cache.
+struct TileAt {
+    int row, column;
+};
+
+template <int kGroup>
+MMK_DEVICE TileAt grouped_tile(int index, int rows, int columns) {
+    const int first = index / (kGroup * columns) * kGroup, within = index - first * columns;
+    const int count = min(rows - first, kGroup);
+    return {first + within % count, within / count};
+}
+
+}  // namespace mmk::cuda

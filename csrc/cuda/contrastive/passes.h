@@ -1,0 +1,46 @@
+// What the contrastive losses of every architecture share: the passes over tiles of the logits, which each has kernels
+// of its own for, and what surrounds them: the walk over chunks of rows, and sums in fixed order (passes.cu).
+#pragma once
+#include "cuda/contrastive/call.h"
+#include "cuda/isa/launch.h"
+
+namespace mmk::cuda {
+
+constexpr int kSmallestTile = 128;  // either way, of any architecture: workspaces are measured by it
+
+// A logit that is not there. Finite, since -inf - -inf is NaN.
+constexpr float kLowest = -3.4e38f;
+
+// Rows [row0, row0 + row_count) of S by tiles: pass 1 of CLIP. A part is what one tile finds of a row or of a
+// column.
+struct StatisticsTiles {
+    Pairs pairs;
+    int row0, row_count;
+    float* row_parts;     // (2, tiles along a row, row_count): statistics, the diagonal left out
+    float* column_parts;  // (2, tiles along a column of these rows, count)
+    float* diagonal;      // (count), of q; of which [row0, row0 + row_count) is written
+};
+
+// The same rows: pass 2 of CLIP, or the one pass of SigLIP.
+struct GradientTiles {
+    Pairs pairs;
+    int row0, row_count;
+    void* ds;  // null in SigLIP: only the loss is wanted
+    int64_t ds_stride;
+    float* sums;                  // (1 or 3, tiles): CLIP's sum of N dS (I T^T); SigLIP's loss, that, and sum of N dS
+    const float *rows, *columns;  // CLIP's softmax weights
+    const float* diagonal;        // CLIP's, of N dS
+    float off_target;             // CLIP: what N dS has less off the diagonal, e / N
+};
+
+template <class Tiles>
+struct TilePass {
+    int rows, columns;  // of a tile
+    Error (*run)(const Tiles& call, cudaStream_t stream);
+};
+
+Error clip_forward_by(TilePass<StatisticsTiles> pass, const ClipForward& call, cudaStream_t stream);
+Error clip_gradient_by(TilePass<GradientTiles> pass, const ClipGradient& call, cudaStream_t stream);
+Error siglip_by(TilePass<GradientTiles> pass, const LogitRows& call, cudaStream_t stream);
+
+}  // namespace mmk::cuda

@@ -1,0 +1,442 @@
+// The tiles of the contrastive losses (passes.cu) for sm_80 and later.
+//
+// A block of four warps makes a tile of 128 x 128 logits, a warp a quarter of it, from slices of 32 numbers of 128 rows
+// of either matrix, of which three are in shared memory: two under way while one is multiplied. The accumulators of a
+// warp are 128 registers a thread. What follows the products is done in registers as well: maxima and sums over a
+// warp's 64 rows and 64 columns by shuffles, the two halves of a row or of a column merged by way of shared memory.
+//
+// Two blocks share a multiprocessor (96 KiB of shared memory, at most 255 registers a thread), and one takes its
+// exponentials while the other multiplies: a tile has 16384 D multiplications, 1024 a cycle on an A100, and 32768
+// exponentials, 16 a cycle, a sixth of the products' time at D = 768. Of the products' time, fragments keep shared
+// memory busy for half: 16 ldmatrix, 8 KiB, a warp and 64 products.
+//
+// Memory moved: (rows + columns) D numbers a tile, out of the L2 cache for the most part (grouped_tile); the results by
+// rows of 128 bytes.
+#include "cuda/contrastive/device.h"
+
+namespace mmk::cuda {
+namespace {
+
+constexpr int kTile = 128, kHalf = 64, kDepth = 32, kStages = 3, kThreads = 128, kGroup = 16;
+constexpr int kOperand = kTile * kDepth;  // numbers of one matrix in a stage
+constexpr size_t kSharedBytes = sizeof(uint16_t) * kStages * 2 * kOperand;
+
+// ---- memory. A row of a slice is four chunks of 8 numbers; chunk c of row r lies where c ^ (r / 2 % 4) would, so that
+// the same chunk of eight rows falls into different banks.
+
+// What a thread copies of each slice of one matrix: one chunk of every 32nd row.
+template <class T>
+struct Source {
+    static constexpr int kChunks = kDepth / 8, kRows = kThreads / kChunks;
+    const T* first;  // of a tile that ends early it may lie beyond the matrix, and is not read
+    int64_t stride;
+    int present, left;  // rows from the thread's first one on, and numbers from its chunk on
+    bool aligned;       // every eighth number of every row lies at 16 bytes
+    int to;
+
+    MMK_DEVICE Source(const Features& matrix, int row0, const Pairs& pairs) : stride(matrix.stride) {
+        const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+        aligned = reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && (stride | pairs.width) % 8 == 0;
+        present = pairs.count - row0 - row;
+        left = pairs.width - chunk * 8;
+        first = static_cast<const T*>(matrix.data) + (row0 + row) * stride + chunk * 8;
+        to = row * kDepth + (chunk ^ row / 2 % 4) * 8;
+    }
+
+    MMK_DEVICE void load(T* slice, int k0) const {
+        if (aligned) {
+#pragma unroll
+            for (int i = 0; i < kTile; i += kRows) {
+                cp_async<16>(slice + to + i * kDepth, first + i * stride + k0, i < present && k0 < left);
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kTile; i += kRows) {
+#pragma unroll 1
+                for (int j = 0; j < 8; j++) {
+                    const bool inside = i < present && k0 + j < left;
+                    slice[to + i * kDepth + j] = inside ? first[i * stride + k0 + j] : T(0.0f);
+                }
+            }
+        }
+    }
+};
+
+// ---- products
+
+// Where a thread's numbers are in the tile. Rows and columns that go by the names row and column from here on count
+// from its first one: element e of (m, n) is row 16 m + 8 (e / 2), column 8 n + e % 2, which the compiler knows.
+struct Place {
+    int warp, lane, row, column;
+
+    MMK_DEVICE Place() : warp(static_cast<int>(threadIdx.x) / kWarp), lane(static_cast<int>(threadIdx.x) % kWarp) {
+        row = warp / 2 * kHalf + lane / 4;
+        column = warp % 2 * kHalf + lane % 4 * 2;
+    }
+};
+
+template <class T>
+struct Products {
+    float s[4][8][4] = {};
+
+    // Of the rows of image from row0 and of text from column0 on. Leaves shared memory free for everyone.
+    MMK_DEVICE void compute(const Pairs& pairs, int row0, int column0, T* shared, const Place& place) {
+        const Source<T> image(pairs.image, row0, pairs), text(pairs.text, column0, pairs);
+        const int steps = (pairs.width + kDepth - 1) / kDepth;
+        const auto load = [&](int step) {
+            T* const stage = shared + step % kStages * (2 * kOperand);
+            if (step < steps) image.load(stage, step * kDepth);
+            if (step < steps) text.load(stage + kOperand, step * kDepth);
+            cp_async_commit();
+        };
+#pragma unroll
+        for (int step = 0; step < kStages - 1; step++) load(step);
+        for (int step = 0; step < steps; step++) {
+            cp_async_wait<kStages - 2>();
+            __syncthreads();  // this step's slices are here, and nobody needs the last one's
+            load(step + kStages - 1);
+            const T* const stage = shared + step % kStages * (2 * kOperand);
+            multiply(stage, stage + kOperand, place);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+
+    MMK_DEVICE void multiply(const T* image, const T* text, const Place& place) {
+        const int lane = place.lane, swizzle = lane % 8 / 2;
+        const T* const a_row = image + (place.warp / 2 * kHalf + lane % 16) * kDepth;
+        const T* const b_row = text + (place.warp % 2 * kHalf + lane / 16 * 8 + lane % 8) * kDepth;
+        uint32_t a[2][4][4], b[2][4][4];
+        const auto fetch = [&](int k) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                ldmatrix_x4(a[k][i], a_row + i * 16 * kDepth + ((2 * k + lane / 16) ^ swizzle) * 8);
+                ldmatrix_x4(b[k][i], b_row + i * 16 * kDepth + ((2 * k + lane / 8 % 2) ^ swizzle) * 8);
+            }
+        };
+        fetch(0);
+#pragma unroll
+        for (int k = 0; k < kDepth / 16; k++) {
+            if (k + 1 < kDepth / 16) fetch(k + 1);  // under way while these are multiplied
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+#pragma unroll
+                for (int n = 0; n < 8; n++) mma<T>(s[m][n], a[k][m], b[k][n / 2] + n % 2 * 2);
+            }
+        }
+    }
+
+    // Calls f(s, row, column) of each number.
+    template <class F>
+    MMK_DEVICE void each(const F& f) {
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    f(s[m][n][e], 16 * m + 8 * (e / 2), 8 * n + e % 2);
+                }
+            }
+        }
+    }
+};
+
+// ---- the tile of a block
+
+struct Tile {
+    Place place;
+    int tiles_m, tiles_n, row_tile, column_tile;
+    int i0, j0, rows, columns;  // of S: the first, and how many there are
+
+    MMK_DEVICE Tile(const Pairs& pairs, int row0, int row_count) {
+        tiles_m = (row_count + kTile - 1) / kTile;
+        tiles_n = (pairs.count + kTile - 1) / kTile;
+        const TileAt at = grouped_tile<kGroup>(static_cast<int>(blockIdx.x), tiles_m, tiles_n);
+        row_tile = at.row;
+        column_tile = at.column;
+        i0 = row0 + row_tile * kTile;
+        j0 = column_tile * kTile;
+        rows = min(row0 + row_count - i0, kTile);
+        columns = min(pairs.count - j0, kTile);
+    }
+    MMK_DEVICE bool inside(int row, int column) const {
+        return row < rows - place.row && column < columns - place.column;
+    }
+    MMK_DEVICE bool positive(int row, int column) const { return row - column == j0 + place.column - (i0 + place.row); }
+    MMK_DEVICE bool whole() const { return rows == kTile && columns == kTile; }
+    MMK_DEVICE bool crosses_diagonal() const { return i0 < j0 + kTile && j0 < i0 + kTile; }
+};
+
+// ---- pass 1 of CLIP
+
+// The (maximum, sum) of eight of a thread's numbers x(0), x(1) ..., and of those of the lanes that differ from its own
+// in these bits.
+template <int kCount, int kFirstBit, int kEndBit, class F>
+MMK_DEVICE Statistic statistic(const Logits& logits, const F& x) {
+    Statistic of{kLowest, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kCount; i++) of.maximum = fmaxf(of.maximum, x(i));
+#pragma unroll
+    for (int bit = kFirstBit; bit < kEndBit; bit *= 2) {
+        of.maximum = fmaxf(of.maximum, __shfl_xor_sync(kAllLanes, of.maximum, bit));
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; i++) of.sum += logits.exp(x(i), of.maximum);
+#pragma unroll
+    for (int bit = kFirstBit; bit < kEndBit; bit *= 2) of.sum += __shfl_xor_sync(kAllLanes, of.sum, bit);
+    return of;
+}
+
+template <class T>
+__global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const StatisticsTiles p) {
+    MMK_DYNAMIC_SHARED(shared);
+    const Tile tile(p.pairs, p.row0, p.row_count);
+    const Place& place = tile.place;
+    Products<T> products;
+    products.compute(p.pairs, tile.i0, tile.j0, reinterpret_cast<T*>(shared), place);
+
+    const Logits logits(*p.pairs.scale);
+    products.each([&](float& s, int, int) { s *= logits.sign; });
+    if (tile.crosses_diagonal()) {
+        products.each([&](float& s, int row, int column) {
+            if (!tile.positive(row, column) || !tile.inside(row, column)) return;
+            p.diagonal[tile.i0 + place.row + row] = s;
+            s = kLowest;
+        });
+    }
+    if (!tile.whole()) {
+        products.each([&](float& s, int row, int column) {
+            if (!tile.inside(row, column)) s = kLowest;
+        });
+    }
+
+    Statistic *const of_rows = reinterpret_cast<Statistic*>(shared), *const of_columns = of_rows + 2 * kTile;
+    auto& s = products.s;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int m = i / 2, e = i % 2 * 2;
+        const Statistic of = statistic<16, 1, 4>(logits, [&](int j) { return s[m][j / 2][e + j % 2]; });
+        if (place.lane % 4 == 0) of_rows[place.warp % 2 * kTile + place.row + 16 * m + 4 * e] = of;
+    }
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        const int n = j / 2, e = j % 2;
+        const Statistic of = statistic<8, 4, 32>(logits, [&](int i) { return s[i / 2][n][e + i % 2 * 2]; });
+        if (place.lane < 4) of_columns[place.warp / 2 * kTile + place.column + 8 * n + e] = of;
+    }
+    __syncthreads();
+
+    const int x = static_cast<int>(threadIdx.x);
+    const auto store = [&](float* parts, int64_t plane, const Statistic* halves) {
+        const Statistic of = merged(halves[x], halves[kTile + x], logits);
+        parts[0] = of.maximum;
+        parts[plane] = of.sum;
+    };
+    const int64_t row = static_cast<int64_t>(tile.column_tile) * p.row_count + tile.row_tile * kTile + x;
+    const int64_t column = static_cast<int64_t>(tile.row_tile) * p.pairs.count + tile.j0 + x;
+    if (x < tile.rows) store(p.row_parts + row, static_cast<int64_t>(tile.tiles_n) * p.row_count, of_rows);
+    if (x < tile.columns)
+        store(p.column_parts + column, static_cast<int64_t>(tile.tiles_m) * p.pairs.count, of_columns);
+}
+
+// ---- the passes that write ds
+
+struct Pair {
+    float product;
+    bool inside, positive;
+};
+
+// A loss has the sums that a tile leaves; turn_to(n) readies it for the thread's two columns of n; slope(pair, i, j) is
+// N dS of a pair in the thread's row i and column j of these, and counts it in the sums.
+struct Clip {
+    static constexpr int kSums = 1;
+    float sums[kSums] = {};
+
+    MMK_DEVICE Clip(const GradientTiles& p, const Tile& tile) : p_(p), tile_(tile), logits_(*p.pairs.scale) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) row_[i] = weight(p.rows, tile.i0, tile.place.row + 8 * i, tile.rows);
+    }
+    MMK_DEVICE void turn_to(int n) {
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            column_[j] = weight(p_.columns, tile_.j0, tile_.place.column + 8 * n + j, tile_.columns);
+    }
+    MMK_DEVICE float slope(const Pair& pair, int i, int j) {
+        const float q = pair.product * logits_.sign;
+        float d = logits_.exp(q, column_[j].maximum) * column_[j].weight - p_.off_target;
+        d = logits_.exp(q, row_[i].maximum) * row_[i].weight + d;
+        if (pair.positive && pair.inside) d = p_.diagonal[tile_.i0 + tile_.place.row + 8 * i];
+        sums[0] += pair.inside ? d * pair.product : 0.0f;
+        return d;
+    }
+
+  private:
+    struct Weight {
+        float maximum, weight;
+    };
+    MMK_DEVICE Weight weight(const float* weights, int first, int at, int count) const {
+        if (at >= count) return {0.0f, 0.0f};
+        return {weights[first + at], weights[int64_t{p_.pairs.count} + first + at]};
+    }
+
+    const GradientTiles& p_;
+    const Tile& tile_;
+    Logits logits_;
+    Weight row_[8], column_[2];
+};
+
+struct SigLip {
+    static constexpr int kSums = 3;
+    float sums[kSums] = {};
+
+    MMK_DEVICE SigLip(const GradientTiles& p, const Tile&) : scale_(*p.pairs.scale), bias_(*p.pairs.bias) {}
+    MMK_DEVICE void turn_to(int) {}
+    MMK_DEVICE float slope(const Pair& pair, int, int) {
+        const float logit = pair.product * scale_ + bias_;
+        const Sigmoid of(pair.positive ? -logit : logit);
+        const float d = pair.positive ? -of.slope : of.slope;
+        sums[0] += pair.inside ? of.loss : 0.0f;
+        sums[1] += pair.inside ? d * pair.product : 0.0f;
+        sums[2] += pair.inside ? d : 0.0f;
+        return d;
+    }
+
+  private:
+    float scale_, bias_;
+};
+
+// A warp's quarter of N dS, rounded, on its way through shared memory.
+template <class T>
+struct Slopes {
+    static constexpr int kPitch = kHalf + 8;  // the words of eight rows fall into different banks
+    static constexpr size_t kBytes = sizeof(T) * kThreads / kWarp * kHalf * kPitch;
+    T *quarter, *first;  // of it, the thread's first number
+
+    MMK_DEVICE Slopes(unsigned char* shared, const Place& place)
+        : quarter(reinterpret_cast<T*>(shared) + place.warp * kHalf * kPitch),
+          first(quarter + place.lane / 4 * kPitch + place.lane % 4 * 2) {}
+
+    MMK_DEVICE void put(int row, int column, const float (&slope)[2]) {
+        const uint32_t both = pack2<T>(slope[0] * kGradientScale, slope[1] * kGradientScale);
+        memcpy(first + row * kPitch + column, &both, sizeof both);
+    }
+
+    // Chunks of 8 columns of which the first is one.
+    MMK_DEVICE void store(const GradientTiles& p, const Tile& tile) const {
+        __syncwarp();
+        constexpr int kChunks = kHalf / 8;
+        const int row0 = tile.place.warp / 2 * kHalf, column0 = tile.place.warp % 2 * kHalf;
+        T* const ds = static_cast<T*>(p.ds) + tile.j0 + column0;
+#pragma unroll 4
+        for (int i = tile.place.lane; i < kHalf * kChunks; i += kWarp) {
+            const int row = i / kChunks, column = i % kChunks * 8;
+            if (row0 + row >= tile.rows || column0 + column >= tile.columns) continue;
+            uint4* const to = reinterpret_cast<uint4*>(ds + (tile.i0 - p.row0 + row0 + row) * p.ds_stride + column);
+            *to = *reinterpret_cast<const uint4*>(quarter + row * kPitch + column);
+        }
+    }
+};
+
+// The block's sums of x[0], x[1] ... in fixed order, `shared` being of a number for each and each warp.
+template <int kSums>
+MMK_DEVICE void store_sums(const float (&x)[kSums], int used, const GradientTiles& p, const Tile& tile, float* shared) {
+    constexpr int kWarps = kThreads / kWarp;
+    static_assert(kWarps == 4);
+    const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int k = 0; k < kSums; k++) {
+        float sum = x[k];
+#pragma unroll
+        for (int bit = 1; bit < kWarp; bit *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
+        if (thread % kWarp == 0) shared[k * kWarps + thread / kWarp] = sum;
+    }
+    __syncthreads();
+    if (thread >= used) return;
+    const float* const of = shared + thread * kWarps;
+    const int64_t number = static_cast<int64_t>(tile.row_tile) * tile.tiles_n + tile.column_tile;
+    p.sums[static_cast<int64_t>(thread) * tile.tiles_m * tile.tiles_n + number] = (of[0] + of[1]) + (of[2] + of[3]);
+}
+
+// kPlain: every pair is there and none belongs together, as in nearly every tile.
+template <bool kPlain, class T, class Loss>
+MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, Loss& loss, Slopes<T>& slopes) {
+    // A loop that may end early is one that ptxas does not mix all turns of, and spill; by a shuffle, or it would know.
+    const int columns = __shfl_sync(kAllLanes, tile.columns - tile.place.warp % 2 * kHalf, 0);
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        if (8 * n >= columns) break;
+        loss.turn_to(n);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int row = 8 * i, column = 8 * n;
+            float slope[2];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const bool inside = kPlain || tile.inside(row, column + j);
+                const bool positive = !kPlain && tile.positive(row, column + j);
+                const float d = loss.slope({products.s[i / 2][n][i % 2 * 2 + j], inside, positive}, i, j);
+                slope[j] = inside ? d : 0.0f;
+            }
+            slopes.put(row, column, slope);
+        }
+    }
+}
+
+template <class T, class Loss>
+__global__ __launch_bounds__(kThreads, 2) void gradient_kernel(const GradientTiles p) {
+    MMK_DYNAMIC_SHARED(shared);
+    static_assert(Slopes<T>::kBytes + sizeof(float) * Loss::kSums * kThreads / kWarp <= kSharedBytes);
+    const Tile tile(p.pairs, p.row0, p.row_count);
+    Products<T> products;
+    products.compute(p.pairs, tile.i0, tile.j0, reinterpret_cast<T*>(shared), tile.place);
+
+    Loss loss(p, tile);
+    Slopes<T> slopes(shared, tile.place);
+    if (tile.whole() && !tile.crosses_diagonal()) {
+        put_slopes<true>(products, tile, loss, slopes);
+    } else {
+        put_slopes<false>(products, tile, loss, slopes);
+    }
+    if (p.ds != nullptr) slopes.store(p, tile);
+    store_sums(loss.sums, p.ds != nullptr ? Loss::kSums : 1, p, tile,
+               reinterpret_cast<float*>(shared + Slopes<T>::kBytes));
+}
+
+// ---- launches
+
+template <class Tiles>
+Error launch_tiles(const char* name, void (*bfloat16)(Tiles), void (*float16)(Tiles), const Tiles& call,
+                   cudaStream_t stream) {
+    const int64_t tiles =
+        (int64_t{call.row_count} + kTile - 1) / kTile * ((int64_t{call.pairs.count} + kTile - 1) / kTile);
+    const Launch at{name, static_cast<unsigned>(tiles), kThreads, kSharedBytes, stream};
+    return launch(at, call.pairs.bfloat16 ? bfloat16 : float16, call);
+}
+
+Error statistics(const StatisticsTiles& call, cudaStream_t stream) {
+    return launch_tiles<StatisticsTiles>("clip_statistics", clip_statistics_kernel<BFloat16>,
+                                         clip_statistics_kernel<Float16>, call, stream);
+}
+Error clip(const GradientTiles& call, cudaStream_t stream) {
+    return launch_tiles<GradientTiles>("clip_gradient", gradient_kernel<BFloat16, Clip>, gradient_kernel<Float16, Clip>,
+                                       call, stream);
+}
+Error siglip_tiles(const GradientTiles& call, cudaStream_t stream) {
+    return launch_tiles<GradientTiles>("siglip", gradient_kernel<BFloat16, SigLip>, gradient_kernel<Float16, SigLip>,
+                                       call, stream);
+}
+
+}  // namespace
+
+Error clip_forward(const ClipForward& call, cudaStream_t stream) {
+    return clip_forward_by({kTile, kTile, statistics}, call, stream);
+}
+Error clip_gradient(const ClipGradient& call, cudaStream_t stream) {
+    return clip_gradient_by({kTile, kTile, clip}, call, stream);
+}
+Error siglip(const LogitRows& call, cudaStream_t stream) {
+    return siglip_by({kTile, kTile, siglip_tiles}, call, stream);
+}
+
+}  // namespace mmk::cuda

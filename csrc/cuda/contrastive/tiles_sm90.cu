@@ -1,0 +1,456 @@
+// The passes of the contrastive losses over tiles of the logits, for sm_90a: TMA, wgmma, a persistent grid.
+//
+//   CLIP, pass 1:  of each row and each column of a tile, but for the diagonal, the maximum m of q and the sum of
+//                  2^(f (q - m)); the diagonal of q
+//   CLIP, pass 2:  N dS_ij = 2^(f (q_ij - m_i)) w_i + 2^(f (q_ij - m'_j)) w'_j - e/N off the diagonal, and its sum with
+//                  I T^T
+//   SigLIP:        N dS_ij = -z / (1 + exp(x)), its sum, its sum with I T^T, and the loss, log(1 + exp(-x)) summed
+//
+// A block has the multiprocessor to itself and walks over tiles of 128 x 256 logits. One thread copies 64 columns of
+// both features at a time, up to four steps ahead, also while a tile is being finished. Two warpgroups multiply, 64
+// rows each, and keep their 128 numbers a thread in registers for all that follows; they are kept some steps apart, so
+// that one takes its exponentials while the other has the tensor cores, instead of both waiting for the same.
+//
+// What limits it: products take 16 D cycles a tile, two exponentials a logit 4096 (SigLIP's 37 instructions a logit
+// twice that), so that from D = 300 (600) on products can hide the rest. They need 48 bytes a cycle and multiprocessor
+// from the L2 cache, where 16 rows of tiles are walked column by column; about 40 are known to come.
+//
+// Memory moved: (128 + 256) D numbers of features a tile; 8 N^2 (1/256 + 1/128) bytes of statistics, or 2 N^2 of ds.
+#include <algorithm>
+
+#include "cuda/contrastive/passes.h"
+#include "cuda/contrastive/tiles_sm90.h"
+
+namespace mmk::cuda {
+namespace {
+
+using namespace contrastive_sm90;
+
+// ---- CLIP, pass 1
+
+MMK_DEVICE Statistic statistic_of(float x, float y, const Logits& logits) {
+    return {fmaxf(x, y), 1.0f + logits.fade(x, y)};
+}
+
+// Eight lanes 4 g + t hold the same columns, each of rows of its own. Lanes l and l ^ 4 kHalf share them out; after
+// kHalf = 4, 2, 1 lane 4 g + t has the g-th eighth of the columns, of all rows.
+template <int kHalf, int kColumns>
+MMK_DEVICE void share_out(Statistic (&x)[kColumns], int lane, const Logits& logits) {
+    constexpr int kKept = kColumns / 8 * kHalf;
+    const bool upper = (lane & 4 * kHalf) != 0;
+#pragma unroll
+    for (int i = 0; i < kKept; i++) {
+        const Statistic kept = upper ? x[i + kKept] : x[i], given = upper ? x[i] : x[i + kKept];
+        const float maximum = __shfl_xor_sync(kAllLanes, given.maximum, 4 * kHalf);
+        const float sum = __shfl_xor_sync(kAllLanes, given.sum, 4 * kHalf);
+        x[i] = merged(kept, {maximum, sum}, logits);
+    }
+}
+
+template <class T>
+struct ClipStatisticsPass {
+    using Call = StatisticsTiles;
+    static constexpr int kSharedBytes = kConsumerWarps * kTileColumns * static_cast<int>(sizeof(Statistic));
+    static constexpr int kColumns = 64;  // found at a time
+
+    const Call& call;
+    const Place& place;
+    Statistic* found;  // [warp][column]: over the warp's rows
+    Logits logits;
+
+    MMK_DEVICE ClipStatisticsPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap*)
+        : call(call), place(place), found(reinterpret_cast<Statistic*>(shared)), logits(*call.pairs.scale) {}
+
+    MMK_DEVICE void prepare(const Tile&) {}
+
+    MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
+        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) d[i] *= logits.sign;
+        if (!tile.whole(call)) {
+            __syncwarp();  // keeps this a branch
+#pragma unroll
+            for (int i = 0; i < kHeld; i++) {
+                if (i / 4 * 8 + i % 2 >= bounds.ends[i / 2 % 2]) d[i] = kLowest;
+            }
+        }
+        take_diagonal(d, tile, bounds);
+        store_rows(d, tile, walk, bounds);
+        before_leaving(place, first_tile);
+#pragma unroll
+        for (int strip = 0; strip < kTileColumns / kColumns; strip++) find_columns(d, strip);
+        if (!leave(place)) return;
+        store_columns(tile, walk);
+        after_joining(last_tile);
+    }
+
+    MMK_DEVICE void take_diagonal(float (&d)[kHeld], const Tile& tile, const Bounds& bounds) const {
+        if (!tile.crosses_diagonal()) return;
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            const int right = i / 4 * 8 + i % 2, j = i / 2 % 2;
+            if (right == bounds.diagonal + 8 * j && right < bounds.ends[j]) {
+                call.diagonal[tile.row0 + place.row + 8 * j] = d[i];
+                d[i] = kLowest;
+            }
+        }
+    }
+
+    MMK_DEVICE void store_rows(const float (&d)[kHeld], const Tile& tile, const Walk& walk,
+                               const Bounds& bounds) const {
+        float* const parts = call.row_parts + static_cast<int64_t>(tile.n) * call.row_count;
+        const int row = tile.row0 - call.row0 + place.row;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float top = kLowest, sum = 0;
+#pragma unroll
+            for (int i = 0; i < kHeld; i += 4) top = fmaxf(top, fmaxf(d[i + 2 * j], d[i + 2 * j + 1]));
+            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+#pragma unroll
+            for (int i = 0; i < kHeld; i += 4) {
+                sum += logits.exp(d[i + 2 * j], top) + logits.exp(d[i + 2 * j + 1], top);
+            }
+            sum += __shfl_xor_sync(kAllLanes, sum, 1);
+            sum += __shfl_xor_sync(kAllLanes, sum, 2);
+            if (place.lane % 4 == 0 && bounds.ends[j] > 0) {
+                parts[row + 8 * j] = top;
+                parts[static_cast<int64_t>(walk.tiles_n) * call.row_count + row + 8 * j] = sum;
+            }
+        }
+    }
+
+    // Over the warp's sixteen rows; a lane ends with two columns of the strip.
+    MMK_DEVICE void find_columns(const float (&d)[kHeld], int strip) const {
+        Statistic x[kColumns / 4];
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i++) {
+            const int first = strip * (kColumns / 2) + i / 2 * 4 + i % 2;
+            x[i] = statistic_of(d[first], d[first + 2], logits);
+        }
+        share_out<4>(x, place.lane, logits);
+        share_out<2>(x, place.lane, logits);
+        share_out<1>(x, place.lane, logits);
+        Statistic* const to = found + place.warp * kTileColumns + strip * kColumns + place.lane / 4 * 8 + place.column;
+        *reinterpret_cast<float4*>(to) = float4{x[0].maximum, x[0].sum, x[1].maximum, x[1].sum};
+    }
+
+    MMK_DEVICE void store_columns(const Tile& tile, const Walk& walk) const {
+        float* const parts = call.column_parts + static_cast<int64_t>(tile.m) * call.pairs.count + tile.column0;
+#pragma unroll
+        for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
+            const int column = i * kWarpgroup + place.thread;
+            Statistic all = found[column];
+#pragma unroll
+            for (int warp = 1; warp < kConsumerWarps; warp++)
+                all = merged(all, found[warp * kTileColumns + column], logits);
+            if (column >= call.pairs.count - tile.column0) continue;
+            parts[column] = all.maximum;
+            parts[static_cast<int64_t>(walk.tiles_m) * call.pairs.count + column] = all.sum;
+        }
+    }
+};
+
+// ---- CLIP, pass 2
+
+// Of a row or a column: half its softmax, times what ds is stored with.
+struct SoftmaxWeight {
+    float maximum, weight;
+
+    MMK_DEVICE float of(float q, const Logits& logits) const { return logits.exp(q, maximum) * weight; }
+    MMK_DEVICE SoftmaxWeight scaled() const { return {maximum, weight * kGradientScale}; }
+};
+MMK_DEVICE SoftmaxWeight weight_at(const float* weights, int i, int count) {
+    if (i >= count) return {0.0f, 0.0f};
+    return {weights[i], weights[int64_t{count} + i]};
+}
+
+template <class T>
+struct ClipGradientPass {
+    using Call = GradientTiles;
+    static constexpr int kWeightsBytes = kTileColumns * static_cast<int>(sizeof(SoftmaxWeight));  // of a group
+    static constexpr int kSharedBytes = kStripsBytes + kGroups * kWeightsBytes + kConsumerWarps * 4;
+
+    const Call& call;
+    const Place& place;
+    Strips strips;
+    SoftmaxWeight* columns;  // of the tile, for this group
+    float* sums;
+    Logits logits;
+    SoftmaxWeight row[2], column[kTileColumns / kWarpgroup];  // of the tile that is multiplied; the thread's columns
+
+    MMK_DEVICE ClipGradientPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap* ds)
+        : call(call),
+          place(place),
+          strips(shared, ds, place),
+          columns(reinterpret_cast<SoftmaxWeight*>(shared + kStripsBytes + place.group * kWeightsBytes)),
+          sums(reinterpret_cast<float*>(shared + kStripsBytes + kGroups * kWeightsBytes)),
+          logits(*call.pairs.scale) {}
+
+    // Loads only: nothing waits for them before the products are done.
+    MMK_DEVICE void prepare(const Tile& tile) {
+        const int count = call.pairs.count;
+#pragma unroll
+        for (int j = 0; j < 2; j++) row[j] = weight_at(call.rows, tile.row0 + place.row + 8 * j, count);
+#pragma unroll
+        for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
+            column[i] = weight_at(call.columns, tile.column0 + i * kWarpgroup + place.thread, count);
+        }
+    }
+
+    MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
+        named_barrier_sync(kGroup + place.group, kWarpgroup);  // nobody reads those of the tile before
+#pragma unroll
+        for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
+            columns[i * kWarpgroup + place.thread] = column[i].scaled();
+        }
+        named_barrier_sync(kGroup + place.group, kWarpgroup);
+
+        float total[1] = {0};
+        if (tile.plain(call)) {
+            write<true>(d, tile, total[0]);
+        } else {
+            write<false>(d, tile, total[0]);
+        }
+        if (last_tile) strips.finish();
+        total[0] *= 1 / kGradientScale;
+        sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
+    }
+
+    MMK_DEVICE float own_slope(int row) const { return row < call.pairs.count ? call.diagonal[row] : 0.0f; }
+
+    // kPlain: no mask is needed, as in nearly every tile.
+    template <bool kPlain>
+    MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float& total) const {
+        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
+        const SoftmaxWeight weights[2] = {row[0].scaled(), row[1].scaled()};
+        const float off_target = call.off_target * kGradientScale;
+        float own[2];
+#pragma unroll
+        for (int j = 0; j < 2 && !kPlain; j++) own[j] = own_slope(tile.row0 + place.row + 8 * j) * kGradientScale;
+#pragma unroll
+        for (int strip = 0; strip < kTileColumns / kStrip; strip++) {
+            strips.begin();
+#pragma unroll
+            for (int n = 0; n < kStrip / 8; n++) {
+                const int right = strip * kStrip + n * 8;
+                const float4 both = *reinterpret_cast<const float4*>(columns + right + place.column);
+                const SoftmaxWeight pair[2] = {{both.x, both.y}, {both.z, both.w}};
+                float ds[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float product = d[right / 2 + i], q = product * logits.sign;
+                    const int e = i % 2, j = i / 2;
+                    ds[i] = weights[j].of(q, logits) + (pair[e].of(q, logits) - off_target);
+                    if (!kPlain && right + e == bounds.diagonal + 8 * j) ds[i] = own[j];
+                    if (!kPlain && right + e >= bounds.ends[j]) ds[i] = 0;
+                    total += ds[i] * product;
+                }
+                strips.put(strip, n, 0, pack2<T>(ds[0], ds[1]));
+                strips.put(strip, n, 1, pack2<T>(ds[2], ds[3]));
+            }
+            strips.send(strip, tile.row0 - call.row0 + place.warp * 16, tile.column0 + strip * kStrip);
+        }
+    }
+};
+
+// ---- SigLIP
+
+template <class T, bool kWithGradient>
+struct SigLipPass {
+    using Call = GradientTiles;
+    static constexpr int kSums = kWithGradient ? 3 : 1;
+    static constexpr int kSharedBytes = kStripsBytes + kConsumerWarps * kSums * 4;
+
+    const Call& call;
+    const Place& place;
+    Strips strips;
+    float* sums;
+    float scale, bias;
+
+    MMK_DEVICE SigLipPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap* ds)
+        : call(call),
+          place(place),
+          strips(shared, ds, place),
+          sums(reinterpret_cast<float*>(shared + kStripsBytes)),
+          scale(*call.pairs.scale),
+          bias(*call.pairs.bias) {}
+
+    MMK_DEVICE void prepare(const Tile&) {}
+
+    MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
+        float total[kSums] = {};
+        if (tile.plain(call)) {
+            write<true>(d, tile, total);
+        } else {
+            write<false>(d, tile, total);
+        }
+        if (kWithGradient && last_tile) strips.finish();
+        sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
+    }
+
+    template <bool kPlain>
+    MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float (&total)[kSums]) const {
+        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
+#pragma unroll
+        for (int strip = 0; strip < kTileColumns / kStrip; strip++) {
+            if constexpr (kWithGradient) strips.begin();
+#pragma unroll
+            for (int n = 0; n < kStrip / 8; n++) {
+                const int right = strip * kStrip + n * 8;
+                float ds[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float product = d[right / 2 + i], logit = product * scale + bias;
+                    const int e = i % 2, j = i / 2;
+                    const bool positive = !kPlain && right + e == bounds.diagonal + 8 * j;
+                    const bool inside = kPlain || right + e < bounds.ends[j];
+                    const Sigmoid pair(!inside ? kLowest : positive ? -logit : logit);  // of no pair: 0
+                    total[0] += pair.loss;
+                    if constexpr (kWithGradient) {
+                        ds[i] = positive ? -pair.slope : pair.slope;
+                        total[1] += ds[i] * product;
+                        total[2] += ds[i];
+                    }
+                }
+                if constexpr (kWithGradient) {
+                    strips.put(strip, n, 0, pack2<T>(ds[0] * kGradientScale, ds[1] * kGradientScale));
+                    strips.put(strip, n, 1, pack2<T>(ds[2] * kGradientScale, ds[3] * kGradientScale));
+                }
+            }
+            if constexpr (kWithGradient) {
+                strips.send(strip, tile.row0 - call.row0 + place.warp * 16, tile.column0 + strip * kStrip);
+            }
+        }
+    }
+};
+
+// ---- the kernel
+
+template <class T, class Pass>
+__global__ __launch_bounds__(kThreads, 1) void contrastive_sm90_kernel(const __grid_constant__ CUtensorMap image,
+                                                                       const __grid_constant__ CUtensorMap text,
+                                                                       const __grid_constant__ CUtensorMap ds,
+                                                                       const __grid_constant__
+                                                                       typename Pass::Call call) {
+#if MMK_SM90A
+    MMK_DYNAMIC_SHARED(shared);
+    Ring ring(shared);
+    if (threadIdx.x == 0) start(ring);
+    __syncthreads();
+
+    const Place place;
+    const Walk walk(call.pairs, call.row0, call.row_count);
+    const int steps = (call.pairs.width + kStep - 1) / kStep;
+    if (place.warp >= kConsumerWarps) {
+        release_registers<24>();
+        if (place.warp == kConsumerWarps && elect_one()) produce(ring, &image, &text, walk, steps);
+        return;
+    }
+    take_registers<240>();
+    Pass pass(call, place, shared + kRingBytes, &ds);
+    const int first = static_cast<int>(blockIdx.x), stride = static_cast<int>(gridDim.x);
+    for (int index = first; index < walk.size(); index += stride) {
+        const Tile tile = walk.at(index);
+        float d[kHeld];
+        pass.prepare(tile);
+        multiply<T>(d, ring, place, steps);
+        pass.finish(d, tile, walk, index == first, walk.size() - index <= stride);
+    }
+#endif
+}
+
+// ---- launching
+
+struct Box {
+    uint32_t columns, rows;
+};
+
+template <class T>
+Error encode_rows(CUtensorMap& map, const char* kernel, const void* rows, int64_t stride, int count, int width,
+                  const Box& box) {
+    const TensorLayout<2> layout{rows,
+                                 {static_cast<uint64_t>(width), static_cast<uint64_t>(count)},
+                                 {static_cast<uint64_t>(stride) * sizeof(T)},
+                                 {box.columns, box.rows},
+                                 box.columns * sizeof(T) == 128 ? RowSwizzle::k128 : RowSwizzle::k64};
+    return encode<T>(map, kernel, layout);
+}
+
+template <class T, class Pass>
+Error run(const char* kernel, const typename Pass::Call& call, void* ds, int64_t ds_stride, cudaStream_t stream) {
+    const Pairs& pairs = call.pairs;
+    const auto encode_features = [&](CUtensorMap& map, const Features& features, uint32_t rows) {
+        return encode_rows<T>(map, kernel, features.data, features.stride, pairs.count, pairs.width, {kStep, rows});
+    };
+    CUtensorMap image, text, of_ds{};
+    if (Error error = encode_features(image, pairs.image, kTileRows)) return error;
+    if (Error error = encode_features(text, pairs.text, kTileColumns)) return error;
+    if (ds != nullptr) {  // columns up to the next multiple of 8 become zero
+        const int columns = (pairs.count + 7) / 8 * 8;
+        if (Error error = encode_rows<T>(of_ds, kernel, ds, ds_stride, call.row_count, columns, {kStrip, 16}))
+            return error;
+    }
+    int blocks;
+    if (Error error = count_multiprocessors(blocks)) return error;
+    const auto tiles_of = [](int64_t size, int tile) { return (size + tile - 1) / tile; };
+    const int64_t tiles = tiles_of(call.row_count, kTileRows) * tiles_of(pairs.count, kTileColumns);
+    static_assert(kRingBytes + Pass::kSharedBytes <= kMostShared);
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tiles, blocks)));
+    const Launch at{kernel, grid, kThreads, kRingBytes + Pass::kSharedBytes, stream};
+    return launch(at, contrastive_sm90_kernel<T, Pass>, image, text, of_ds, call);
+}
+
+Error clip_statistics(const StatisticsTiles& call, cudaStream_t stream) {
+    const char* const kernel = "clip_statistics_sm90";
+    if (call.pairs.bfloat16) return run<BFloat16, ClipStatisticsPass<BFloat16>>(kernel, call, nullptr, 0, stream);
+    return run<Float16, ClipStatisticsPass<Float16>>(kernel, call, nullptr, 0, stream);
+}
+
+Error clip_gradient(const GradientTiles& call, cudaStream_t stream) {
+    const char* const kernel = "clip_gradient_sm90";
+    if (call.pairs.bfloat16) {
+        return run<BFloat16, ClipGradientPass<BFloat16>>(kernel, call, call.ds, call.ds_stride, stream);
+    }
+    return run<Float16, ClipGradientPass<Float16>>(kernel, call, call.ds, call.ds_stride, stream);
+}
+
+template <class T>
+Error siglip(const GradientTiles& call, cudaStream_t stream) {
+    const char* const kernel = "siglip_sm90";
+    if (call.ds == nullptr) return run<T, SigLipPass<T, false>>(kernel, call, nullptr, 0, stream);
+    return run<T, SigLipPass<T, true>>(kernel, call, call.ds, call.ds_stride, stream);
+}
+Error siglip(const GradientTiles& call, cudaStream_t stream) {
+    return call.pairs.bfloat16 ? siglip<BFloat16>(call, stream) : siglip<Float16>(call, stream);
+}
+
+template <class Tiles>
+TilePass<Tiles> pass_by(Error (*run)(const Tiles&, cudaStream_t)) {
+    return {kTileRows, kTileColumns, run};
+}
+
+}  // namespace
+
+bool contrastive_sm90_serves(const Pairs& pairs) {
+    const auto readable = [&](const Features& x) {  // by TMA
+        return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0 && x.stride >= pairs.width &&
+               x.stride < int64_t{1} << 39;
+    };
+    return pairs.width > 0 && readable(pairs.image) && readable(pairs.text);
+}
+
+Error clip_forward_sm90(const ClipForward& call, cudaStream_t stream) {
+    if (Error error = without_sm90a("clip_forward_sm90")) return error;
+    return clip_forward_by(pass_by<StatisticsTiles>(clip_statistics), call, stream);
+}
+Error clip_gradient_sm90(const ClipGradient& call, cudaStream_t stream) {
+    if (Error error = without_sm90a("clip_gradient_sm90")) return error;
+    return clip_gradient_by(pass_by<GradientTiles>(clip_gradient), call, stream);
+}
+Error siglip_sm90(const LogitRows& call, cudaStream_t stream) {
+    if (Error error = without_sm90a("siglip_sm90")) return error;
+    return siglip_by(pass_by<GradientTiles>(siglip), call, stream);
+}
+
+}  // namespace mmk::cuda

@@ -1,0 +1,250 @@
+// Tiles of the logits on Hopper: how a block walks over them, fills them by TMA and wgmma, and lets go of what was made
+// of them. Part of tiles_sm90.cu.
+#pragma once
+#include "cuda/contrastive/device.h"
+#include "cuda/isa/tensor_map.h"
+#include "cuda/isa/wgmma.h"
+
+namespace mmk::cuda::contrastive_sm90 {
+
+// 64 columns of features, 128 bytes a row, are a step; of the warpgroups two multiply, and a thread of the third
+// copies.
+constexpr int kTileRows = 128, kTileColumns = 256, kStep = 64, kStages = 4, kGroups = 2;
+constexpr int kConsumers = kGroups * kWarpgroup, kConsumerWarps = kConsumers / kWarp;
+constexpr int kThreads = kConsumers + kWarpgroup;
+constexpr int kImageBytes = kTileRows * kStep * 2, kTextBytes = kTileColumns * kStep * 2;
+constexpr int kStageBytes = kImageBytes + kTextBytes;
+constexpr int kLead = kStages - 1;       // steps by which the first group goes ahead of the second
+constexpr int kWalkedRows = 16;          // of tiles, walked column by column
+constexpr int kHeld = kTileColumns / 2;  // numbers of a tile that a thread holds
+constexpr int kMostShared = 227 * 1024;  // that a block may have
+
+enum Barrier { kAhead = 1, kLeft, kJoined, kGroup };  // kGroup + i: of warpgroup i
+
+// ---- tiles
+
+struct Tile {
+    int m, n;  // its number in either direction
+    int row0, column0;
+
+    template <class Call>
+    MMK_DEVICE bool whole(const Call& call) const {
+        return row0 + kTileRows <= call.row0 + call.row_count && column0 + kTileColumns <= call.pairs.count;
+    }
+    MMK_DEVICE bool crosses_diagonal() const { return row0 < column0 + kTileColumns && column0 < row0 + kTileRows; }
+    // Every pair is there, and none belongs together.
+    template <class Call>
+    MMK_DEVICE bool plain(const Call& call) const {
+        return whole(call) && !crosses_diagonal();
+    }
+};
+
+// Where a thread that multiplies stands. It holds, in d[i], row `row` + 8 (i / 2 % 2) of the tile and column `column`
+// + 8 (i / 4) + i % 2.
+struct Place {
+    int group, thread, warp, lane;  // thread: of its group; warp: of the block
+    int row, column;
+
+    MMK_DEVICE Place() {
+        const int thread_of_block = static_cast<int>(threadIdx.x);
+        warp = __shfl_sync(kAllLanes, thread_of_block / kWarp, 0);  // the same for the warp, as the compiler sees it
+        lane = thread_of_block % kWarp;
+        group = warp / (kWarpgroup / kWarp);
+        thread = thread_of_block % kWarpgroup;
+        row = warp * 16 + lane / 4;
+        column = lane % 4 * 2;
+    }
+};
+
+// Of a thread's row j, columns of the tile from its first one on: it has the first `ends[j]`, the one on the diagonal
+// is `diagonal` + 8 j.
+struct Bounds {
+    int ends[2], diagonal;
+
+    MMK_DEVICE Bounds(const Tile& tile, const Place& place, int end_row, int count) {
+        const int row = tile.row0 + place.row, column = tile.column0 + place.column;
+#pragma unroll
+        for (int j = 0; j < 2; j++) ends[j] = row + 8 * j < end_row ? count - column : 0;
+        diagonal = row - column;
+    }
+};
+
+struct Walk {
+    int tiles_m, tiles_n, first_row;
+
+    MMK_DEVICE Walk(const Pairs& pairs, int row0, int row_count)
+        : tiles_m((row_count + kTileRows - 1) / kTileRows),
+          tiles_n((pairs.count + kTileColumns - 1) / kTileColumns),
+          first_row(row0) {}
+    MMK_DEVICE int size() const { return tiles_m * tiles_n; }
+    MMK_DEVICE int number_of(const Tile& tile) const { return tile.m * tiles_n + tile.n; }
+    MMK_DEVICE Tile at(int index) const {
+        const TileAt at = grouped_tile<kWalkedRows>(index, tiles_m, tiles_n);
+        return {at.row, at.column, first_row + at.row * kTileRows, at.column * kTileColumns};
+    }
+};
+
+// ---- the ring of stages in shared memory
+
+struct Ring {
+    unsigned char* stages;
+    uint64_t *full, *empty;
+    int stage = 0, parity = 0;
+
+    MMK_DEVICE explicit Ring(unsigned char* shared)
+        : stages(shared), full(reinterpret_cast<uint64_t*>(shared + kStages * kStageBytes)), empty(full + kStages) {}
+    MMK_DEVICE unsigned char* image() const { return stages + stage * kStageBytes; }
+    MMK_DEVICE unsigned char* text() const { return image() + kImageBytes; }
+    MMK_DEVICE void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+constexpr int kRingBytes = kStages * kStageBytes + 1024;  // with its barriers; a multiple of the repeat of swizzles
+
+MMK_DEVICE void start(const Ring& ring) {
+    for (int stage = 0; stage < kStages; stage++) {
+        mbarrier_init(ring.full + stage, 1);
+        mbarrier_init(ring.empty + stage, kConsumerWarps);
+    }
+    mbarrier_init_fence();
+}
+
+// The one thread that copies.
+MMK_DEVICE void produce(Ring& ring, const CUtensorMap* image, const CUtensorMap* text, const Walk& walk, int steps) {
+    for (int index = static_cast<int>(blockIdx.x); index < walk.size(); index += static_cast<int>(gridDim.x)) {
+        const Tile tile = walk.at(index);
+        for (int step = 0; step < steps; step++) {
+            uint64_t* const full = ring.full + ring.stage;
+            mbarrier_wait(ring.empty + ring.stage, ring.parity ^ 1);
+            mbarrier_arrive_expect(full, kStageBytes);
+            tensor_load(ring.image(), image, {step * kStep, tile.row0}, full);
+            tensor_load(ring.text(), text, {step * kStep, tile.column0}, full);
+            ring.advance();
+        }
+    }
+}
+
+// ---- products
+
+// d = the group's rows of image text^T.
+//
+// The second group begins a tile when the first has done kLead steps of it, and so ends it later: one takes
+// exponentials while the other has the tensor cores. The ring keeps the first from coming here again before the second
+// has left the barrier, if tiles are longer than the ring; shorter ones are too short to take turns in.
+template <class T>
+MMK_DEVICE void multiply(float (&d)[kHeld], Ring& ring, const Place& place, int steps) {
+    const bool turns = steps > kStages;
+    if (turns && place.group == 1) named_barrier_sync(kAhead, kConsumers);
+    int previous = 0;
+    for (int step = 0; step < steps; step++) {
+        if (turns && place.group == 0 && step == kLead) named_barrier_arrive(kAhead, kConsumers);
+        mbarrier_wait(ring.full + ring.stage, ring.parity);
+        const uint32_t image = shared_address(ring.image()) + place.group * (kImageBytes / kGroups);
+        const uint32_t text = shared_address(ring.text());
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kStep / 16; k++) {
+            const uint64_t a = matrix_descriptor(image + k * 32, 16, 1024, Swizzle::k128);
+            const uint64_t b = matrix_descriptor(text + k * 32, 16, 1024, Swizzle::k128);
+            wgmma<T, Major::kK, Major::kK>(d, a, b, step > 0 || k > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // the step before is done
+        if (step > 0 && place.lane == 0) mbarrier_arrive(ring.empty + previous);
+        previous = ring.stage;
+        ring.advance();
+    }
+    wgmma_wait<0>(d);
+    if (place.lane == 0) mbarrier_arrive(ring.empty + previous);
+}
+
+// ---- what both groups found: the first leaves its part in shared memory and goes on, the second comes later and joins
+// them
+//
+//   before_leaving(place, first_tile);
+//   ... both write to shared memory ...
+//   if (!leave(place)) return;
+//   ... the second reads it ...
+//   after_joining(last_tile);
+
+MMK_DEVICE void before_leaving(const Place& place, bool first_tile) {
+    if (place.group == 0 && !first_tile) named_barrier_sync(kJoined, kConsumers);
+}
+// True for the group that joins, which sees what both wrote.
+MMK_DEVICE bool leave(const Place& place) {
+    if (place.group == 0) {
+        named_barrier_arrive(kLeft, kConsumers);
+        return false;
+    }
+    named_barrier_sync(kLeft, kConsumers);
+    return true;
+}
+MMK_DEVICE void after_joining(bool last_tile) {
+    if (!last_tile) named_barrier_arrive(kJoined, kConsumers);
+    named_barrier_sync(kGroup + 1, kWarpgroup);
+}
+
+// Sums over the tile, in float32 and a fixed order; x: the thread's own. `shared`: kConsumerWarps of each.
+template <int kSums>
+MMK_DEVICE void sum_tile(float (&x)[kSums], float* shared, const Place& place, bool first_tile, bool last_tile,
+                         float* sums, int64_t tile, int64_t tiles) {
+#pragma unroll
+    for (int i = 0; i < kSums; i++) {
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) x[i] += __shfl_xor_sync(kAllLanes, x[i], lanes);
+    }
+    before_leaving(place, first_tile);
+    if (place.lane == 0) {
+#pragma unroll
+        for (int i = 0; i < kSums; i++) shared[i * kConsumerWarps + place.warp] = x[i];
+    }
+    if (!leave(place)) return;
+    if (place.thread < kSums) {
+        float sum = 0;
+        for (int warp = 0; warp < kConsumerWarps; warp++) sum += shared[place.thread * kConsumerWarps + warp];
+        sums[place.thread * tiles + tile] = sum;
+    }
+    after_joining(last_tile);
+}
+
+// ---- ds, 16-bit numbers: a warp's rows of a strip at a time, by way of shared memory, where two strips take turns
+
+constexpr int kStrip = 32;  // columns
+constexpr int kStripBytes = 16 * kStrip * 2;
+
+struct Strips {
+    uint32_t* shared;  // of the warp
+    const CUtensorMap* map;
+    const Place& place;
+
+    MMK_DEVICE Strips(unsigned char* shared, const CUtensorMap* map, const Place& place)
+        : shared(reinterpret_cast<uint32_t*>(shared + place.warp * 2 * kStripBytes)), map(map), place(place) {}
+
+    MMK_DEVICE void begin() const {
+        if (elect_one()) bulk_store_wait_read<1>();  // of the strip before the one before
+        __syncwarp();
+    }
+    // Columns place.column + 8 n and the next of row place.row + 8 j. Rows of 64 bytes, in chunks of 16 that lie where
+    // the swizzle has them: what a warp puts at a time falls into different banks.
+    MMK_DEVICE void put(int strip, int n, int j, uint32_t both) const {
+        const int row = place.lane / 4 + 8 * j, chunk = n ^ row / 2 % 4;
+        shared[strip % 2 * (kStripBytes / 4) + row * (kStrip / 2) + chunk * 4 + place.lane % 4] = both;
+    }
+    MMK_DEVICE void send(int strip, int row, int column) const {
+        async_proxy_fence();
+        __syncwarp();
+        if (elect_one()) {
+            tensor_store(map, {column, row}, shared + strip % 2 * (kStripBytes / 4));
+            bulk_store_commit();
+        }
+    }
+    MMK_DEVICE void finish() const {
+        if (elect_one()) bulk_store_wait_read<0>();
+    }
+};
+constexpr int kStripsBytes = kConsumerWarps * 2 * kStripBytes;
+
+}  // namespace mmk::cuda::contrastive_sm90
