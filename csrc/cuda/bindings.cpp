@@ -50,6 +50,23 @@ void run(Error (*launcher)(const Call&, cudaStream_t), const Call& call, uintptr
     if (error) throw std::runtime_error(error.message());
 }
 
+template <class Call>
+using Launcher = Error (*)(const Call&, cudaStream_t);
+
+template <class Call>
+void def_launcher(py::module_& module, const std::string& name, Launcher<Call> launcher, const char* text) {
+    module.def(
+        name.c_str(), [launcher](const Call& call, uintptr_t stream) { run(launcher, call, stream); }, py::arg("call"),
+        py::arg("stream"), text);
+}
+
+// The same on Hopper, and of which calls: what mmkernels/ops/_cuda_tensors.py chooses by.
+template <class Call, class Serves>
+void def_sm90(py::module_& module, const std::string& name, Launcher<Call> launcher, Serves serves) {
+    def_launcher(module, name + "_sm90", launcher, "The same on Hopper, of what it serves.");
+    module.def((name + "_sm90_serves").c_str(), [serves](const Call& call) { return serves(call); }, py::arg("call"));
+}
+
 // ---- span_attention
 
 void bind_span_attention(py::module_& module) {
@@ -88,15 +105,8 @@ void bind_span_attention(py::module_& module) {
              py::arg("hulls"), py::arg("lse"), py::arg("batch"), py::arg("queries"), py::arg("keys"), py::arg("heads"),
              py::arg("key_heads"), py::arg("head_size"), py::arg("value_size"), py::arg("runs"),
              py::arg("spans_by_batch"), py::arg("bfloat16"), py::arg("scale"), py::arg("softcap"));
-    module.def(
-        "span_attention_forward",
-        [](const SpanAttention& call, uintptr_t stream) { run(span_attention_forward, call, stream); }, py::arg("call"),
-        py::arg("stream"), "Fills out and lse.");
-    module.def("span_attention_forward_sm90_serves", &span_attention_forward_sm90_serves);
-    module.def(
-        "span_attention_forward_sm90",
-        [](const SpanAttention& call, uintptr_t stream) { run(span_attention_forward_sm90, call, stream); },
-        py::arg("call"), py::arg("stream"), "The same on Hopper, of what it serves.");
+    def_launcher(module, "span_attention_forward", span_attention_forward, "Fills out and lse.");
+    def_sm90(module, "span_attention_forward", span_attention_forward_sm90, span_attention_forward_sm90_serves);
     py::class_<SpanAttentionBackward>(module, "SpanAttentionBackward", "A call: see span_attention/call.h.")
         .def(py::init([](const SpanAttention& forward, const Heads& d_out, const Heads& d_q, const Heads& d_k,
                          const Heads& d_v, uintptr_t d_lse, uintptr_t workspace) {
@@ -106,15 +116,8 @@ void bind_span_attention(py::module_& module) {
              py::kw_only(), py::arg("forward"), py::arg("d_out"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"),
              py::arg("d_lse"), py::arg("workspace"));
     module.def("span_attention_backward_bytes", &span_attention_backward_bytes, "Of the workspace.");
-    module.def(
-        "span_attention_backward",
-        [](const SpanAttentionBackward& call, uintptr_t stream) { run(span_attention_backward, call, stream); },
-        py::arg("call"), py::arg("stream"), "Fills d_q, d_k and d_v.");
-    module.def("span_attention_backward_sm90_serves", &span_attention_backward_sm90_serves);
-    module.def(
-        "span_attention_backward_sm90",
-        [](const SpanAttentionBackward& call, uintptr_t stream) { run(span_attention_backward_sm90, call, stream); },
-        py::arg("call"), py::arg("stream"), "The same on Hopper, of what it serves.");
+    def_launcher(module, "span_attention_backward", span_attention_backward, "Fills d_q, d_k and d_v.");
+    def_sm90(module, "span_attention_backward", span_attention_backward_sm90, span_attention_backward_sm90_serves);
 }
 
 // ---- contrastive losses
@@ -176,25 +179,18 @@ void bind_contrastive_calls(py::module_& module) {
              py::arg("diagonal"));
 }
 
-template <class Call>
-void def_contrastive(py::module_& module, const char* name, Error (*launcher)(const Call&, cudaStream_t),
-                     const char* text) {
-    module.def(
-        name, [launcher](const Call& call, uintptr_t stream) { run(launcher, call, stream); }, py::arg("call"),
-        py::arg("stream"), text);
-}
-
 void bind_contrastive(py::module_& module) {
     bind_contrastive_calls(module);
     module.def("clip_forward_workspace", &clip_forward_workspace, py::arg("count"), "Bytes.");
     module.def("gradient_workspace", &gradient_workspace, py::arg("count"), py::arg("row_count"), "Bytes.");
-    def_contrastive(module, "clip_forward", clip_forward, "Fills rows, columns, diagonal and loss.");
-    def_contrastive(module, "clip_gradient", clip_gradient, "Fills ds and means.");
-    def_contrastive(module, "siglip", siglip, "Fills ds, if there is one, and means.");
-    module.def("contrastive_sm90_serves", &contrastive_sm90_serves, py::arg("pairs"), "Whether those of Hopper do.");
-    def_contrastive(module, "clip_forward_sm90", clip_forward_sm90, "clip_forward on Hopper.");
-    def_contrastive(module, "clip_gradient_sm90", clip_gradient_sm90, "clip_gradient on Hopper.");
-    def_contrastive(module, "siglip_sm90", siglip_sm90, "siglip on Hopper.");
+    def_launcher(module, "clip_forward", clip_forward, "Fills rows, columns, diagonal and loss.");
+    def_launcher(module, "clip_gradient", clip_gradient, "Fills ds and means.");
+    def_launcher(module, "siglip", siglip, "Fills ds, if there is one, and means.");
+    def_sm90(module, "clip_forward", clip_forward_sm90,
+             [](const ClipForward& call) { return contrastive_sm90_serves(call.pairs); });
+    def_sm90(module, "clip_gradient", clip_gradient_sm90,
+             [](const ClipGradient& call) { return contrastive_sm90_serves(call.to.pairs); });
+    def_sm90(module, "siglip", siglip_sm90, [](const LogitRows& call) { return contrastive_sm90_serves(call.pairs); });
 }
 
 // ---- patch_embed
@@ -279,17 +275,9 @@ void bind_patch_calls(py::module_& module) {
 void bind_patch_embed(py::module_& module) {
     bind_patch_operands(module);
     bind_patch_calls(module);
-    module.def(
-        "patch_embed", [](const PatchEmbed& call, uintptr_t stream) { run(patch_embed, call, stream); },
-        py::arg("call"), py::arg("stream"), "Fills tokens.");
-    module.def(
-        "patch_weight_grad",
-        [](const PatchWeightGrad& call, uintptr_t stream) { run(patch_weight_grad, call, stream); }, py::arg("call"),
-        py::arg("stream"), "Fills d_weight.");
-    module.def(
-        "patch_images_grad",
-        [](const PatchImagesGrad& call, uintptr_t stream) { run(patch_images_grad, call, stream); }, py::arg("call"),
-        py::arg("stream"), "Fills the patches of d_images.");
+    def_launcher(module, "patch_embed", patch_embed, "Fills tokens.");
+    def_launcher(module, "patch_weight_grad", patch_weight_grad, "Fills d_weight.");
+    def_launcher(module, "patch_images_grad", patch_images_grad, "Fills the patches of d_images.");
 }
 
 // ---- what was built, and what the machine has

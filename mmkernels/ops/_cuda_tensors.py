@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,23 +54,39 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def has_hopper_kernels(device: torch.device) -> bool:
-    """Whether the kernels of *_sm90.cu run there."""
-    return capability(device) == (9, 0) and "90a" in {name.removesuffix("+ptx") for name in _cuda.architectures}
+class Variant(NamedTuple):
+    """Kernels of one generation alone: the launchers NAME_suffix, for what NAME_suffix_serves."""
+
+    suffix: str
+    capability: tuple[int, int]
+    architecture: str  # that the build must hold
 
 
-def launch(launcher: Callable[[object, int], None], call: object, **tensors: Tensor) -> None:
-    """launcher(call, stream) on the current stream of the device that the call's tensors are on, made current.
+VARIANTS = (Variant("sm90", (9, 0), "90a"),)  # the newest first; what none of them serves, the kernels for all do
+
+
+def launch(name: str, call: object, **tensors: Tensor) -> None:
+    """The kernels of that name, on the current stream of the device that the call's tensors are on, made current.
 
     They are kept by the caller, and freed memory is given out again in the order of that stream."""
     (first, x), *rest = tensors.items()
-    for name, other in rest:
+    for other_name, other in rest:
         if other.device != x.device:
-            raise ValueError(f"{launcher.__name__}: {name} is on {other.device}, {first} on {x.device}; move one")
+            raise ValueError(f"{name}: {other_name} is on {other.device}, {first} on {x.device}; move one")
+    launcher = getattr(_cuda, name + _suffix(name, call, x.device))
     if _cuda.emulated:
         return launcher(call, 0)
     with torch.cuda.device(x.device):
         launcher(call, torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def _suffix(name: str, call: object, device: torch.device) -> str:
+    for suffix, generation, architecture in VARIANTS:
+        serves = getattr(_cuda, f"{name}_{suffix}_serves", None)
+        built = {each.removesuffix("+ptx") for each in _cuda.architectures}
+        if serves and capability(device) == generation and architecture in built and serves(call):
+            return f"_{suffix}"
+    return ""
 
 
 @functools.cache

@@ -121,6 +121,17 @@ def test_launchers_for_hopper_refuse_where_there_are_no_kernels_alone(built):
             launcher(call, 0)
 
 
+def test_hoppers_launchers_are_those_that_can_be_chosen(built):
+    """By the names that mmkernels/ops/_cuda_tensors.py looks for."""
+    from mmkernels import _cuda
+    from mmkernels.ops._cuda_tensors import VARIANTS
+
+    for variant in VARIANTS:
+        launchers = {name for name in dir(_cuda) if name.endswith(f"_{variant.suffix}")}
+        assert launchers and {f"{name}_serves" for name in launchers} < set(dir(_cuda))
+        assert {name.removesuffix(f"_{variant.suffix}") for name in launchers} < set(dir(_cuda))
+
+
 def test_without_a_driver_a_launch_says_which_and_why(built):
     """mmkernels lets no call come so far: it looks for a driver first."""
     from mmkernels import _cuda

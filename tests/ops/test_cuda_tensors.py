@@ -25,12 +25,22 @@ def capability(monkeypatch) -> dict[int, tuple[int, int]]:
 
 
 @pytest.fixture
-def load(monkeypatch, capability):
-    """load(name, architectures): a module of mmkernels.ops beside a mmkernels._cuda built for these."""
+def launched() -> list[tuple[str, object, tuple[int, int]]]:
+    """The kernels, calls and streams that the made-up module was given."""
+    return []
+
+
+@pytest.fixture
+def load(monkeypatch, capability, launched):
+    """load(name, architectures): a module of mmkernels.ops beside a mmkernels._cuda built for these, with the kernels
+    `forward`, which Hopper has its own of for all calls but "odd" ones."""
     before = {name: sys.modules.pop(name, None) for name in LOADED}
 
     def call(name: str, architectures: tuple[str, ...] = ("80", "90a", "120+ptx")) -> ModuleType:
         built = SimpleNamespace(emulated=False, architectures=architectures, SpanAttention=None, Heads=None)
+        built.forward = lambda call, stream: launched.append(("forward", call, stream))
+        built.forward_sm90 = lambda call, stream: launched.append(("forward_sm90", call, stream))
+        built.forward_sm90_serves = lambda call: call != "odd"
         monkeypatch.setitem(sys.modules, "mmkernels._cuda", built)
         monkeypatch.setattr(mmkernels, "_cuda", built, raising=False)
         return importlib.import_module(f"mmkernels.ops.{name}")
@@ -102,41 +112,47 @@ def test_hopper_is_offered_the_build_that_has_its_own_kernels(load):
     assert "MMKERNELS_CUDA_ARCHS=90a " in load("_cuda_tensors", ("80",)).unserved("q", tensor())
 
 
-@pytest.mark.parametrize(
-    ("architectures", "device", "has"),
-    [
-        (("80", "90a"), (9, 0), True),
-        (("90a+ptx",), (9, 0), True),
-        (("80", "90+ptx"), (9, 0), False),
-        (("90a+ptx",), (10, 0), False),
-    ],
-)
-def test_hoppers_kernels_are_called_where_they_are(load, capability, architectures, device, has):
-    capability[0] = device
-    assert load("_cuda_tensors", architectures).has_hopper_kernels(torch.device("cuda:0")) == has
-
-
-def test_a_launch_goes_to_the_stream_of_its_tensors_device(load, monkeypatch):
-    """Whatever device is current: the stream of another would be refused by the driver, or wait for the wrong work."""
-    current, launched = [0], []
+@pytest.fixture
+def current(monkeypatch) -> list[int]:
+    """The devices made current, one within another; a stream is (the current device, that of the stream)."""
+    numbers = [0]
 
     @contextmanager
     def device(which: torch.device):
-        current.append(which.index)
+        numbers.append(which.index)
         yield
-        current.pop()
+        numbers.pop()
 
-    streams = {torch.device(f"cuda:{number}"): SimpleNamespace(cuda_stream=100 + number) for number in (0, 1)}
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_stream", streams.get)
-    launch = load("_cuda_tensors").launch
-    launch(lambda call, stream: launched.append((call, stream, current[-1])), "call", q=tensor("cuda:1"))
-    assert launched == [("call", 101, 1)] and current == [0]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: SimpleNamespace(cuda_stream=(numbers[-1], of.index)))
+    return numbers
 
 
-def test_tensors_of_two_devices_are_named(load):
-    def forward(call, stream):
-        pytest.fail("it was launched")
+@pytest.mark.parametrize(
+    ("architectures", "device", "call", "name"),
+    [
+        (("80", "90a"), (9, 0), "call", "forward_sm90"),
+        (("80", "90a"), (9, 0), "odd", "forward"),
+        (("90a+ptx",), (9, 0), "call", "forward_sm90"),
+        (("80", "90+ptx"), (9, 0), "call", "forward"),
+        (("90a+ptx",), (10, 0), "call", "forward"),
+    ],
+)
+def test_hoppers_kernels_are_called_where_they_are(
+    load, capability, current, launched, architectures, device, call, name
+):
+    capability[0] = device
+    load("_cuda_tensors", architectures).launch("forward", call, q=tensor())
+    assert launched == [(name, call, (0, 0))]
 
+
+def test_a_launch_goes_to_the_stream_of_its_tensors_device(load, current, launched):
+    """Whatever device is current: the stream of another would be refused by the driver, or wait for the wrong work."""
+    load("_cuda_tensors").launch("forward", "call", q=tensor("cuda:1"))
+    assert launched == [("forward", "call", (1, 1))] and current == [0]
+
+
+def test_tensors_of_two_devices_are_named(load, launched):
     with pytest.raises(ValueError, match="forward: lo is on cpu, q on cuda:1; move one"):
-        load("_cuda_tensors").launch(forward, None, q=tensor("cuda:1"), k=tensor("cuda:1"), lo=tensor("cpu"))
+        load("_cuda_tensors").launch("forward", None, q=tensor("cuda:1"), k=tensor("cuda:1"), lo=tensor("cpu"))
+    assert not launched

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import _cuda
 from .._address import address
 from .._aligned_rows import aligned_rows
-from .._cuda_tensors import has_hopper_kernels, launch, unserved
+from .._cuda_tensors import launch, unserved
 from ._feature_gradients import feature_gradients
 
 # Bytes of dS in work at a time. Few when emulated, so that tests walk chunks.
@@ -116,11 +116,8 @@ class _Call:
         )
 
     def launch(self, name: str, call: object) -> None:
-        """Hopper has kernels of its own."""
-        hopper = has_hopper_kernels(self.image.device) and _cuda.contrastive_sm90_serves(self.pairs())
-        launcher = getattr(_cuda, f"{name}_sm90" if hopper else name)
         parameters = {"logit_scale": self.scale} | ({} if self.bias is None else {"logit_bias": self.bias})
-        launch(launcher, call, image_features=self.image, text_features=self.text, **parameters)
+        launch(name, call, image_features=self.image, text_features=self.text, **parameters)
 
     def launch_rows(self, name: str, wrap: Wrap, ds: Tensor | None, row0: int, rows: int, sums: _Sums) -> None:
         workspace = self.image.new_empty(_cuda.gradient_workspace(len(self.image), rows), dtype=torch.uint8)

@@ -47,7 +47,7 @@ def patch_embed(patches: Patches, additions: Additions) -> Tensor:
         prefix_rows=additions.num_prefix,
         position_rows=additions.num_positions,
     )
-    launch(_cuda.patch_embed, call, images=images, weight=rows)
+    launch("patch_embed", call, images=images, weight=rows)
     return tokens
 
 
@@ -73,7 +73,7 @@ def _write_images_grad(grad: Tensor, patches: Patches, into: Gradients) -> None:
         **_product(patches.weight),
         d_images=_patches(into.images, into.geometry, pixels),
     )
-    launch(_cuda.patch_images_grad, call, grad=grad, weight=rows)
+    launch("patch_images_grad", call, grad=grad, weight=rows)
 
 
 def _write_weight_grad(grad: Tensor, patches: Patches, into: Gradients) -> None:
@@ -91,7 +91,7 @@ def _write_weight_grad(grad: Tensor, patches: Patches, into: Gradients) -> None:
     )
     workspace = grad.new_empty(call.workspace_bytes, dtype=torch.uint8)
     call.use_workspace(workspace.data_ptr())
-    launch(_cuda.patch_weight_grad, call, grad=grad, images=images)
+    launch("patch_weight_grad", call, grad=grad, images=images)
 
 
 def _patches(images: Tensor, geometry: PatchGeometry, pixels: Pixels) -> _cuda.Patches:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _cuda
 from .._address import address
-from .._cuda_tensors import has_hopper_kernels, launch, unserved
+from .._cuda_tensors import launch, unserved
 from .limits import too_wide
 from .params import Params
 
@@ -24,9 +24,7 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Ten
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     params = params.with_hulls(k.shape[1])
     call = _call(q, k, v, out, lse, params)
-    hopper = has_hopper_kernels(q.device) and _cuda.span_attention_forward_sm90_serves(call)
-    launcher = _cuda.span_attention_forward_sm90 if hopper else _cuda.span_attention_forward
-    launch(launcher, call, q=q, k=k, v=v, **_spans(params))
+    launch("span_attention_forward", call, q=q, k=k, v=v, **_spans(params))
     return out, lse
 
 
@@ -53,10 +51,8 @@ def span_attention_backward(
         d_lse=address(d_lse),
         workspace=workspace.data_ptr(),
     )
-    hopper = has_hopper_kernels(q.device) and _cuda.span_attention_backward_sm90_serves(call)
-    launcher = _cuda.span_attention_backward_sm90 if hopper else _cuda.span_attention_backward
     fed = {} if d_lse is None else {"d_lse": d_lse}
-    launch(launcher, call, d_out=d_out, **fed, q=q, k=k, v=v, out=out, lse=lse, **_spans(params))
+    launch("span_attention_backward", call, d_out=d_out, **fed, q=q, k=k, v=v, out=out, lse=lse, **_spans(params))
     return d_q, d_k, d_v
 
 
