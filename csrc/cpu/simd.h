@@ -8,6 +8,15 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(MMK_NEON)
+#include <arm_neon.h>
+#endif
+
+// An instruction that multiplies pairs of bfloat16 and adds both products to a float.
+#if defined(__AVX512BF16__) || (defined(MMK_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
+#define MMK_HAS_BF16 1
+#else
+#define MMK_HAS_BF16 0
 #endif
 
 #define MMK_INLINE inline __attribute__((always_inline))
@@ -22,9 +31,17 @@ constexpr int kRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
+#elif defined(MMK_NEON)
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
 #else
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
+#endif
+#if defined(__AVX2__) || defined(MMK_NEON)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;  // or nothing says so: a product may be rounded before it is added
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
@@ -212,7 +229,7 @@ static MMK_INLINE Vec tanh(Vec x) {
 typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t ByteLanes __attribute__((vector_size(kLanes)));
 
-#if !defined(__AVX2__)
+#if !defined(__AVX2__) && !defined(MMK_NEON)
 // float16 where no instruction converts it and the compiler may have no type for it. Exponents are 112 apart.
 static MMK_INLINE Vec from_float16(HalfLanes h) {
     const UVec bits = __builtin_convertvector(h, UVec), sign = (bits & 0x8000u) << 16, size = bits & 0x7fffu;
@@ -242,6 +259,8 @@ static MMK_INLINE Vec load(const Float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(MMK_NEON)
+    return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
     HalfLanes h;
     memcpy(&h, p, sizeof h);
@@ -258,6 +277,8 @@ static MMK_INLINE Vec load(const uint8_t* p) {
 static MMK_INLINE HalfLanes to_bfloat16(Vec v) {
 #if defined(__AVX512BF16__)
     return (HalfLanes)_mm512_cvtneps_pbh(v);
+#elif MMK_HAS_BF16
+    return (HalfLanes)vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)v));
 #else
     const UVec bits = as_bits(v);
     const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -265,12 +286,64 @@ static MMK_INLINE HalfLanes to_bfloat16(Vec v) {
     return __builtin_convertvector(v == v ? rounded : quiet, HalfLanes);
 #endif
 }
-// Pairs of bfloat16 in 32 bits a lane, `low` in the lower half.
-static MMK_INLINE UVec to_bfloat16_pairs(Vec low, Vec high) {
+#if MMK_HAS_BF16
+// In each lane c + a0 b0 + a1 b1, of pairs of bfloat16.
+static MMK_INLINE Vec add_products_of_pairs(Vec c, UVec a, UVec b) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#else
+    return (Vec)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#endif
+}
+// Both rounded to bfloat16, one after the other.
+static MMK_INLINE UVec to_bfloat16_rows(Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+    return (UVec)_mm512_cvtne2ps_pbh(second, first);
+#else
+    return (UVec)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)first), (float32x4_t)second);
+#endif
+}
+// The halves of two rows as pairs, the first row's in the lower half of a lane.
+static MMK_INLINE UVec pairs_of_rows(UVec rows) {
 #if defined(__AVX512BF16__)
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                                 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return (UVec)_mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    return (UVec)_mm512_permutexvar_epi16(interleave, (__m512i)rows);
+#else
+    const uint16x8_t first = vreinterpretq_u16_u32((uint32x4_t)rows);
+    return (UVec)vzip1q_u16(first, vextq_u16(first, first, kLanes));
+#endif
+}
+// Pairs of the halves of a and b: of each 128 bits of these the lower four, or the upper four.
+static MMK_INLINE UVec zip_low(UVec a, UVec b) {
+#if defined(__AVX512BF16__)
+    return (UVec)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+#else
+    return (UVec)vzip1q_u16(vreinterpretq_u16_u32((uint32x4_t)a), vreinterpretq_u16_u32((uint32x4_t)b));
+#endif
+}
+static MMK_INLINE UVec zip_high(UVec a, UVec b) {
+#if defined(__AVX512BF16__)
+    return (UVec)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+#else
+    return (UVec)vzip2q_u16(vreinterpretq_u16_u32((uint32x4_t)a), vreinterpretq_u16_u32((uint32x4_t)b));
+#endif
+}
+// Lanes that zip_low and zip_high dealt out four by four, in the order they had.
+static MMK_INLINE void undo_zip([[maybe_unused]] Vec& low, [[maybe_unused]] Vec& high) {
+#if defined(__AVX512BF16__)
+    const __m512i lower = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i upper = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+    const Vec first = _mm512_permutex2var_ps(low, lower, high);
+    high = _mm512_permutex2var_ps(low, upper, high);
+    low = first;
+#endif
+}
+#endif
+// Pairs of bfloat16 in 32 bits a lane, `low` in the lower half.
+static MMK_INLINE UVec to_bfloat16_pairs(Vec low, Vec high) {
+#if MMK_HAS_BF16
+    return pairs_of_rows(to_bfloat16_rows(low, high));
 #else
     return __builtin_convertvector(to_bfloat16(low), UVec) | __builtin_convertvector(to_bfloat16(high), UVec) << 16;
 #endif
@@ -284,6 +357,8 @@ static MMK_INLINE void store(Float16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(MMK_NEON)
+    vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
     const HalfLanes h = to_float16(v);
     memcpy(p, &h, sizeof h);

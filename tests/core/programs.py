@@ -16,13 +16,15 @@ from mmkernels import _core
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 RUN = sorted((CSRC / "cpu" / "run").glob("*.cpp"))  # what is not compiled once per level
-FLAGS = {
+FLAGS = {  # as in CMakeLists.txt, which test_compilers.py sees
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
 FLAGS["amx"] = [*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+FLAGS["neon"] = ["-DMMK_NEON"]
+FLAGS["neon_bf16"] = ["-DMMK_NEON", "-march=armv8.2-a+bf16"]
 
 # What AddressSanitizer would find as well is left to it, and its checks are calls: the templates of the kernels would
 # else take a minute to compile. Alignment matters off x86, to the code of the portable level.

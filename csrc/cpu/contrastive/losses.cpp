@@ -330,7 +330,7 @@ struct GradientTile<FloatOperand> {  // one layout serves both; it may take the 
     void finish(int64_t, int64_t) const {}
 };
 
-#if defined(__AVX512BF16__)
+#if MMK_HAS_BF16
 template <>
 struct GradientTile<BFloat16Operand> {  // pairs along a row for dI, then pairs along a column for dT
     static constexpr bool kInPlace = false;

@@ -24,10 +24,10 @@ struct FloatOperand {
     static MMK_INLINE Vec multiply_add(Vec c, UVec a, UVec b) { return as_float(a) * as_float(b) + c; }
 };
 
-#if defined(__AVX512BF16__)
+#if MMK_HAS_BF16
 struct BFloat16Operand {
     static constexpr int kPack = 2;
-    static MMK_INLINE Vec multiply_add(Vec c, UVec a, UVec b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+    static MMK_INLINE Vec multiply_add(Vec c, UVec a, UVec b) { return add_products_of_pairs(c, a, b); }
 };
 #else
 using BFloat16Operand = FloatOperand;  // without the instruction, bfloat16 is widened to float as it is packed

@@ -15,10 +15,12 @@
 
 namespace mmk::MMK_ISA {
 
-// 24 accumulators of 32 registers, 12 of 16; 8 where a product needs a register of its own (no fused multiply-add).
-constexpr int kTileRows = kHasAmx ? kAmxRows : kRegisters == 32 ? 8 : 4;
-constexpr int kTileVectors = kLanes == 4 ? 2 : 3;
+// 24 accumulators of 32 registers, 12 of 16; 8 where a product needs a register of its own (no fused multiply-add). Of
+// a tile of columns whole tiles of rows are made, so vectors of four lanes take no more than four rows.
+constexpr int kTileRows = kHasAmx ? kAmxRows : kRegisters == 32 && kLanes > 4 ? 8 : 4;
+constexpr int kTileVectors = kHasFma ? 3 : 2;
 constexpr int kTileColumns = kTileVectors * kLanes;
+static_assert(kTileColumns % kTileRows == 0);
 
 // A float32 chain of multiply-adds loses digits as it grows, so the accumulators are emptied after this many: sooner in
 // a short product, where that costs little and libraries sum in several accumulators.

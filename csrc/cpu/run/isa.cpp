@@ -8,14 +8,15 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace mmk {
 namespace {
-
-constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 
 #if defined(__x86_64__)
 // Those whose names older compilers do not know.
@@ -46,11 +47,26 @@ bool may_use_tiles() {
 }
 #endif
 
-bool runs_here([[maybe_unused]] Isa isa) {
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+bool has_neon_bfloat16() {
+#if defined(__linux__)
+    constexpr unsigned long kBFloat16 = 1ul << 14;  // HWCAP2_BF16
+    return (getauxval(AT_HWCAP2) & kBFloat16) != 0;
+#elif defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found != 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+bool runs_here(Isa isa) {
     switch (isa) {
         case Isa::kPortable:
             return true;
+#if defined(__x86_64__)
         case Isa::kAvx2:
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
         case Isa::kAvx512:
@@ -60,32 +76,41 @@ bool runs_here([[maybe_unused]] Isa isa) {
             return runs_here(Isa::kAvx512) && has_avx512_bfloat16();
         case Isa::kAmx:
             return runs_here(Isa::kAvx512Bf16) && has_amx_bfloat16() && may_use_tiles();
-    }
+#elif defined(__aarch64__)
+        case Isa::kNeon:
+            return true;
+        case Isa::kNeonBf16:
+            return has_neon_bfloat16();
 #endif
-    return isa == Isa::kPortable;
+    }
+    return false;
+}
+
+std::string accepted() {
+    std::string text;
+    for (Isa isa : built_isas()) text += (text.empty() ? "" : ", ") + std::string(name(isa));
+    return text;
 }
 
 }  // namespace
 
 const char* name(Isa isa) {
-    switch (isa) {
-        case Isa::kPortable:
-            return "portable";
-        case Isa::kAvx2:
-            return "avx2";
-        case Isa::kAvx512:
-            return "avx512";
-        case Isa::kAvx512Bf16:
-            return "avx512_bf16";
-        case Isa::kAmx:
-            return "amx";
-    }
-    return "";
+#define MMK_NAME(enumerator, level, ...) #level,
+    constexpr const char* kNames[] = {MMK_FOR_EACH_ISA(MMK_NAME)};
+#undef MMK_NAME
+    return kNames[static_cast<int>(isa)];
+}
+
+const std::vector<Isa>& built_isas() {
+#define MMK_LEVEL(enumerator, level, ...) Isa::enumerator,
+    static const std::vector<Isa> built{MMK_FOR_EACH_ISA(MMK_LEVEL)};
+#undef MMK_LEVEL
+    return built;
 }
 
 std::vector<Isa> usable_isas() {
     std::vector<Isa> usable;
-    for (Isa isa : kLevels) {
+    for (Isa isa : built_isas()) {
         if (runs_here(isa)) usable.push_back(isa);
     }
     return usable;
@@ -95,16 +120,18 @@ Isa chosen_isa() {
     static const std::vector<Isa> usable = usable_isas();
     const char* cap = std::getenv("MMKERNELS_CPU_ISA");
     if (cap == nullptr || *cap == '\0') return usable.back();
-    for (Isa isa : kLevels) {
+    for (Isa isa : built_isas()) {
         if (std::string(cap) == name(isa)) return std::min(isa, usable.back());
     }
-    throw std::invalid_argument("MMKERNELS_CPU_ISA is '" + std::string(cap) +
-                                "'; accepted are portable, avx2, avx512, avx512_bf16 and amx");
+    throw std::invalid_argument("MMKERNELS_CPU_ISA is '" + std::string(cap) + "'; accepted are " + accepted());
 }
 
-Isa chosen_isa(DType dtype) {
+Isa chosen_isa([[maybe_unused]] DType dtype) {
     const Isa isa = chosen_isa();
-    return dtype == DType::kBFloat16 ? isa : std::min(isa, Isa::kAvx512Bf16);
+#if defined(__x86_64__)
+    if (dtype != DType::kBFloat16) return std::min(isa, Isa::kAvx512Bf16);
+#endif
+    return isa;
 }
 
 }  // namespace mmk

@@ -7,20 +7,6 @@ namespace mmk::MMK_ISA::attention_backward {
 constexpr int kBlockRows = 96, kBlockKeys = 96;
 static_assert(kBlockRows % kTileRows == 0 && kBlockKeys % kTileColumns == 0);
 
-#if defined(__AVX512BF16__)
-// Two rows rounded to bfloat16, one after the other, and their pairs.
-struct Narrowed {
-    explicit Narrowed(Vec first, Vec second) : rows((__m512i)_mm512_cvtne2ps_pbh(second, first)) {}
-    UVec pairs() const {
-        typedef uint16_t Halves __attribute__((vector_size(64)));
-        const Halves zip = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        return (UVec)_mm512_permutexvar_epi16((__m512i)zip, rows);
-    }
-    __m512i rows;
-};
-#endif
-
 struct Lanes {  // a vector operand: unit u at at + u * stride
     const uint32_t* at;
     int64_t stride;
@@ -43,20 +29,21 @@ class Weights {
 
     // kPack rows from `row` on; `lane` counts in the panel, `key` in the block.
     MMK_INLINE void put_p(int64_t row, int64_t lane, const Vec (&p)[Operand::kPack]) const {
-#if defined(__AVX512BF16__)
-        if constexpr (kPairs) store_bits(p_pairs_ + row / 2 * kTileColumns + lane, Narrowed(p[0], p[1]).pairs());
-#endif
-        if constexpr (!kPairs) store(p_row(row) + lane, p[0]);
+        if constexpr (kPairs) {
+            store_bits(p_pairs_ + row / 2 * kTileColumns + lane, to_bfloat16_pairs(p[0], p[1]));
+        } else {
+            store(p_row(row) + lane, p[0]);
+        }
     }
     MMK_INLINE void put_d_scores(int64_t row, [[maybe_unused]] int64_t lane, int64_t key,
                                  const Vec (&d)[Operand::kPack]) const {
-#if defined(__AVX512BF16__)
+#if MMK_HAS_BF16
         if constexpr (kPairs) {
-            const Narrowed two(d[0], d[1]);
-            store_bits(d_scores_pairs_ + row / 2 * kTileColumns + lane, two.pairs());
+            const UVec rows = to_bfloat16_rows(d[0], d[1]);
+            store_bits(d_scores_pairs_ + row / 2 * kTileColumns + lane, pairs_of_rows(rows));
             uint32_t* by_key = d_scores_ + row * kScoreRow + key / 2;
-            memcpy(by_key, &two.rows, 32);
-            memcpy(by_key + kScoreRow, reinterpret_cast<const char*>(&two.rows) + 32, 32);
+            memcpy(by_key, &rows, sizeof rows / 2);
+            memcpy(by_key + kScoreRow, reinterpret_cast<const char*>(&rows) + sizeof rows / 2, sizeof rows / 2);
         }
 #endif
         if constexpr (!kPairs) store_bits(d_scores_ + row * kScoreRow + key, as_bits(d[0]));

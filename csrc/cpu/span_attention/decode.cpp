@@ -86,24 +86,17 @@ MMK_INLINE void value_units(const T* first, [[maybe_unused]] const T* second, in
     if constexpr (Operand::kPack == 1) {
         lanes[0] = first_units<Operand>(first, left);
     } else {
-#if defined(__AVX512BF16__)
-        const __m512i a = (__m512i)first_units<Operand>(first, left);
-        const __m512i b = second == nullptr ? __m512i{} : (__m512i)first_units<Operand>(second, left);
-        lanes[0] = (UVec)_mm512_unpacklo_epi16(a, b);
-        lanes[1] = (UVec)_mm512_unpackhi_epi16(a, b);
+#if MMK_HAS_BF16
+        const UVec a = first_units<Operand>(first, left);
+        const UVec b = second == nullptr ? UVec{} : first_units<Operand>(second, left);
+        lanes[0] = zip_low(a, b), lanes[1] = zip_high(a, b);
 #endif
     }
 }
 [[maybe_unused]] MMK_INLINE void in_order(Vec (&)[1]) {}
-[[maybe_unused]] MMK_INLINE void in_order([[maybe_unused]] Vec (&c)[2]) {
-#if defined(__AVX512BF16__)
-    const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-    const __m512i high = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
-    const Vec first = _mm512_permutex2var_ps(c[0], low, c[1]);
-    c[1] = _mm512_permutex2var_ps(c[0], high, c[1]);
-    c[0] = first;
+#if MMK_HAS_BF16
+[[maybe_unused]] MMK_INLINE void in_order(Vec (&c)[2]) { undo_zip(c[0], c[1]); }
 #endif
-}
 
 // o[r][lanes] += sum over the keys of P(r, key) V(key)[lanes], for kRows rows, whose units are p_row apart, and the
 // columns of kVectors vectors of units, of which `columns` are there.

@@ -11,7 +11,7 @@ namespace mmk::MMK_ISA {
 
 // The longest chain in a sum of so many units; shorter where a product is rounded before it is added. A second chain at
 // D = 80 cost windows of 64 tokens 8 %, and nothing needed it.
-static MMK_INLINE int64_t longest_chain(int64_t units) { return kLanes == 4 ? 16 : units <= 96 ? 96 : 64; }
+static MMK_INLINE int64_t longest_chain(int64_t units) { return !kHasFma ? 16 : units <= 96 ? 96 : 64; }
 
 // The errors of so few rows do not average out: the value of a decoded token has those of one row. Time goes into
 // packing keys there, and plain PyTorch takes such products in shorter chains, too.
