@@ -1,4 +1,5 @@
-// The compiled core as Python sees it: pointers, sizes and strides in. The only file that knows Python.
+// The compiled core as Python sees it: pointers, sizes and strides in.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +7,7 @@
 #include <array>
 #include <chrono>
 #include <stdexcept>
+#include <type_traits>
 
 #include "cpu/contrastive/call.h"
 #include "cpu/patch_embed/call.h"
@@ -212,14 +214,31 @@ void bind_rotary_embed(py::module_& module) {
         py::arg("transposed"), "Fills out.");
 }
 
+// That which torch's library for the CPU is linked with, wherever it came from: among all that is loaded there may be
+// others, and torch may keep its own to itself. GNU's, LLVM's and Intel's export the same names on Linux.
+OpenMp openmp_of_torch() {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    const auto find = [torch](auto& function, const char* name) {
+        void* found = torch == nullptr ? nullptr : dlsym(torch, name);
+        if (found == nullptr) found = dlsym(RTLD_DEFAULT, name);
+        function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(found);
+        return found != nullptr;
+    };
+    OpenMp openmp;
+    const bool all = find(openmp.parallel, "GOMP_parallel") && find(openmp.get_max_threads, "omp_get_max_threads") &&
+                     find(openmp.get_num_threads, "omp_get_num_threads") &&
+                     find(openmp.get_thread_num, "omp_get_thread_num");
+    if (torch != nullptr) dlclose(torch);
+    if (!all) throw py::import_error("mmkernels._core works on torch's OpenMP threads: import torch before it");
+    return openmp;
+}
+
 }  // namespace
 }  // namespace mmk
 
 PYBIND11_MODULE(_core, module) {
     using namespace mmk;
-    if (!openmp_present()) {
-        throw py::import_error("mmkernels._core works on torch's OpenMP threads: import torch before it");
-    }
+    use_openmp(openmp_of_torch());
     module.doc() = "mmkernels' compiled CPU kernels";
 
     py::enum_<DType>(module, "DType")

@@ -7,18 +7,10 @@
 #include <atomic>
 #include <memory>
 
-// The OpenMP runtime's own entry points, called directly instead of through `#pragma omp`: the library then links no
-// runtime and cannot bring a second thread pool beside torch's, whatever compiler built it (LLVM's and Intel's runtimes
-// export the same names on Linux). Weak, so that a missing runtime is an error message and not a failed load.
-extern "C" {
-[[gnu::weak]] void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
-[[gnu::weak]] int omp_get_max_threads();
-[[gnu::weak]] int omp_get_num_threads();
-[[gnu::weak]] int omp_get_thread_num();
-}
-
 namespace mmk {
 namespace {
+
+OpenMp runtime;
 
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
@@ -31,7 +23,8 @@ struct Team {
 
 void work(void* data) {  // the runtime may give fewer threads than were asked for
     const Team& team = *static_cast<Team*>(data);
-    for (int64_t i = omp_get_thread_num(); i < team.count; i += omp_get_num_threads()) team.task(team.context, i);
+    for (int64_t i = runtime.get_thread_num(); i < team.count; i += runtime.get_num_threads())
+        team.task(team.context, i);
 }
 
 struct Grid {
@@ -61,15 +54,15 @@ void walk(void* data, int64_t worker) {
 
 }  // namespace
 
-bool openmp_present() { return GOMP_parallel != nullptr && omp_get_max_threads != nullptr; }
+void use_openmp(const OpenMp& found) { runtime = found; }
 
-int num_threads() { return forked ? 1 : omp_get_max_threads(); }
+int num_threads() { return forked ? 1 : runtime.get_max_threads(); }
 
 void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context) {
     Team team{task, context, count};
     const int64_t threads = std::min<int64_t>(num_threads(), count);
     if (threads > 1) {
-        GOMP_parallel(work, &team, static_cast<unsigned>(threads), 0);
+        runtime.parallel(work, &team, static_cast<unsigned>(threads), 0);
     } else {
         for (int64_t i = 0; i < count; i++) task(context, i);
     }

@@ -4,8 +4,17 @@
 
 namespace mmk {
 
-// True once torch's OpenMP runtime is in the process; without it nothing here may run.
-bool openmp_present();
+// The entry points of an OpenMP runtime, called directly instead of through `#pragma omp`: the library then links no
+// runtime and cannot bring a second thread pool beside torch's, whatever compiler built it.
+struct OpenMp {
+    void (*parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);  // GOMP_parallel
+    int (*get_max_threads)();
+    int (*get_num_threads)();
+    int (*get_thread_num)();
+};
+
+// The runtime that all below works on; before this nothing of it may run.
+void use_openmp(const OpenMp& found);
 
 // Threads the next `run_tasks` of this thread may use: torch.get_num_threads(), or 1 in a forked child, where the
 // parent's pool does not exist and entering it would hang.
