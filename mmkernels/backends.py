@@ -171,22 +171,7 @@ def has_kernel(op: str, *tensors: torch.Tensor) -> bool:
 @functools.cache
 def missing(backend: str) -> str | None:
     """Why `backend` cannot run on this machine at all, and what mends it; None when it can."""
-    if backend == "reference":
-        return None
-    if backend == "cpu":
-        return _missing_core()
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; mend: pip install triton"
-        version = importlib.import_module("triton").__version__
-        if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
-            return f"triton is {version}; the kernels need {'.'.join(map(str, OLDEST_TRITON))}: take torch 2.8 or later"
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            return NO_GPU_FOR_TRITON
-        return None
-    if backend == "flash-attn":
-        return importlib.import_module("mmkernels.ops._flash_attn").missing()
-    return _missing_cuda()
+    return _MISSING[backend]()
 
 
 def cuda_is_emulated() -> bool:
@@ -222,7 +207,21 @@ def _module(op: str, name: str) -> str:
     return f"mmkernels.ops.{op}.{name.replace('-', '_')}"
 
 
-@functools.cache
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; mend: pip install triton"
+    version = importlib.import_module("triton").__version__
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton is {version}; the kernels need {'.'.join(map(str, OLDEST_TRITON))}: take torch 2.8 or later"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return NO_GPU_FOR_TRITON
+    return None
+
+
+def _missing_flash_attn() -> str | None:
+    return importlib.import_module("mmkernels.ops._flash_attn").missing()
+
+
 def _missing_core() -> str | None:
     try:
         importlib.import_module("mmkernels._core")
@@ -238,6 +237,15 @@ def _missing_cuda() -> str | None:
     except ImportError as error:
         return _not_built("cuda", error)
     return None if module.emulated else _unusable_gpu(module)
+
+
+_MISSING = {
+    "cuda": _missing_cuda,
+    "triton": _missing_triton,
+    "flash-attn": _missing_flash_attn,
+    "cpu": _missing_core,
+    "reference": lambda: None,
+}
 
 
 def _unusable_gpu(module: ModuleType) -> str | None:

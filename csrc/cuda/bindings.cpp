@@ -318,6 +318,10 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("emulated") = false;
 #endif
     module.attr("architectures") = py::tuple(py::cast(architectures()));  // "80": code; "120+ptx": PTX too
+    // What the Python side has under names of its own; tests/compile/test_cuda_module.py holds them together.
+    module.attr("largest_head") = kLargestHead;
+    module.attr("hull_rows") = kHullRows;
+    module.attr("gradient_scale") = kGradientScale;
     module.def("versions", &versions, "(CUDA the driver supports, 0 without one, CUDA the kernels were built with).");
     bind_patch_embed(module);
     bind_span_attention(module);

@@ -85,8 +85,3 @@ __attribute__((no_sanitize("thread"))) T atomicAdd(T* p, T value MMK_SITE) {
     *p = old + value;
     return old;
 }
-
-template <class T>
-T __ldg(const T* p) {
-    return *p;
-}

@@ -15,14 +15,8 @@ struct uint3 {
 struct alignas(8) int2 {
     int x, y;
 };
-struct alignas(8) uint2 {
-    unsigned x, y;
-};
 struct alignas(8) float2 {
     float x, y;
-};
-struct alignas(16) int4 {
-    int x, y, z, w;
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;

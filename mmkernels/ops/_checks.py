@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CAST = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
+
+
+def in_words(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def tensor(op: str, name: str, value: object) -> None:
@@ -24,8 +28,7 @@ def tensor(op: str, name: str, value: object) -> None:
 def floating(op: str, name: str, value: object) -> None:
     tensor(op, name, value)
     if value.dtype not in FLOATS:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise TypeError(f"{op}: {name} has dtype {value.dtype}; accepted are {accepted}")
+        raise TypeError(f"{op}: {name} has dtype {value.dtype}; accepted are {in_words(FLOATS)}")
 
 
 def same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from .. import _core
+from ._checks import in_words
 
 FLOATS = {
     torch.float32: _core.DType.float32,
@@ -24,11 +27,10 @@ def heads_of(x: Tensor) -> _core.Heads:
     return _core.Heads(x.data_ptr(), FLOATS[x.dtype], *x.shape, *x.stride()[:3])
 
 
-def unserved(name: str, x: Tensor) -> str | None:
-    """Why the core cannot read the floating-point tensor `x`; None when it can."""
+def unsupported_tensor(name: str, x: Tensor, dtypes: Collection[torch.dtype] = tuple(FLOATS)) -> str | None:
+    """Why the core cannot read the tensor `x`; None when it can."""
     if x.device.type != "cpu":
         return f"it serves tensors on the CPU, {name} is on {x.device}"
-    if x.dtype not in FLOATS:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        return f"it serves {name} of {accepted}, not {x.dtype}"
+    if x.dtype not in dtypes:
+        return f"it serves {name} of {in_words(dtypes)}, not {x.dtype}"
     return None

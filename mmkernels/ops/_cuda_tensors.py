@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from .. import _cuda, _installation
+from ._checks import in_words
 
 HALVES = (torch.bfloat16, torch.float16)
 DEVICE = "cpu" if _cuda.emulated else "cuda"
 
 
-def unserved(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = HALVES) -> str | None:
+def unsupported_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = HALVES) -> str | None:
     """Why the kernels cannot read the tensor `x`; None when they can."""
     if x.device.type != DEVICE:
         return f"it serves tensors on {DEVICE}, {name} is on {x.device}"
     if x.dtype not in dtypes:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         rest = "; the triton backend serves float32" if x.dtype == torch.float32 else ""
-        return f"it serves {name} of {accepted}, not {x.dtype}{rest}"
+        return f"it serves {name} of {in_words(dtypes)}, not {x.dtype}{rest}"
     return _older_than_the_build(x.device)
 
 

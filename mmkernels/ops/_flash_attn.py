@@ -62,7 +62,7 @@ class FlashAttn3:
     def missing(self) -> str | None:
         return _import("flash_attn_interface")[1]
 
-    def unserved(self, head: int, softcap: float, capability: tuple[int, int]) -> str | None:
+    def unsupported(self, head: int, softcap: float, capability: tuple[int, int]) -> str | None:
         if capability != (9, 0):
             return "it is for Hopper"
         return "its steady backward pass takes heads of up to 192 numbers" if head > 192 else None
@@ -94,7 +94,7 @@ class FlashAttn2:
         old = tuple(map(int, version.split(".")[:2])) < OLDEST
         return f"it is {version}, and {'.'.join(map(str, OLDEST))} is needed" if old else None
 
-    def unserved(self, head: int, softcap: float, capability: tuple[int, int]) -> str | None:
+    def unsupported(self, head: int, softcap: float, capability: tuple[int, int]) -> str | None:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Varlen) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ class TorchVarlen:
             return f"torch {torch.__version__} was built without it"
         return None
 
-    def unserved(self, head: int, softcap: float, capability: tuple[int, int]) -> str | None:
+    def unsupported(self, head: int, softcap: float, capability: tuple[int, int]) -> str | None:
         if softcap:
             return "it takes no softcap"
         if head > 192 and capability[1] != 0:
@@ -163,7 +163,7 @@ def missing() -> str | None:
     return f"{_told(reasons)}; mend: pip install 'mmkernels[flash-attn]', or torch 2.10 or later"
 
 
-def unserved(head: int, softcap: float, device: torch.device) -> str | None:
+def unsupported(head: int, softcap: float, device: torch.device) -> str | None:
     """Why none of those that are here serves a call with such heads."""
     reasons = _reasons(head, softcap, device)
     return None if None in reasons.values() else _told(reasons)
@@ -177,7 +177,7 @@ def provider(head: int, softcap: float, device: torch.device) -> FlashAttn3 | Fl
 
 def _reasons(head: int, softcap: float, device: torch.device) -> dict[str, str | None]:
     place = capability(device)
-    return {each.name: _missing(each) or each.unserved(head, softcap, place) for each in PROVIDERS}
+    return {each.name: _missing(each) or each.unsupported(head, softcap, place) for each in PROVIDERS}
 
 
 def _told(reasons: dict[str, str | None]) -> str:

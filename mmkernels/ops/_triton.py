@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._checks import in_words
 from ._precision import tf32_is_allowed
 
 # A module-level constexpr: part of the cache key, and the branches on it fold away when compiled.
@@ -42,11 +43,10 @@ class Tile:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def unsupported(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+def unsupported_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     """Why the kernels cannot take this tensor."""
     if tensor.dtype not in dtypes:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"{name} has dtype {tensor.dtype}; the Triton kernels take {accepted}"
+        return f"{name} has dtype {tensor.dtype}; the Triton kernels take {in_words(dtypes)}"
     if tensor.device.type != "cuda" and not INTERPRET.value:
         return f"{name} is on {tensor.device}; the Triton kernels run on a GPU, or interpreted with TRITON_INTERPRET=1"
     return None

@@ -132,6 +132,15 @@ def test_hoppers_launchers_are_those_that_can_be_chosen(built):
         assert {name.removesuffix(f"_{variant.suffix}") for name in launchers} < set(dir(_cuda))
 
 
+def test_constants_of_both_languages_agree(built):
+    from mmkernels import _cuda
+    from mmkernels.ops.contrastive._feature_gradients import DS_SCALE
+    from mmkernels.ops.span_attention.cuda import MAX_HEAD
+    from mmkernels.spans import HULL_ROWS
+
+    assert (_cuda.largest_head, _cuda.hull_rows, _cuda.gradient_scale) == (MAX_HEAD, HULL_ROWS, DS_SCALE)
+
+
 def test_without_a_driver_a_launch_says_which_and_why(built):
     """mmkernels lets no call come so far: it looks for a driver first."""
     from mmkernels import _cuda

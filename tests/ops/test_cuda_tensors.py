@@ -58,11 +58,11 @@ def tensor(device: str = "cuda:0", dtype: torch.dtype = torch.bfloat16, head: in
 
 
 def test_a_dtype_that_no_kernel_has_is_named_with_those_that_one_has(load):
-    unserved = load("_cuda_tensors").unserved
-    assert unserved("q", tensor()) is None
-    assert unserved("q", tensor(dtype=torch.float64)) == "it serves q of bfloat16, float16, not torch.float64"
-    assert unserved("q", tensor(dtype=torch.float32)).endswith("; the triton backend serves float32")
-    assert unserved("q", tensor("cpu")) == "it serves tensors on cuda, q is on cpu"
+    unsupported_tensor = load("_cuda_tensors").unsupported_tensor
+    assert unsupported_tensor("q", tensor()) is None
+    assert unsupported_tensor("q", tensor(dtype=torch.float64)) == "it serves q of bfloat16, float16, not torch.float64"
+    assert unsupported_tensor("q", tensor(dtype=torch.float32)).endswith("; the triton backend serves float32")
+    assert unsupported_tensor("q", tensor("cpu")) == "it serves tensors on cuda, q is on cpu"
 
 
 def test_a_head_that_is_too_large_is_named_with_the_largest(load):
@@ -104,12 +104,12 @@ def test_which_devices_a_build_runs_on(load, architectures, device, runs):
 )
 def test_a_device_older_than_the_build_is_named_with_what_serves_it(load, capability, device, words):
     capability[0] = device
-    assert load("_cuda_tensors", ("90a", "120+ptx")).unserved("q", tensor()).startswith(words)
+    assert load("_cuda_tensors", ("90a", "120+ptx")).unsupported_tensor("q", tensor()).startswith(words)
 
 
 def test_hopper_is_offered_the_build_that_has_its_own_kernels(load):
     """sm_90 alone would leave them out."""
-    assert "MMKERNELS_CUDA_ARCHS=90a " in load("_cuda_tensors", ("80",)).unserved("q", tensor())
+    assert "MMKERNELS_CUDA_ARCHS=90a " in load("_cuda_tensors", ("80",)).unsupported_tensor("q", tensor())
 
 
 @pytest.fixture

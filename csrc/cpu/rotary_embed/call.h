@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "cpu/run/isa.h"
-#include "cpu/span_attention/call.h"
+#include "cpu/run/tensor.h"
 
 namespace mmk {
 

@@ -14,4 +14,11 @@ struct Matrix {  // (rows, columns), strides in elements
     int64_t row_stride, column_stride;
 };
 
+struct Heads {  // (batch, tokens, heads, dim); strides in elements, that of dim is 1
+    void* data;
+    DType dtype;
+    int64_t batch, tokens, heads, dim;
+    int64_t batch_stride, token_stride, head_stride;
+};
+
 }  // namespace mmk

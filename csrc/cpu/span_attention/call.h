@@ -7,13 +7,6 @@
 
 namespace mmk {
 
-struct Heads {  // (batch, tokens, heads, dim); strides in elements, that of dim is 1
-    void* data;
-    DType dtype;
-    int64_t batch, tokens, heads, dim;
-    int64_t batch_stride, token_stride, head_stride;
-};
-
 // Query i of row b sees key j if lo[b * batch_stride + r * queries + i] <= j < hi[...] for one of the runs r, which are
 // disjoint and ascending. Values may be anything: they count as clamped to the keys there are.
 struct Spans {

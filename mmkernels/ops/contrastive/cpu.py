@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ... import _core
-from .._core_tensors import matrix, unserved
+from .._core_tensors import matrix, unsupported_tensor
 
 
 def unsupported(image: Tensor, text: Tensor) -> str | None:
-    return unserved("image_features", image) or unserved("text_features", text)
+    return unsupported_tensor("image_features", image) or unsupported_tensor("text_features", text)
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:

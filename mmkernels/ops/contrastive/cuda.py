@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import _cuda
 from .._address import address
 from .._aligned_rows import aligned_rows
-from .._cuda_tensors import launch, unserved
+from .._cuda_tensors import launch, unsupported_tensor
 from ._feature_gradients import feature_gradients
 
 # Bytes of dS in work at a time. Few when emulated, so that tests walk chunks.
@@ -26,7 +26,7 @@ Wrap = Callable[["_cuda.LogitRows"], object]  # rows of S into the launcher's ca
 
 
 def unsupported(image: Tensor, text: Tensor) -> str | None:
-    return unserved("image_features", image) or unserved("text_features", text)
+    return unsupported_tensor("image_features", image) or unsupported_tensor("text_features", text)
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:

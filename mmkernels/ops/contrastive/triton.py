@@ -70,7 +70,7 @@ CLIP, SIGLIP = 0, 1
 
 
 def unsupported(image: Tensor, text: Tensor) -> str | None:
-    return _triton.unsupported("image_features", image) or _triton.unsupported("text_features", text)
+    return _triton.unsupported_tensor("image_features", image) or _triton.unsupported_tensor("text_features", text)
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _core
 from .._address import address
-from .._core_tensors import FLOATS, unserved
+from .._core_tensors import FLOATS, unsupported_tensor
 from .geometry import PatchGeometry
 from .patches import Additions, Gradients, Patches
 
@@ -15,8 +15,7 @@ _PIXELS = {**FLOATS, torch.uint8: _core.DType.uint8}
 
 
 def unsupported(images: Tensor, weight: Tensor) -> str | None:
-    pixels = None if images.dtype == torch.uint8 and images.device.type == "cpu" else unserved("images", images)
-    return pixels or unserved("weight", weight)
+    return unsupported_tensor("images", images, tuple(_PIXELS)) or unsupported_tensor("weight", weight)
 
 
 def patch_embed(patches: Patches, additions: Additions) -> Tensor:

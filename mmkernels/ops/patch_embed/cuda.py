@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import _cuda
 from .._address import address
 from .._aligned_rows import aligned_rows
-from .._cuda_tensors import launch, unserved
+from .._cuda_tensors import launch, unsupported_tensor
 from .._precision import tf32_is_allowed
 from .geometry import PatchGeometry
 from .patches import Additions, Gradients, Patches
@@ -27,7 +27,7 @@ TYPES = {**FLOATS, torch.uint8: _cuda.PixelType.uint8}
 
 
 def unsupported(images: Tensor, weight: Tensor) -> str | None:
-    return unserved("images", images, tuple(TYPES)) or unserved("weight", weight, tuple(FLOATS))
+    return unsupported_tensor("images", images, tuple(TYPES)) or unsupported_tensor("weight", weight, tuple(FLOATS))
 
 
 def patch_embed(patches: Patches, additions: Additions) -> Tensor:

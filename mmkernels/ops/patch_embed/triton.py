@@ -53,7 +53,7 @@ TILES = {
 
 
 def unsupported(images: Tensor, weight: Tensor) -> str | None:
-    return _triton.unsupported("images", images, IMAGE_DTYPES) or _triton.unsupported("weight", weight)
+    return _triton.unsupported_tensor("images", images, IMAGE_DTYPES) or _triton.unsupported_tensor("weight", weight)
 
 
 def patch_embed(patches: Patches, additions: Additions) -> Tensor:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ... import _core
-from .._core_tensors import heads_of, unserved
+from .._core_tensors import heads_of, unsupported_tensor
 
 
 def unsupported(x: Tensor) -> str | None:
-    return unserved("x", x)
+    return unsupported_tensor("x", x)
 
 
 def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:

@@ -21,7 +21,7 @@ NUMBERS = 4096  # of a program
 
 
 def unsupported(x: Tensor) -> str | None:
-    return _triton.unsupported("x", x)
+    return _triton.unsupported_tensor("x", x)
 
 
 def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _cuda
 from .._address import address
-from .._cuda_tensors import launch, unserved
+from .._cuda_tensors import launch, unsupported_tensor
 from .limits import too_wide
 from .params import Params
 
@@ -15,7 +15,7 @@ MAX_HEAD = 256
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params | None = None) -> str | None:
-    return too_wide(q, k, v, MAX_HEAD) or unserved("q", q)
+    return too_wide(q, k, v, MAX_HEAD) or unsupported_tensor("q", q)
 
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:

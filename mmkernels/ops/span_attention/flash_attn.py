@@ -55,7 +55,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params) -> str | None:
     major, minor = _flash_attn.capability(q.device)
     if major < 8:
         return f"{q.device} is sm_{major}{minor}; flash-attn needs sm_80 or later"
-    return _flash_attn.unserved(head, params.softcap, q.device)
+    return _flash_attn.unsupported(head, params.softcap, q.device)
 
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:

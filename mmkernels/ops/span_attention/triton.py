@@ -44,7 +44,7 @@ MERGE_ROWS, TABLE_BLOCK = 16, 256
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params | None = None) -> str | None:
-    return too_wide(q, k, v, LARGEST_HEAD) or _triton.unsupported("q", q)
+    return too_wide(q, k, v, LARGEST_HEAD) or _triton.unsupported_tensor("q", q)
 
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
