@@ -27,8 +27,8 @@ from mmkernels.bench.models import MODELS
 from mmkernels.bench.peers import peers
 from mmkernels.bench.report import _table, print_report, write_json
 from mmkernels.bench.runner import contenders, prepare
-from mmkernels.check.ops import OPS, Call
-from mmkernels.check.suite import evaluate
+from mmkernels.check.cases import OPS
+from mmkernels.check.op import Call, evaluate
 from mmkernels.ops.contrastive import reference
 from mmkernels.ops.span_attention import reference as attention_reference
 

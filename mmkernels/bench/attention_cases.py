@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..check.draw import Draw
-from ..check.ops import Call
+from ..check.op import Call
 from ..ops.span_attention import span_attention
 from ..spans import RowSpans
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from ..check.ops import Call
+from ..check.op import Call
 from .attention_cases import Layout, Segment
 
 Attend = Callable[..., Tensor]

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..check.cases import OPS
 from ..check.draw import Draw
-from ..check.ops import OPS, Call
+from ..check.op import Call
 from .attention_cases import ATTENTION, AttentionCase, attend
 
 PASSES = ("fwd", "fwd_bwd")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..check.budget import Quantity
+from ..check.cases import OPS
 from ..check.contrastive_truth import contrastive_truth
-from ..check.ops import OPS, Call
-from ..check.suite import dtypes_of, evaluate
+from ..check.op import Call, evaluate
 from ..spans import RowSpans
 from .cases import Case
 
@@ -79,11 +79,10 @@ def judge(values: Values, plain: Values | None, truth: Truth, call: Call, op_nam
     A peer may return its loss in another dtype; what we promise is that ours is float32.
     """
     op = OPS[op_name]
-    dtype = next(call.tensors[name].dtype for name in ("weight", "image_features", "q", "x") if name in call.tensors)
     found = []
     for name, value in values.items():
         exact = truth.values[name]
-        kind, plain_dtype = dtypes_of(name, op, call, dtype)
+        kind, plain_dtype = op.dtypes_of(name, call)
         quantity = Quantity(name, kind, plain_dtype)
         quantity.add(value if is_ours else value.to(kind), exact if plain is None else plain[name], exact,
                      truth.response.get(name, 0.0))  # fmt: skip
@@ -92,7 +91,7 @@ def judge(values: Values, plain: Values | None, truth: Truth, call: Call, op_nam
 
 
 def plain_values(values: Values, function, call: Call, op_name: str) -> Values:
-    """Eager PyTorch's values, with the loss of half features from its float32 code (see mmkernels.check.ops)."""
+    """Eager PyTorch's values, with the loss of half features from its float32 code (see mmkernels.check.op)."""
     op = OPS[op_name]
     if op.result not in op.wide:
         return values

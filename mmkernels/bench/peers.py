@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import plain
-from ..check.ops import Call
+from ..check.cases import OPS
+from ..check.op import Call
+from ..check.patch_embed import cut, normalized
 from .attention_cases import AttentionCase
 from .attention_peers import flex_peer, sdpa_peers, varlen_peers
 from .cases import PASSES, Case
@@ -38,7 +39,7 @@ def peers(case: Case, call: Call) -> list[Peer]:
     if isinstance(case, AttentionCase):
         return _attention_peers(case, call)
     if case.op == "rotary_embed":
-        found = [Peer("transformers' arithmetic", plain.rotary_embed)]
+        found = [Peer("transformers' arithmetic", OPS[case.op].plain)]
     else:
         found = _loss_peers(case.op) if case.op != "patch_embed" else _patch_peers(call)
     if next(iter(call.tensors.values())).device.type in case.compiled:
@@ -60,7 +61,7 @@ def _loss_peers(op: str) -> list[Peer]:
     published = _open_clip(op)
     if published is not None:
         return [Peer("open_clip", published)]
-    return [Peer("open_clip's arithmetic", getattr(plain, op))]
+    return [Peer("open_clip's arithmetic", OPS[op].plain)]
 
 
 @functools.cache
@@ -95,10 +96,10 @@ def _patch_peers(call: Call) -> list[Peer]:
         return [Peer(convolution, _convolve_rows), Peer("linear", _linear)]
     if images.dtype == torch.uint8:
         return [
-            Peer(f"normalise + {convolution}", plain.patch_embed),
+            Peer(f"normalise + {convolution}", OPS["patch_embed"].plain),
             Peer("normalise + cut + linear", _cut_and_linear),
         ]
-    return [Peer(convolution, plain.patch_embed), Peer("cut + linear", _cut_and_linear)]
+    return [Peer(convolution, OPS["patch_embed"].plain), Peer("cut + linear", _cut_and_linear)]
 
 
 def _convolve_rows(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -113,5 +114,5 @@ def _linear(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 def _cut_and_linear(images, weight, bias=None, mean=None, std=None) -> Tensor:
     if mean is not None:
-        images = plain.normalized(images, mean, std, weight).to(weight.dtype)
-    return F.linear(plain.cut(images, (1, *weight.shape[2:])), weight.flatten(1), bias)
+        images = normalized(images, mean, std, weight).to(weight.dtype)
+    return F.linear(cut(images, (1, *weight.shape[2:])), weight.flatten(1), bias)

@@ -11,9 +11,10 @@ import torch
 
 from .. import backends
 from ..check.budget import Quantity
+from ..check.cases import OPS
 from ..check.draw import Draw
-from ..check.ops import OPS, Call
-from ..check.plain import exact_float32
+from ..check.op import Call
+from ..check.precision import exact_float32
 from ..check.suite import name_of
 from .cases import CASES, DTYPES, PASSES, Case, ours
 from .gate import Truth, Values, judge, plain_by_chunks, plain_values, truth_of
