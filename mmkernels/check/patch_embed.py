@@ -86,7 +86,8 @@ def _channel_of_column(channels: int, columns: int, weight: Tensor, layout: str)
     return torch.arange(columns, device=weight.device) // pixels % channels
 
 
-OPS = (Op("patch_embed", ("tokens",), patch_embed, plain_patch_embed, typed_by="weight", seconds=(0.06, 2.5)),)
+PATCH_EMBED = Op("patch_embed", ("tokens",), patch_embed, plain_patch_embed, typed_by="weight", seconds=(0.06, 2.5))
+OPS = (PATCH_EMBED,)
 
 
 @dataclass(frozen=True)

@@ -64,18 +64,17 @@ def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
     return out.view(*queries.shape[:-1], width)[..., : values.shape[-1]]
 
 
-OPS = (
-    Op(
-        "span_attention",
-        ("out", "lse"),
-        span_attention,
-        plain_span_attention,
-        typed_by="q",
-        seconds=(0.4, 3.0),
-        wide=("lse",),
-        orders=(("q", "k"), ("v", "out")),
-    ),
+SPAN_ATTENTION = Op(
+    "span_attention",
+    ("out", "lse"),
+    span_attention,
+    plain_span_attention,
+    typed_by="q",
+    seconds=(0.4, 3.0),
+    wide=("lse",),
+    orders=(("q", "k"), ("v", "out")),
 )
+OPS = (SPAN_ATTENTION,)
 
 
 @dataclass(frozen=True)
