@@ -29,7 +29,7 @@ try:
 except ImportError:  # installed without its dependencies
     shtab = None
 
-OPS = ("clip_loss", "siglip_loss", "patch_embed", "span_attention", "rotary_embed")
+OPS = tuple(name for names in backends.HOT_PATHS.values() for name in names)
 MODELS = ("clip-vit-b-16", "clip-vit-b-16-step-256", "siglip-so400m", "qwen2.5-vl-1024", "mllama-cross-attention")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..check.draw import Draw
-from ..check.op import Call, Op, evaluate
+from ..check.op import Call, Drawable, Op, evaluate
 
 PASSES = ("fwd", "fwd_bwd")
 DTYPES = (torch.float32, torch.bfloat16)  # measured unless others are asked for
@@ -36,14 +36,8 @@ class Peer:
     passes: tuple[str, ...] = PASSES
 
 
-class Case(Protocol):
+class Case(Drawable, Protocol):
     """What is measured: a call of the size of a real training run or a real model, and what it costs at least."""
-
-    @property
-    def op(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -54,12 +48,7 @@ class Case(Protocol):
         """Devices where something compiled is a peer too; each pass takes half a minute."""
 
     @property
-    def quick(self) -> bool: ...
-
-    @property
     def passes(self) -> tuple[str, ...]: ...
-
-    def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call: ...
 
     def upstream(self, draw: Draw, call: Call) -> Tensor:
         """The gradient that the result is fed with."""

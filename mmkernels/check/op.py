@@ -35,8 +35,8 @@ class Call:
         return self.tensors | ({"lo": spans.lo, "hi": spans.hi} if isinstance(spans, RowSpans) else {})
 
 
-class Case(Protocol):
-    """What is checked: it makes fresh calls of an op from a seed."""
+class Drawable(Protocol):
+    """A call of an op that can be made of fresh numbers."""
 
     @property
     def op(self) -> str: ...
@@ -46,7 +46,13 @@ class Case(Protocol):
 
     @property
     def quick(self) -> bool:
-        """Small enough for Triton's interpreter."""
+        """Small: of those that are checked, small enough for Triton's interpreter."""
+
+    def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call: ...
+
+
+class Case(Drawable, Protocol):
+    """What is checked."""
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]: ...
@@ -54,8 +60,6 @@ class Case(Protocol):
     @property
     def plain_draws(self) -> int:
         """So many more that measure plain PyTorch only."""
-
-    def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call: ...
 
     def upstream(self, draw: Draw, result: Tensor) -> Tensor:
         """The gradient that a result like this one is fed with."""
