@@ -21,7 +21,7 @@ def peers(call: Call) -> list[Peer]:
 
 
 def compile_flex(best: Peer, device: str) -> Peer:
-    """FlexAttention, which is nothing uncompiled."""
+    """FlexAttention: uncompiled it holds every score, and nobody runs it so."""
     passes = ("fwd",) if device == "cpu" else PASSES  # on a CPU FlexAttention has no backward
     return Peer("compiled FlexAttention", _flex(), compiled=True, passes=passes)
 
