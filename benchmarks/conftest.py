@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmkernels.bench import Request
+from mmkernels.bench.cases import OPS
 from mmkernels.check.suite import name_of
 
 
@@ -30,5 +31,5 @@ def pytest_generate_tests(metafunc):
 
 def _implementations(case, device) -> tuple[str, ...]:
     """Ours, the first of the peers and, where there are several, the last: usually the fastest."""
-    several = case.op in ("patch_embed", "span_attention") or device in case.compiled
+    several = OPS[case.op].several_peers or device in case.compiled
     return ("ours", "eager", "last peer") if several else ("ours", "eager")

@@ -8,7 +8,7 @@ from mmkernels.bench.gate import judge, plain_values
 from mmkernels.bench.machine import synchronize
 from mmkernels.bench.measure import Stopwatch
 from mmkernels.bench.runner import contenders, prepare
-from mmkernels.check.plain import exact_float32
+from mmkernels.check.precision import exact_float32
 
 
 def test_speed(benchmark, case, dtype, direction, which, request):

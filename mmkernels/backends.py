@@ -33,6 +33,14 @@ from ._warnings import warn
 
 NAMES = ("cuda", "triton", "flash-attn", "cpu", "reference")
 
+# With the public functions of each, as the command line and the reports name and order them.
+HOT_PATHS = {
+    "contrastive": ("clip_loss", "siglip_loss"),
+    "patch_embed": ("patch_embed",),
+    "span_attention": ("span_attention",),
+    "rotary_embed": ("rotary_embed",),
+}
+
 # Fastest first, by the kind of device the tensors are on. The CPU's order is measured (benchmarks/results); no GPU has
 # been measured yet, so there the compiled kernels simply come before the reference.
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -41,8 +49,6 @@ OLDEST_TRITON = (3, 4)  # before it, a kernel cannot index a tuple of tiles
 NO_GPU_FOR_TRITON = (
     "torch sees no GPU; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly, for checking"
 )
-
-_PUBLIC = {"contrastive": "clip_loss and siglip_loss"}  # functions of a hot path that has not their name
 
 MODULE_ATTRIBUTE = "_mmkernels_backend"
 
@@ -277,6 +283,6 @@ def _not_built(part: str, error: ImportError) -> str:
 def _warn_slow(op: str, device: str, dtype: torch.dtype) -> None:
     """Once for each kind of call; what is in the way is worked out by `explain`."""
     warn(
-        f"mmkernels: {_PUBLIC.get(op, op)}, on {device} tensors of {dtype}: served by the plain PyTorch reference, no "
-        "faster than eager code; mmkernels.explain(...) says why, `mmkernels info` what is missing here"
+        f"mmkernels: {' and '.join(HOT_PATHS[op])}, on {device} tensors of {dtype}: served by the plain PyTorch "
+        "reference, no faster than eager code; mmkernels.explain(...) says why, `mmkernels info` what is missing here"
     )

@@ -29,7 +29,7 @@ try:
 except ImportError:  # installed without its dependencies
     shtab = None
 
-OPS = ("clip_loss", "siglip_loss", "patch_embed", "span_attention", "rotary_embed")
+OPS = tuple(name for names in backends.HOT_PATHS.values() for name in names)
 MODELS = ("clip-vit-b-16", "clip-vit-b-16-step-256", "siglip-so400m", "qwen2.5-vl-1024", "mllama-cross-attention")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
@@ -186,20 +186,21 @@ def _instruction_sets(chosen: object) -> str | None:
 
 
 def _explain(options: argparse.Namespace, console: Console) -> int:
-    from .bench.cases import CASES as MEASURED
-    from .bench.cases import ours
-    from .check import CASES as CHECKED
+    from .bench import cases as measured
+    from .check import cases as checked
     from .check.draw import Draw
 
-    cases = [case for case in (*MEASURED, *CHECKED) if case.op == options.op]
-    case = next((case for case in cases if options.case in (None, case.name)), None)
-    if case is None:
-        _no_such_case(options, options.case, cases)
+    ours = (measured.CASES, measured.OPS[options.op].op.call), (checked.CASES, checked.OPS[options.op].call)
+    known = [(case, function) for cases, function in ours for case in cases if case.op == options.op]
+    found = next((each for each in known if options.case in (None, each[0].name)), None)
+    if found is None:
+        _no_such_case(options, options.case, [case for case, _ in known])
+    case, function = found
     call = case.make(Draw(0, case.op, case.name), getattr(torch, options.dtype), options.device)
     shapes = ", ".join(f"{name} {str(x.dtype).removeprefix('torch.')} {[*x.shape]}" for name, x in call.tensors.items())
     console.print(f"[bold]{options.op}[/], {escape(case.name)}, on {options.device}: {escape(shapes)}")
     table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
-    for candidate in backends.explain(ours(case), **call.tensors, **call.options):
+    for candidate in backends.explain(function, **call.tensors, **call.options):
         table.add_row(f"[bold]{candidate.backend}[/]", escape(candidate.state))
     console.print(table)
     return RIGHT
@@ -232,7 +233,7 @@ def _check(options: argparse.Namespace, console: Console) -> int:
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
     from .bench import CASES, PASSES, Request, run
-    from .bench.cases import DTYPES as USUAL
+    from .bench import DTYPES as USUAL
     from .bench.machine import environment
     from .bench.report import print_report, write_json
     from .bench.runner import expected_seconds

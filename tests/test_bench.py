@@ -14,21 +14,24 @@ import torch
 from rich.console import Console
 
 from mmkernels import backends, cli
-from mmkernels.bench import CASES, Request, gate, model_runner, run
-from mmkernels.bench import peers as bench_peers
+from mmkernels.bench import CASES, Request, model_runner, run
+from mmkernels.bench import cases as bench_cases
 from mmkernels.bench import runner as bench_runner
-from mmkernels.bench.attention_cases import AttentionCase, blocks, documents, full, media
-from mmkernels.bench.cases import LossCase, PatchCase, RotaryCase
+from mmkernels.bench.contrastive import LossCase
 from mmkernels.bench.gate import judge, plain_values
 from mmkernels.bench.machine import environment, probe_peaks
 from mmkernels.bench.measure import Stopwatch, Timing, with_peak_memory
 from mmkernels.bench.model_runner import _bound, _flops, run_models
 from mmkernels.bench.models import MODELS
-from mmkernels.bench.peers import peers
+from mmkernels.bench.op import Peer
+from mmkernels.bench.patch_embed import PatchCase
 from mmkernels.bench.report import _table, print_report, write_json
-from mmkernels.bench.runner import contenders, prepare
-from mmkernels.check.ops import OPS, Call
-from mmkernels.check.suite import evaluate
+from mmkernels.bench.rotary_embed import RotaryCase
+from mmkernels.bench.runner import contenders, peers, prepare
+from mmkernels.bench.span_attention import AttentionCase
+from mmkernels.bench.span_attention_layouts import blocks, documents, full, media
+from mmkernels.check.cases import OPS
+from mmkernels.check.op import Call, evaluate
 from mmkernels.ops.contrastive import reference
 from mmkernels.ops.span_attention import reference as attention_reference
 
@@ -85,8 +88,9 @@ def test_a_peer_that_fails_is_told_not_hidden(monkeypatch):
     def broken(image_features, text_features, logit_scale):
         raise RuntimeError("not on this machine")
 
-    original = bench_peers._loss_peers
-    monkeypatch.setattr(bench_peers, "_loss_peers", lambda op: [*original(op), bench_peers.Peer("broken", broken)])
+    measured = bench_cases.OPS["clip_loss"]
+    with_broken = replace(measured, peers=lambda call: [*measured.peers(call), Peer("broken", broken)])
+    monkeypatch.setitem(bench_cases.OPS, "clip_loss", with_broken)
     report = measure()
     assert report.passed and {result["is_ours"] for result in report.results} == {True, False}
     (missed,) = report.unmeasured
@@ -260,7 +264,7 @@ def test_flex_attention_is_told_the_same_mask(case, seed, monkeypatch):
 
 @pytest.mark.parametrize("case", [case for case in SHRUNK if case.op == "span_attention"], ids=lambda case: case.name)
 def test_the_truth_of_attention_does_not_depend_on_its_blocks(case, seed, monkeypatch):
-    monkeypatch.setattr(gate, "ROWS", 7)
+    monkeypatch.setattr("mmkernels.bench.span_attention.ROWS", 7)
     call, upstream, truth = prepare(case, torch.float32, "cpu", seed)
     spans = {"spans": call.options["layout"].spans()}
     op = OPS["span_attention"]
@@ -276,7 +280,7 @@ def test_what_decoding_has_no_use_for_is_not_measured():
 
 
 def test_cases_of_a_loss_and_of_a_device_have_names_of_their_own():
-    for op in ("clip_loss", "siglip_loss", "patch_embed", "span_attention", "rotary_embed"):
+    for op in OPS:
         names = [case.name for case in CASES if case.op == op]
         assert len(set(names)) == len(names)
     assert {case.name for case in Request(ops=("clip_loss",)).selected()} == {

@@ -1,7 +1,9 @@
 """Every kernel equals its reference; and the suite that says so would notice if one did not."""
 
+import importlib
 import io
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +13,13 @@ from rich.console import Console
 from mmkernels import backends
 from mmkernels.check import CASES, run_case, select
 from mmkernels.check.budget import Quantity, distance, largest, ulp
+from mmkernels.check.cases import OPS
 from mmkernels.check.contrastive_truth import contrastive_truth
 from mmkernels.check.draw import DRAWS, Draw
-from mmkernels.check.ops import OPS
+from mmkernels.check.op import evaluate
 from mmkernels.check.poison import MEMORY, guarded, poisoned
 from mmkernels.check.report import print_report
-from mmkernels.check.suite import CLOSE_DRAWS, evaluate, name_of
+from mmkernels.check.suite import CLOSE_DRAWS, name_of
 from mmkernels.ops.contrastive import reference as contrastive_reference
 from mmkernels.ops.patch_embed import reference as patch_reference
 from mmkernels.ops.rotary_embed import reference as rotary_reference
@@ -105,7 +108,7 @@ def test_response_knows_how_little_moves_what_is_told_apart(scale, seed):
 
 def plant(monkeypatch, **wrong):
     """Make the backend "triton" the reference with some functions replaced."""
-    references = (contrastive_reference, patch_reference, span_reference, rotary_reference)
+    references = [importlib.import_module(f"mmkernels.ops.{name}.reference") for name in backends.HOT_PATHS]
     good = {name: value for module in references for name, value in vars(module).items() if not name.startswith("_")}
     good["unsupported"] = lambda *tensors: None
     load, missing, fake = backends._load, backends.missing, SimpleNamespace(**(good | wrong))
@@ -241,6 +244,24 @@ def test_finds_a_written_input(monkeypatch):
 def test_finds_a_swallowed_nan(monkeypatch):
     plant(monkeypatch, clip_loss=lambda *args: contrastive_reference.clip_loss(*args).nan_to_num(3.0))
     assert "a NaN in row 18 of text_features gives a loss of 3.0" in failures("clip_loss", "37x65")
+
+
+def test_finds_a_turn_too_far(monkeypatch):
+    def too_far(x, cos, sin, *others):
+        return rotary_reference.rotary_embed(x, cos, 1.05 * sin, *others)
+
+    plant(monkeypatch, rotary_embed=too_far)
+    found = failures("rotary_embed", "T 37, H 3, D 80")
+    assert "out is off by" in found and "d_x is off by" in found
+
+
+def test_an_op_exact_to_float32_need_not_be_a_loss(monkeypatch):
+    monkeypatch.setitem(OPS, "rotary_embed", replace(OPS["rotary_embed"], wide=("out",)))
+    case = case_named("rotary_embed", "T 37, H 3, D 80")
+    assert run_case(case, torch.float32, "reference").passed
+    assert run_case(case, torch.bfloat16, "reference").failures == [
+        "out has dtype torch.bfloat16 instead of torch.float32"
+    ]
 
 
 @pytest.mark.parametrize("index, name", [(0, "d_q"), (1, "d_k"), (2, "d_v")])

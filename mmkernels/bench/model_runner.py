@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..check.plain import exact_float32
+from ..check.precision import exact_float32
 from ..check.suite import name_of
 from ..integrations import accelerate
 from .machine import probe_peaks

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .._console import say
+from .cases import OPS
 from .runner import Report
 
 GROUP = ("op", "case", "dtype", "pass")
@@ -46,11 +47,10 @@ def _table(op: str, groups: list[list[dict]], ceilings: Iterable[dict]) -> Table
     table.add_column("which is", min_width=13)
     for heading in ("of\npeak", "MB", "eager's\nMB", "error /\nbudget"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.caption = {
-        "patch_embed": "eager is the convolution, as models run it",
-        "model": "eager is transformers' model, with sdpa; at most: if our ops took no time",
-        "span_attention": "eager is SDPA, with a dense mask where one is needed",
-    }.get(op, f"eager is {eager}")
+    if op == "model":
+        table.caption = "eager is transformers' model, with sdpa; at most: if our ops took no time"
+    else:
+        table.caption = f"eager is {OPS[op].eager or eager}"
     for name, same in groupby(groups, key=lambda group: group[0]["case"]):
         table.add_row(escape(name))
         for group in same:

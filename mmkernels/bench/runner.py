@@ -12,14 +12,14 @@ import torch
 from .. import backends
 from ..check.budget import Quantity
 from ..check.draw import Draw
-from ..check.ops import OPS, Call
-from ..check.plain import exact_float32
+from ..check.op import Call
+from ..check.precision import exact_float32
 from ..check.suite import name_of
-from .cases import CASES, DTYPES, PASSES, Case, ours
-from .gate import Truth, Values, judge, plain_by_chunks, plain_values, truth_of
+from .cases import CASES, OPS
+from .gate import judge, plain_values
 from .machine import Peaks, free_bytes, probe_peaks, synchronize
 from .measure import Stopwatch, Timing, with_peak_memory
-from .peers import peers
+from .op import DTYPES, PASSES, Case, Peer, Truth, Values
 
 CALL_LIMIT = 60.0  # seconds; a peer that takes longer for one call is reported so, not measured
 
@@ -127,18 +127,25 @@ def prepare(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[Cal
     draw = Draw(seed, case.op, case.name)
     call = case.make(draw, dtype, device)
     upstream = case.upstream(draw, call)
-    return call, upstream, truth_of(case, call, upstream)
+    return call, upstream, OPS[case.op].truth(call, upstream)
 
 
 def contenders(case: Case, call: Call, upstream: torch.Tensor, direction: str) -> Iterator[Contender]:
     """Ours, served by the fastest backend here, then the peers with eager PyTorch first."""
-    function, result = ours(case), OPS[case.op].result
+    op = OPS[case.op].op
+    function, result = op.call, op.result
     chosen = next(x.backend for x in backends.explain(function, **call.tensors, **call.options) if x.chosen)
     yield Contender(f"mmkernels:{chosen}", True, _bind(function, call, upstream, direction, result), function)
     for peer in peers(case, call):
         if direction in peer.passes:
             bound = _bind(peer.function, call, upstream, direction, result)
             yield Contender(peer.name, False, bound, peer.function, peer.compiled)
+
+
+def peers(case: Case, call: Call) -> list[Peer]:
+    """What is measured beside ours on these arguments, eager first."""
+    found, device = OPS[case.op].peers(call), next(iter(call.tensors.values())).device.type
+    return [*found, OPS[case.op].compile(found[-1], device)] if device in case.compiled else found
 
 
 def _bind(function, call: Call, upstream: torch.Tensor, direction: str, result_name: str) -> Callable[[], Values]:
@@ -179,7 +186,7 @@ def _measure(case: Case, dtype: torch.dtype, request: Request, stopwatch: Stopwa
                 if seconds > CALL_LIMIT and not contender.is_ours:
                     raise TimeoutError(f"takes {seconds:.0f} s a call, more than {CALL_LIMIT:.0f} s")
                 if plain is None:  # eager PyTorch does not fit
-                    plain = plain_by_chunks(case, call)
+                    plain = OPS[case.op].plain_by_chunks(call)
                 worst = judge(values, plain, truth, call, case.op, contender.is_ours)
                 if contender.is_ours and worst.failure():
                     raise ArithmeticError(worst.failure())

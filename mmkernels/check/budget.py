@@ -19,10 +19,10 @@ How much rounding can spoil depends on the draw: one key that many queries cling
 gradients are like that, and there plain PyTorch also answers for the same numbers in other orders (the elements of a
 head permuted, which changes no result and every rounding); its error is the largest of these.
 
-`response` is how far the quantity moves when every logit of a contrastive loss moves by 2 ulp of float32. Logits are
-rounded before they are exponentiated, whoever does it, and the answer is a difference of such terms; where that
-difference cancels (one pair, or pairs that are already aligned), an ulp of what is left measures nothing. It is
-zero for ops without an exponential.
+`response` is how far the quantity moves when every logit of a loss moves by 2 ulp of float32. Logits are rounded before
+they are exponentiated, whoever does it, and the answer is a difference of such terms; where that difference cancels
+(one pair, or pairs that are already aligned), an ulp of what is left measures nothing. It is zero for ops without an
+exponential.
 """
 
 from __future__ import annotations

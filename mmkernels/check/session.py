@@ -19,18 +19,10 @@ from pathlib import Path
 import torch
 
 from .. import backends
+from .cases import OPS
 from .suite import run_case, select
 
 INTERPRETED = "there is no GPU to run it: `mmkernels check` runs its quick cases in Triton's interpreter, on the CPU"
-
-# A case takes on one core of a server: here, and in Triton's interpreter.
-SECONDS = {
-    "clip_loss": (0.15, 1.5),
-    "siglip_loss": (0.1, 0.6),
-    "patch_embed": (0.06, 2.5),
-    "span_attention": (0.4, 3.0),
-    "rotary_embed": (0.1, 0.5),
-}
 
 
 @dataclass(frozen=True)
@@ -183,7 +175,7 @@ def expected_seconds(request: Request, found: list[Place]) -> float | None:
         return None
     here = beside = 0.0
     for place in runnable:
-        seconds = sum(SECONDS[case.op][interpreting(place)] for case, _ in request.cases(place))
+        seconds = sum(OPS[case.op].seconds[interpreting(place)] for case, _ in request.cases(place))
         here, beside = (here, beside + seconds) if place.interpreted else (here + seconds, beside)
     return max(here, beside)
 

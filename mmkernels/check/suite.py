@@ -5,8 +5,8 @@ One definition for `mmkernels check`, for the tests and for whoever writes the n
 
 from __future__ import annotations
 
+import functools
 import shlex
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .. import backends
 from .budget import Quantity
-from .cases import CASES, Case
+from .cases import CASES, OPS
 from .draw import DRAWS, Draw
-from .ops import OPS, Call, Op
-from .plain import exact_float32
+from .op import Call, Case, Op, evaluate
 from .poison import poisoned
+from .precision import exact_float32
 
 ORDERS = 3  # in which plain PyTorch computes the same again, of ops that have several
 THREADS = (2, 3)  # that the CPU kernels are run on too; everything else is small and runs on one
@@ -83,7 +83,7 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
     """Check one case in one dtype. Whatever goes wrong is in the outcome; nothing is raised."""
     outcome = Outcome(case.op, case.name, backend, name_of(dtype), device, seed)
     try:
-        outcome.unsupported = _unserved(case, dtype, outcome)
+        outcome.unsupported = _unsupported(case, dtype, outcome)
         if outcome.unsupported:
             return outcome
         quantities: dict[str, Quantity] = {}
@@ -104,28 +104,12 @@ def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", 
     return outcome
 
 
-def _unserved(case: Case, dtype: torch.dtype, outcome: Outcome) -> str | None:
+def _unsupported(case: Case, dtype: torch.dtype, outcome: Outcome) -> str | None:
     """Why the backend does not serve the case, asked before the truth is worked out for it."""
     op, call = OPS[case.op], case.make(Draw(outcome.seed, case.op, case.name, 0), dtype, outcome.device)
     candidates = backends.explain(op.call, **call.tensors, **call.options)
     (reason,) = (each.reason for each in candidates if each.backend == outcome.backend)
     return reason and f"{case.op}: backend {outcome.backend!r} cannot serve this call: {reason}"
-
-
-def evaluate(function, call: Call, op: Op, upstream: Tensor, **options) -> dict[str, Tensor]:
-    """By name: what `function` returns, and the gradients of the result and of other outputs that the call feeds."""
-    leaves = {name: call.tensors[name].detach().requires_grad_() for name in call.differentiable}
-    outputs = op.named(function(**(call.tensors | leaves), **call.options, **options))
-    fed = {op.result: upstream} | call.fed
-    upstreams = [value.to(outputs[name]) for name, value in fed.items()]
-    gradients = torch.autograd.grad(
-        [outputs[name] for name in fed], list(leaves.values()), upstreams, allow_unused=True
-    )
-    named = {
-        f"d_{name}": torch.zeros_like(leaf) if gradient is None else gradient
-        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
-    }
-    return {name: value.detach() for name, value in outputs.items()} | named
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -154,7 +138,7 @@ class _Drawn:
         upstream = case.upstream(draw, shape_like).to(outcome.device, dtype)
         truth = evaluate(op.call, wide, op, upstream, backend="reference")
         plains = [evaluate(op.plain, call, op, upstream)]
-        if op.wide and dtype != torch.float32 and not call.options.get("normalize"):
+        if op.wide and dtype != torch.float32 and not op.rounds_between(call):
             exact = evaluate(op.plain, call.in_dtype(torch.float32), op, upstream)
             plains[0] |= {name: exact[name] for name in op.wide}
         if dtype == torch.float32:  # half numbers are rounded too coarsely for any order to matter
@@ -186,20 +170,13 @@ def _check_draw(case: Case, dtype: torch.dtype, outcome: Outcome, number: int, q
         ours = evaluate(op.call, call, op, upstream, backend=outcome.backend)
     outcome.failures += [f"{name} was written to" for name, x in call.inputs().items() if not _same(x, before[name])]
     for name, value in ours.items():
-        expected, plain_dtype = dtypes_of(name, op, call, dtype)
+        expected, plain_dtype = op.dtypes_of(name, call)
         quantities.setdefault(name, Quantity(name, expected, plain_dtype)).add_ours(value, drawn.truth[name])
     drawn.add_plain(quantities)
     if number == 0 and outcome.backend != "reference":  # what torch's own products do is not ours to promise
         outcome.failures += _unsteady(op, call, upstream, outcome, ours)
-    if number == 0 and op.result in op.wide:
-        outcome.failures += _hides_nan(op, call, outcome)
-
-
-def dtypes_of(name: str, op: Op, call: Call, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """Of an output or gradient: the dtype that is promised, and the one plain PyTorch computes it in."""
-    if name in op.wide:
-        return torch.promote_types(dtype, torch.float32), torch.float32
-    return dtype if name in op.outputs else call.tensors[name.removeprefix("d_")].dtype, dtype
+    if number == 0:
+        outcome.failures += op.probe(call, functools.partial(op.call, backend=outcome.backend))
 
 
 def _unsteady(op: Op, call: Call, upstream: Tensor, outcome: Outcome, first: dict[str, Tensor]) -> list[str]:
@@ -236,17 +213,6 @@ def _no_synchronisation(device: str) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-def _hides_nan(op: Op, call: Call, outcome: Outcome) -> list[str]:
-    """A NaN in one feature must reach the loss."""
-    tensors = {name: x.clone() for name, x in call.tensors.items()}
-    row = len(tensors["text_features"]) // 2
-    tensors["text_features"][row, -1] = torch.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # Triton's interpreter remarks on the NaN
-        loss = op.call(**tensors, **call.options, backend=outcome.backend)
-    return [] if loss.isnan().all() else [f"a NaN in row {row} of text_features gives a loss of {loss.item()}"]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

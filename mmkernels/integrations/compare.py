@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..check.plain import exact_float32
+from ..check.precision import exact_float32
 from . import report as reports
 from .agreement import Quantity, measured, modules_measured, over_draws
 from .comparison import Comparison, Cost

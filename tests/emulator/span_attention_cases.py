@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mmkernels import RowSpans
-from mmkernels.check import plain
 from mmkernels.check.budget import Quantity
+from mmkernels.check.span_attention import plain_span_attention
 from mmkernels.ops.span_attention import reference
 from mmkernels.ops.span_attention.params import Params
 
@@ -57,7 +57,7 @@ class Case:
         return reference.span_attention(*(x.double() for x in (self.q, self.k, self.v)), self.params)
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        return plain.span_attention(
+        return plain_span_attention(
             self.q, self.k, self.v, self.spans, scale=self.scale, softcap=self.softcap or None, return_lse=True
         )
 

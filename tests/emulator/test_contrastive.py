@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from emulator_build import CSRC
 from torch import Tensor
 
-from mmkernels.check import plain
 from mmkernels.check.budget import Quantity
+from mmkernels.check.cases import OPS
 from mmkernels.check.contrastive_truth import contrastive_truth
 
 ROOM = CSRC / "cuda" / "contrastive"
@@ -77,7 +77,7 @@ def plain_result(case: Case) -> Result:
     values = [case.image, case.text, torch.tensor(case.scale), torch.tensor(case.bias)]
     inputs = {name: value.clone().requires_grad_() for name, value in zip(names, values, strict=False)}
     options = {} if case.op == "siglip_loss" else {"label_smoothing": case.label_smoothing}
-    loss = getattr(plain, case.op)(**inputs, **options)
+    loss = OPS[case.op].plain(**inputs, **options)
     loss.backward()
     return Result(loss.detach(), **{name: x.grad for name, x in inputs.items()})
 

@@ -7,8 +7,9 @@ import json
 import pytest
 from emulator_build import CSRC, run_emulated
 
+from mmkernels.backends import HOT_PATHS
+
 OPS = {folder.parent.name for folder in (CSRC.parent / "mmkernels" / "ops").glob("*/cuda.py")}
-NAMES = {"contrastive": ("clip_loss", "siglip_loss")}  # of ops whose folder is called otherwise
 HOPPER = list((CSRC / "cuda").rglob("*_sm90.cu"))
 
 
@@ -22,6 +23,6 @@ def test_every_kernel_equals_its_reference(build, module, capability, seed, tmp_
     assert ran.returncode == 0, ran.stdout + ran.stderr
     outcomes = json.loads(file.read_text())["outcomes"]
     served = {outcome["op"] for outcome in outcomes if not outcome["unsupported"]}
-    assert served == {name for op in OPS for name in NAMES.get(op, (op,))}
+    assert served == {name for op in OPS for name in HOT_PATHS[op]}
     unserved = {outcome["dtype"] for outcome in outcomes if outcome["unsupported"] and outcome["op"] in served}
     assert unserved <= {"float32"}

@@ -12,10 +12,10 @@ from emulator_build import CSRC
 from torch import Tensor
 
 from mmkernels.check.budget import Quantity
-from mmkernels.check.cases import PATCH, PatchCase
+from mmkernels.check.cases import OPS
 from mmkernels.check.draw import Draw
-from mmkernels.check.ops import OPS, Call
-from mmkernels.check.suite import evaluate
+from mmkernels.check.op import Call, evaluate
+from mmkernels.check.patch_embed import CASES, PatchCase
 from mmkernels.ops.patch_embed.geometry import PatchGeometry, patch_geometry
 from mmkernels.ops.patch_embed.pixels import Pixels, weight_view
 
@@ -169,7 +169,7 @@ def check(run, build: str, folder: Path, cases: list[Drawn]) -> None:
     assert not any(complaints), "\n".join(filter(None, complaints))
 
 
-NAMED = {case.name: case for case in PATCH}
+NAMED = {case.name: case for case in CASES}
 
 
 def named(*names: str) -> list[PatchCase]:

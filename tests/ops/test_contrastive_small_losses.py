@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import clip_loss, siglip_loss
-from mmkernels.check import plain
 from mmkernels.check.budget import Quantity
+from mmkernels.check.cases import OPS
 from mmkernels.check.contrastive_truth import contrastive_truth
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,8 +95,8 @@ def inputs_of_loss(op: str, loss: float, scale: float, dtype: torch.dtype, smoot
 
 
 def over_budget(inputs: Inputs, ours: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    rough = inputs.evaluate(getattr(plain, inputs.op), dtype)
-    rough["loss"] = inputs.evaluate(getattr(plain, inputs.op), torch.float32)["loss"]  # promised in float32
+    rough = inputs.evaluate(OPS[inputs.op].plain, dtype)
+    rough["loss"] = inputs.evaluate(OPS[inputs.op].plain, torch.float32)["loss"]  # promised in float32
     numbers = (inputs.scale, inputs.bias, inputs.smoothing)
     _, response = contrastive_truth(inputs.op, inputs.image, inputs.text, *numbers)
     found = []

@@ -16,8 +16,8 @@ from span_layouts import BUILDERS, Layout, int32
 from torch import Tensor
 
 from mmkernels import RowSpans, span_attention
-from mmkernels.check import plain
 from mmkernels.check.budget import Quantity
+from mmkernels.check.span_attention import plain_span_attention
 
 NAMES = ("out", "lse", "d_q", "d_k", "d_v")
 NAN = float("nan")
@@ -67,9 +67,9 @@ def test_any_layout_equals_dense_softmax(rng, dtype, layouts):
         tensors, d_out, options = drawn_call(rng, layout, dtype)
         ours = evaluate(span_attention, tensors, d_out, spans, backend="cpu", **options)
         truth = evaluate(dense_attention, [x.double() for x in tensors], d_out, mask, **options)
-        eager = evaluate(plain.span_attention, tensors, d_out, spans, **options)
+        eager = evaluate(plain_span_attention, tensors, d_out, spans, **options)
         if dtype != torch.float32:  # the log-sum-exp is promised in float32
-            eager[1] = evaluate(plain.span_attention, [x.float() for x in tensors], d_out, spans, **options)[1]
+            eager[1] = evaluate(plain_span_attention, [x.float() for x in tensors], d_out, spans, **options)[1]
         for name, *values in zip(NAMES, ours, eager, truth, strict=True):
             before = found[name].error, found[name].complaint
             found[name].add(*values)

@@ -11,18 +11,27 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from ..check.ops import Call
-from .attention_cases import Layout, Segment
+from ..check.op import Call
+from .op import PASSES, Function, Peer
+from .span_attention_layouts import Layout, Segment
 
-Attend = Callable[..., Tensor]
+
+def peers(call: Call) -> list[Peer]:
+    return [Peer(name, function) for name, function in (_sdpa_peers(call) | _varlen_peers(call)).items()]
 
 
-def sdpa_peers(call: Call) -> dict[str, Attend]:
+def compile_flex(best: Peer, device: str) -> Peer:
+    """FlexAttention: uncompiled it holds every score, and nobody runs it so."""
+    passes = ("fwd",) if device == "cpu" else PASSES  # on a CPU FlexAttention has no backward
+    return Peer("compiled FlexAttention", _flex(), compiled=True, passes=passes)
+
+
+def _sdpa_peers(call: Call) -> dict[str, Function]:
     """By name, what a model's eager code does first."""
     layout: Layout = call.options["layout"]
     if call.tensors["q"].dim() == 4:
         return {"SDPA": _one_query, "SDPA, groups as queries": _groups_as_queries}
-    found: dict[str, Attend] = {"SDPA" if layout.dense is None else "SDPA, dense mask": _dense}
+    found: dict[str, Function] = {"SDPA" if layout.dense is None else "SDPA, dense mask": _dense}
     if len(layout.segments) == 1:
         return found
     found["SDPA per sequence"] = _per_sequence
@@ -103,7 +112,7 @@ def _groups_as_queries(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tenso
     return out.flatten(1, 2)[:, None]
 
 
-def flex_peer() -> Attend:
+def _flex() -> Function:
     """Compiled, for this shape only; the block mask of every call is made by compiled code too.
 
     What a query sees is read from two numbers, which costs less than any function of documents and images.
@@ -134,7 +143,7 @@ def _rule(layout: Layout) -> Callable[..., Tensor]:
     return lambda batch, head, query, key: (lo[query] <= key) & (key < hi[query])
 
 
-def varlen_peers(call: Call) -> dict[str, Attend]:
+def _varlen_peers(call: Call) -> dict[str, Function]:
     """FlashAttention's calls for packed sequences, torch's and flash-attn's own, where they are and take the mask.
 
     As their users make them, at their best: with the longest lengths, with gradients in any order, and without what the
@@ -155,7 +164,7 @@ def varlen_peers(call: Call) -> dict[str, Attend]:
     return found
 
 
-def _varlen(kernel: Attend, layout: Layout, batch: int | None) -> Attend:
+def _varlen(kernel: Function, layout: Layout, batch: int | None) -> Function:
     """`kernel` on (q, k, v, cu_q, cu_k, longest_q, longest_k, causal, window)."""
     segments = layout.segments * (batch or 1)
     lengths = [[x.stop - x.start for x in (getattr(s, kind) for s in segments)] for kind in ("queries", "keys")]
@@ -170,7 +179,7 @@ def _varlen(kernel: Attend, layout: Layout, batch: int | None) -> Attend:
     return attend
 
 
-def _torch_varlen() -> Attend:
+def _torch_varlen() -> Function:
     from torch.nn.attention.varlen import varlen_attn
 
     def attend(q, k, v, cu_q, cu_k, longest_q, longest_k, window):
@@ -180,7 +189,7 @@ def _torch_varlen() -> Attend:
     return attend
 
 
-def _flash_attn() -> Attend:
+def _flash_attn() -> Function:
     from flash_attn import flash_attn_varlen_func
 
     def attend(q, k, v, cu_q, cu_k, longest_q, longest_k, window):

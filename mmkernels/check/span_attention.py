@@ -1,4 +1,4 @@
-"""Span attention's cases: every layout, every head size, every place in memory.
+"""Span attention: what eager PyTorch writes, and the cases: every layout, every head size, every place in memory.
 
 Keys that no query sees, queries that see no key, and the gradients of these queries' results hold NaN in every case:
 padding reaches nothing. Where a case differentiates the log-sum-exp, the gradient of a sum of both is compared.
@@ -6,90 +6,75 @@ padding reaches nothing. Where a case differentiates the log-sum-exp, the gradie
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..spans import RowSpans
+from ..ops.span_attention import span_attention
 from .draw import DTYPES, Draw
-from .ops import Call
+from .op import Call, Op
 from .poison import guarded
-
-Layout = Callable[[], RowSpans]
-
-
-def full(queries: int, keys: int) -> Layout:
-    return lambda: RowSpans.full(queries, keys)
+from .span_attention_layouts import Layout, beyond, blocks, causal, filled, full, last_rows, scattered
 
 
-def last_rows(queries: int, keys: int) -> Layout:
-    """The newest tokens of a cache: the last of them sees everything."""
-    return lambda: RowSpans.packed(torch.tensor([0, queries]), torch.tensor([0, keys]), causal=True)
+def plain_span_attention(q, k, v, spans, *, scale=None, softcap=None, sinks=None, return_lse=False):
+    """SDPA with a dense mask, or with a softcap the eager code that Gemma 2 is left with, and with sinks gpt-oss.
+
+    A row without keys sees all of them and is zeroed afterwards, as idefics does; what no query sees is zeroed before,
+    since a masked NaN is a NaN.
+    """
+    mask = spans.to_dense()
+    mask = mask if mask.dim() == 2 else mask[:, None]  # over the heads
+    idle, unseen = ~mask.any(-1, keepdim=True), ~mask.any(-2)[..., None]
+    groups = q.shape[-2] // k.shape[-2]
+    queries = q.transpose(-3, -2).masked_fill(idle, 0.0)
+    keys, values = (x.transpose(-3, -2).repeat_interleave(groups, -3).masked_fill(unseen, 0.0) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def scores(visible: Tensor) -> Tensor:
+        products = queries @ keys.mT * scale
+        capped = products if softcap is None else softcap * (products / softcap).tanh()
+        capped = capped.masked_fill(~visible, -torch.inf)
+        if sinks is None:
+            return capped
+        return torch.cat([capped, sinks.to(q.dtype)[:, None, None].expand(*capped.shape[:-1], 1)], -1)
+
+    if softcap is None and sinks is None:
+        out = _sdpa(queries, keys, values, mask | idle, scale)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        weights = scores(mask | idle).softmax(-1, dtype=wide).to(q.dtype)
+        out = weights[..., : mask.shape[-1]] @ values
+    out = out.masked_fill(idle, 0.0).transpose(-3, -2)
+    if not return_lse:
+        return out
+    if sinks is not None:
+        return out, scores(mask).logsumexp(-1)
+    return out, scores(mask | idle).logsumexp(-1).masked_fill(idle[..., 0], -torch.inf)
 
 
-def filled(*lengths: int, spare: int = 5) -> Layout:
-    """A cache a row of the batch, filled to lengths of their own, and one query for each."""
-    hi = torch.tensor(lengths, dtype=torch.int32).view(-1, 1, 1)
-    return lambda: RowSpans(torch.zeros_like(hi), hi, max(lengths) + spare)
+def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """([B,] H, T, D), D and Dv brought to one length by zeros, as DeepSeek's models do: the fused kernels want that."""
+    width = max(queries.shape[-1], values.shape[-1])
+    padded = (F.pad(x, (0, width - x.shape[-1])) for x in (queries, keys, values))
+    batched = (x if x.dim() == 4 else x[None] for x in padded)
+    out = F.scaled_dot_product_attention(*batched, attn_mask=mask, scale=scale)
+    return out.view(*queries.shape[:-1], width)[..., : values.shape[-1]]
 
 
-def causal(lengths: Sequence[int], window: int | None = None, padding: int = 0, images: Sequence[range] = ()) -> Layout:
-    """Packed documents, then `padding` tokens of none; tokens of one image see all of it."""
-
-    def make() -> RowSpans:
-        offsets, total = _offsets(lengths), sum(lengths) + padding
-        if not images:
-            return RowSpans.packed(offsets, num_queries=total, causal=True, window=window)
-        image_id = torch.full((total,), -1)
-        for number, tokens in enumerate(images):
-            image_id[tokens.start : tokens.stop] = number
-        return RowSpans.image_text(offsets, image_id, window=window)
-
-    return make
-
-
-def blocks(query_lengths: Sequence[int], key_lengths: Sequence[int], padding: int = 0) -> Layout:
-    """The queries of a document see its keys, all of them: windows, frames, cross-attention to the last image."""
-    offsets, offsets_k = _offsets(query_lengths), _offsets(key_lengths)
-    return lambda: RowSpans.packed(offsets, offsets_k, num_keys=sum(key_lengths) + padding)
-
-
-def _offsets(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)])
-
-
-def scattered(queries: int, keys: int, runs: int = 1, batch: int | None = None, empty: float = 0.1) -> Layout:
-    """Runs anywhere, disjoint and ascending, some of them empty."""
-
-    def make() -> RowSpans:
-        generator = random.Random(queries * keys + runs)
-
-        def row() -> list[tuple[int, int]]:
-            cuts = sorted(generator.randint(0, keys) for _ in range(2 * runs))
-            pairs = zip(cuts[::2], cuts[1::2], strict=True)
-            return [(hi, lo) if generator.random() < empty else (lo, hi) for lo, hi in pairs]
-
-        rows = torch.tensor([[row() for _ in range(queries)] for _ in range(batch or 1)], dtype=torch.int32)
-        lo, hi = (rows[..., side].mT.contiguous() for side in (0, 1))  # (batch, runs, queries)
-        return RowSpans(lo, hi, keys) if batch else RowSpans(lo[0], hi[0], keys)
-
-    return make
-
-
-def beyond(queries: int, keys: int) -> Layout:
-    """Values that are no keys: what they mean is what they mean clamped."""
-    far = 2**31 - 1
-    kinds = [(-7, 5), (3, keys + 9), (-far - 1, far), (keys, far), (keys + 3, keys + 8), (-9, 0), (far, -far - 1)]
-
-    def make() -> RowSpans:
-        lo, hi = torch.tensor([kinds[i % len(kinds)] for i in range(queries)], dtype=torch.int32).T.contiguous()
-        return RowSpans(lo, hi, keys)
-
-    return make
+SPAN_ATTENTION = Op(
+    "span_attention",
+    ("out", "lse"),
+    span_attention,
+    plain_span_attention,
+    typed_by="q",
+    seconds=(0.4, 3.0),
+    wide=("lse",),
+    orders=(("q", "k"), ("v", "out")),
+)
+OPS = (SPAN_ATTENTION,)
 
 
 @dataclass(frozen=True)
@@ -173,7 +158,7 @@ _OF_LSE = [replace(case, plain_draws=20) for case in _OF_LSE]
 
 HEAD_DIMS = (16, 24, 32, 48, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
 
-ATTENTION: list[AttentionCase] = [
+CASES = (
     _SMALL,
     _PACKED,
     replace(_PACKED, name="padding after the last document", layout=causal(_LENGTHS, padding=29)),
@@ -257,4 +242,4 @@ ATTENTION: list[AttentionCase] = [
     AttentionCase("sinks alone, heads 6/2", causal((40, 31), padding=9), heads=(6, 2), sinks=True, plain_draws=20),
     AttentionCase("beyond 2^31", full(5, 7), memory="far", dtypes=(torch.bfloat16,)),
     AttentionCase("beyond 2^31, batch", full(1, 20), batch=3, memory="far", dtypes=(torch.bfloat16,)),
-]
+)

@@ -1,0 +1,135 @@
+"""The contrastive losses: what open_clip computes, the truth by chunks, and the sizes of training runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..check.contrastive import OPS as LOSSES
+from ..check.contrastive_truth import contrastive_truth
+from ..check.draw import Draw
+from ..check.op import Call, Op
+from .op import PASSES, Function, Measured, Peer, Truth, Values
+
+
+def _peers(op: Op, call: Call) -> list[Peer]:
+    published = _open_clip(op.name)
+    return [Peer("open_clip's arithmetic", op.plain) if published is None else Peer("open_clip", published)]
+
+
+@functools.cache
+def _open_clip(op: str) -> Function | None:
+    """open_clip's own loss where it is installed.
+
+    Its file is loaded by itself: the package imports torchvision for its transforms, which fails beside a torch built
+    for the CPU only, and the losses need none of it.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        return None
+    spec = importlib.util.spec_from_file_location(
+        "mmkernels_bench_open_clip_loss", Path(package.submodule_search_locations[0]) / "loss.py"
+    )
+    try:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # torch.compile looks its globals up there
+        spec.loader.exec_module(module)
+    except (ImportError, OSError):
+        return None
+    loss = {"clip_loss": module.ClipLoss, "siglip_loss": module.SigLipLoss}[op]()
+    return lambda image_features, text_features, logit_scale, logit_bias=None: loss(
+        image_features, text_features, logit_scale, logit_bias
+    )
+
+
+def _truth(op: Op, call: Call, upstream: Tensor) -> Truth:
+    exact, response = _by_chunks(op, call, torch.float64)
+    return Truth(exact, {name: x.max().item() for name, x in response.items()})
+
+
+def _plain(op: Op, call: Call) -> Values:
+    return _by_chunks(op, call, torch.float32)[0]
+
+
+def _by_chunks(op: Op, call: Call, dtype: torch.dtype) -> tuple[Values, Values]:
+    """A loss and its gradients, and how far each responds to a rounded logit."""
+    tensors = call.tensors
+    scalars = [tensors[name].item() for name in ("logit_scale", "logit_bias") if name in tensors]
+    found = contrastive_truth(op.name, tensors["image_features"], tensors["text_features"], *scalars, dtype=dtype)
+    value, response = (
+        {op.result: x.loss} | {f"d_{name}": x.gradients()[name] for name in call.differentiable} for x in found
+    )
+    return value, response
+
+
+OPS = tuple(
+    Measured(op, partial(_peers, op), truth_by_chunks=partial(_truth, op), plain_by_chunks=partial(_plain, op))
+    for op in LOSSES
+)
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """A contrastive loss over N pairs of unit features of D numbers, at the scale CLIP's training ends with."""
+
+    op: str
+    pairs: int
+    width: int
+    devices: tuple[str, ...] = ("cpu", "cuda")  # measured there unless others are asked for
+    compiled: tuple[str, ...] = ()  # devices where torch.compile of a peer is one too; each takes half a minute
+    quick: bool = False
+    passes: tuple[str, ...] = PASSES
+
+    @property
+    def name(self) -> str:
+        return f"{self.pairs}x{self.width}"
+
+    def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
+        features = [F.normalize(draw.normal(self.pairs, self.width).to(device).float()).to(dtype) for _ in range(2)]
+        tensors = dict(zip(("image_features", "text_features"), features, strict=True))
+        scale = {"clip_loss": 100.0, "siglip_loss": 10.0}[self.op]
+        tensors["logit_scale"] = torch.tensor(scale, device=device)
+        if self.op == "siglip_loss":
+            tensors["logit_bias"] = torch.tensor(-10.0, device=device)
+        return Call(tensors, {}, tuple(tensors))
+
+    def upstream(self, draw: Draw, call: Call) -> Tensor:
+        return torch.ones((), device=call.tensors["logit_scale"].device)
+
+    def flops(self, direction: str) -> int:
+        """The least: the logits once, and with gradients both features' products with them. Who cannot keep N x N
+        logits between the sums and the gradients of CLIP computes them twice, at the cost of its own fraction."""
+        products = 3 if direction == "fwd_bwd" else 1
+        return 2 * products * self.pairs**2 * self.width
+
+    def bytes(self, direction: str, call: Call) -> int:
+        features = 2 * self.pairs * self.width * call.tensors["image_features"].element_size()
+        return features * (2 if direction == "fwd_bwd" else 1)
+
+    def eager_bytes(self, direction: str, call: Call) -> int:
+        """About what eager PyTorch holds at its peak: matrices of N x N, two of logits and what autograd keeps."""
+        matrices = 6 if direction == "fwd_bwd" else 4
+        return matrices * self.pairs**2 * call.tensors["image_features"].element_size()
+
+
+def _losses(op: str) -> list[LossCase]:
+    return [
+        LossCase(op, 512, 256, devices=(), quick=True),
+        LossCase(op, 1024, 512),
+        LossCase(op, 4096, 512, compiled=("cpu",)),
+        LossCase(op, 4096, 768, ("cpu",)),
+        LossCase(op, 8192, 512),
+        LossCase(op, 32768, 512, ("cuda",)),  # on a CPU only by name: its eager peers need tens of gigabytes
+        LossCase(op, 32768, 768, ("cuda",), compiled=("cuda",)),
+    ]
+
+
+CASES = (*_losses("clip_loss"), *_losses("siglip_loss"))
