@@ -37,6 +37,7 @@ class Drawn:
     tf32: bool
     truth: dict[str, Tensor]
     plain: dict[str, Tensor]
+    more: list[Drawn]  # that only tell how wrong plain PyTorch can be
 
     @classmethod
     def of(cls, case: PatchCase, dtype: torch.dtype, seed: int, tf32: bool = False) -> Drawn:
@@ -51,7 +52,8 @@ class Drawn:
             tensors = {name: rounded_to_tf32(x) for name, x in call.tensors.items()}
             rough, rough_upstream = replace(call, tensors=tensors), rounded_to_tf32(upstream)
         plain = evaluate(op.plain, rough, op, rough_upstream)
-        return cls(f"{case.name}, {dtype}{', tf32' * tf32}", call, upstream, tf32, truth, plain)
+        more = [cls.of(replace(case, plain_draws=0), dtype, seed + i, tf32) for i in range(1, case.plain_draws + 1)]
+        return cls(f"{case.name}, {dtype}{', tf32' * tf32}", call, upstream, tf32, truth, plain, more)
 
     def geometry(self, images: Tensor) -> PatchGeometry:
         mean = self.call.tensors.get("mean")
@@ -138,6 +140,8 @@ class Job:
         ours = storage.as_strided(self.out.shape, self.out.stride())
         quantity = Quantity(f"{self.drawn.name}: {name}", ours.dtype, self.drawn.plain[name].dtype)
         quantity.add(ours, self.drawn.plain[name], self.drawn.truth[name])
+        for each in self.drawn.more:
+            quantity.add_plain(each.plain[name], each.truth[name])
         return quantity.failure()
 
 
