@@ -130,7 +130,6 @@ MUTATIONS = [
         ("the last queries that see a block of keys", "end = i + 1;", "end = i;"),
         ("the gradient of lse is added", "delta -= call.d_lse[line]", "delta += call.d_lse[line]"),
         ("the gradient of lse is that of the first head", "call.d_lse[line]", "call.d_lse[line % p.queries]"),
-        ("the lse of queries that see nothing has a gradient", "nullptr && !idle)", "nullptr)"),
     ),
     *of(
         "span_attention/backward_sm80.cu",

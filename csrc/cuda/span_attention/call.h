@@ -39,7 +39,7 @@ Error span_attention_forward_sm90(const SpanAttention& call, cudaStream_t stream
 struct SpanAttentionBackward {
     SpanAttention forward;
     Heads d_out, d_q, d_k, d_v;
-    const float* d_lse;  // as lse, or null; not read of queries that see nothing
+    const float* d_lse;  // as lse, or null; that of queries that see nothing reaches no gradient
     void* workspace;     // span_attention_backward_bytes(forward) of them, aligned to 16
 };
 

@@ -51,10 +51,9 @@ MMK_DEVICE void make_terms(const SpanAttentionBackward& call, int64_t line, RowT
 #pragma unroll
     for (int other = 1; other < kLanes; other *= 2) delta += __shfl_xor_sync(kAllLanes, delta, other);
     if (!inside || lane != 0) return;
+    if (call.d_lse != nullptr) delta -= call.d_lse[line];
     const float lse = p.lse[line];
-    const bool idle = lse == -INFINITY;
-    if (call.d_lse != nullptr && !idle) delta -= call.d_lse[line];
-    terms[line] = {idle ? 0.0f : lse * kLog2E, delta};
+    terms[line] = {lse == -INFINITY ? 0.0f : lse * kLog2E, delta};  // it sees nothing
 }
 
 // One entry of the table, by a warp.
