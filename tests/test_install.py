@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from mmkernels import _core
 from mmkernels._installation import reinstall
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +162,42 @@ def test_installing_anew_is_said_for_where_the_package_came_from(monkeypatch, tm
         (tmp_path / "direct_url.json").write_text(origin)
     monkeypatch.setattr(metadata, "distribution", lambda name: metadata.PathDistribution(tmp_path))
     assert reinstall().endswith(command)
+
+
+def test_the_mend_that_is_printed_mends(sources, tmp_path):
+    """From a folder, with no compiler; then by the command that is printed, where a cmake hands out the core that the
+    package under test has."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    for old in site.glob("setuptools*"):  # Python's own
+        shutil.rmtree(old)
+    others = [path for path in sys.path if "site-packages" in path]  # torch and its kin
+    (site / "others.pth").write_text("\n".join(others))
+    cmake = tmp_path / "bin" / "cmake"
+    cmake.parent.mkdir()
+    cmake.write_text("""\
+#!/bin/sh
+for x in "$@"; do
+    case "$x" in -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=*) cp "$CORE" "${x#*=}" ;; esac
+done
+""")
+    cmake.chmod(0o755)
+    path = f"{tmp_path}/venv/bin:{os.environ['PATH']}"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MMKERNELS_CUDA": "0", "PATH": path}
+    environment |= {"PIP_NO_BUILD_ISOLATION": "0"}  # of all settings of pip the one that says no by 0
+
+    def missing() -> str:
+        code = "import mmkernels; print(mmkernels.backends.missing('cpu'))"
+        command = [tmp_path / "venv" / "bin" / "python", "-W", "ignore", "-c", code]
+        return subprocess.check_output(command, text=True, env=environment, cwd=tmp_path)
+
+    command = ["pip", "install", "-q", "--no-deps", str(sources)]
+    subprocess.run(command, env=environment | {"CXX": "/nowhere/c++"}, check=True)
+    said, _, mend = missing().strip().partition(", then ")
+    assert "the compiled core was not built" in said
+    with_cmake = {"PATH": f"{cmake.parent}:{path}", "CORE": _core.__file__}
+    subprocess.run(mend, shell=True, env=environment | with_cmake, check=True)
+    assert missing() == "None\n"
 
 
 def test_native_required_turns_kernels_that_do_not_compile_into_an_error(sdist, tmp_path):
