@@ -176,6 +176,8 @@ def test_scales_of_any_sign(backend, scale):
         truth, ours = inputs.truth(), inputs.ours(backend, torch.float32)
         for name, value in ours.items():
             error, size = (value.double() - truth[name]).norm(), truth[name].norm()
+            if not value.dim():  # a mean of products, or of slopes, that cancel
+                size = size.clamp(min=WIDTH**-0.5)
             assert error <= 1e-5 * size if scale == scale else error.isnan(), f"{op}: {name} is off by {error / size}"
 
 
