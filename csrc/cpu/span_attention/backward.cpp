@@ -30,17 +30,6 @@ namespace {
 constexpr int64_t kChunkKeys = 1024;                   // smaller chunks pack rows too often: 512 cost 4 %
 constexpr int64_t kEnoughTasks = 32, kMostChunks = 8;  // each chunk is a dQ more
 
-// One head of one row of the batch.
-template <class T>
-struct Head {
-    T* data;
-    int64_t stride;
-
-    Head(const Heads& x, int64_t b, int64_t head)
-        : data(static_cast<T*>(x.data) + b * x.batch_stride + head * x.head_stride), stride(x.token_stride) {}
-    T* token(int64_t i) const { return data + i * stride; }
-};
-
 template <class T>
 float dot(const T* a, const T* b, int64_t count) {
     Vec total{};
@@ -170,16 +159,16 @@ class Backward {
     }
     void ask_for_keys(const Task& task, std::initializer_list<const Heads*> tensors, Prefetcher& prefetcher) const {
         for (const Heads* x : tensors) {
-            const Head<const T> head(*x, task.batch, task.head);
-            prefetcher.add(head.token(task.first_key), head.stride, task.last_key - task.first_key, x->dim);
+            const HeadRows<const T> head(*x, task.batch, task.head);
+            prefetcher.add(head.row(task.first_key), head.stride, task.last_key - task.first_key, x->dim);
         }
     }
     void ask_for_queries(const Task& task, std::initializer_list<const Heads*> tensors, Prefetcher& prefetcher) const {
         if (task.first_row == task.last_row) return;
         for (const Heads* x : tensors) {
-            const Head<const T> head(*x, task.batch, task.head * heads_);
+            const HeadRows<const T> head(*x, task.batch, task.head * heads_);
             const int64_t together = x->head_stride == x->dim ? heads_ : 1;  // heads that lie together
-            prefetcher.add(head.token(task.plan->rows[task.first_row].query), head.stride,
+            prefetcher.add(head.row(task.plan->rows[task.first_row].query), head.stride,
                            (task.last_row - task.first_row) / heads_, together * x->dim);
         }
     }
@@ -211,7 +200,7 @@ class Backward {
     }
 
     void pack(const Task& task, int64_t key, KeyBlock<Operand>& block) const {
-        const Head<const T> k(call_.k, task.batch, task.head), v(call_.v, task.batch, task.head);
+        const HeadRows<const T> k(call_.k, task.batch, task.head), v(call_.v, task.batch, task.head);
         block.pack(*task.plan, key, std::min<int64_t>(kBlockKeys, task.last_key - key), k.data, k.stride, v.data,
                    v.stride);
     }
@@ -254,9 +243,9 @@ class Backward {
             rows.delta[r] = 0;
             if (task.plan->sees_anything(task.first_row + r)) {
                 const int64_t head = task.head * heads_ + row.head;
-                q = Head<const T>(call_.q, task.batch, head).token(row.query);
-                d_out = Head<const T>(call_.d_out, task.batch, head).token(row.query);
-                const T* out = Head<const T>(call_.out, task.batch, head).token(row.query);
+                q = HeadRows<const T>(call_.q, task.batch, head).row(row.query);
+                d_out = HeadRows<const T>(call_.d_out, task.batch, head).row(row.query);
+                const T* out = HeadRows<const T>(call_.out, task.batch, head).row(row.query);
                 const float lse = call_.lse[(task.batch * call_.q.heads + head) * call_.q.tokens + row.query];
                 rows.lse[r] = TwoFloats(lse * kLog2e);
                 rows.delta[r] = dot(d_out, out, call_.v.dim);
@@ -301,10 +290,10 @@ class Backward {
         int64_t end = 0;
         const auto clear = [&](int64_t last) {
             for (int64_t head = 0; head < call_.k.heads && end < last; head++) {
-                const Head<T> d_k(call_.d_k, b, head), d_v(call_.d_v, b, head);
+                const HeadRows<T> d_k(call_.d_k, b, head), d_v(call_.d_v, b, head);
                 for (int64_t j = end; j < last; j++) {
-                    memset(d_k.token(j), 0, call_.k.dim * sizeof(T));
-                    memset(d_v.token(j), 0, call_.v.dim * sizeof(T));
+                    memset(d_k.row(j), 0, call_.k.dim * sizeof(T));
+                    memset(d_v.row(j), 0, call_.v.dim * sizeof(T));
                 }
             }
         };

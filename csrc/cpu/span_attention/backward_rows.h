@@ -4,6 +4,7 @@
 
 #include "cpu/product/matmul.h"
 #include "cpu/span_attention/call.h"
+#include "cpu/span_attention/head_rows.h"
 
 namespace mmk::MMK_ISA::attention_backward {
 
@@ -36,22 +37,19 @@ static MMK_INLINE void store_up_to(T* p, Vec v, int64_t count) {
 // One head of a gradient, in one row of the batch. What fills whole lines of a large gradient is not written through
 // the caches, which its lines would be read into first, and where rows a round number of bytes apart share few sets.
 template <class T>
-struct GradientRows {
-    T* data;
-    int64_t stride, dim;
+struct GradientRows : HeadRows<T> {
+    using HeadRows<T>::data, HeadRows<T>::stride, HeadRows<T>::dim;
     bool streams;
 
     GradientRows(const Heads& x, int64_t batch_row, int64_t head)
-        : data(static_cast<T*>(x.data) + batch_row * x.batch_stride + head * x.head_stride),
-          stride(x.token_stride),
-          dim(x.dim),
+        : HeadRows<T>(x, batch_row, head),
           streams(kWholeLines && dim % kLanes == 0 && stride % kLanes == 0 &&
                   x.batch * x.tokens * x.heads * x.dim * int64_t{sizeof(T)} >= kStreamedBytes &&
                   reinterpret_cast<uintptr_t>(data) % kLine == 0) {}
 
     // Columns from d on, as many as there are.
     MMK_INLINE void put(int64_t token, int64_t d, Vec x) const {
-        T* to = data + token * stride + d;
+        T* to = this->row(token) + d;
         if (kWholeLines && streams) return stream(to, x);
         store_up_to(to, x, dim - d);
     }

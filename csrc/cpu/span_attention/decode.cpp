@@ -17,6 +17,7 @@
 
 #include "cpu/product/lane_sums.h"
 #include "cpu/product/matmul.h"
+#include "cpu/span_attention/head_rows.h"
 
 namespace mmk::MMK_ISA {
 
@@ -287,8 +288,7 @@ class Decode {
     }
 
     static const T* at(const Heads& x, int64_t batch_row, int64_t token, int64_t head) {
-        return static_cast<const T*>(x.data) + batch_row * x.batch_stride + token * x.token_stride +
-               head * x.head_stride;
+        return HeadRows<const T>(x, batch_row, head).row(token);
     }
 
     // Calls body(first key of kStep, head, bytes from there to where the next visit is) in the order of memory, and the

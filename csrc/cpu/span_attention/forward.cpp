@@ -232,9 +232,9 @@ class Forward {
         const int64_t count = round_up(std::min<int64_t>(part.hull.hi - first, kKeyPanel), kKeyGroup);
         const KeyPanel panel{
             first, count, work.keys, work.values, query_units_, value_panels_, TokenPanels(count / kPack)};
-        pack_token_rows<Operand>(TokenRows<T>(call_.k, task.batch_row, task.head), first, first + count,
+        pack_token_rows<Operand>(HeadRows<const T>(call_.k, task.batch_row, task.head), first, first + count,
                                  plan_.covered_by(part), work.keys);
-        const TokenRows<T> values(call_.v, task.batch_row, task.head);
+        const HeadRows<const T> values(call_.v, task.batch_row, task.head);
         PanelPacker<Operand, T>(values, first, panel.values_lie, work.values)
             .pack(first + count, plan_.covered_by(part));
         return panel;
@@ -245,7 +245,7 @@ class Forward {
     void ask_for_keys(const Task& next, Prefetcher& prefetcher) const {
         const Span hull = next.part->hull;
         for (const Heads* x : {&call_.k, &call_.v}) {
-            const TokenRows<T> rows(*x, next.batch_row, next.head);
+            const HeadRows<const T> rows(*x, next.batch_row, next.head);
             prefetcher.add(rows.row(hull.lo), rows.stride, hull.hi - hull.lo, rows.dim);
         }
     }
@@ -260,7 +260,7 @@ class Forward {
     void ask_for_lanes(const Heads& x, const Task& task, const QueryBlock& block, Prefetcher& prefetcher) const {
         const int64_t first = block.first_lane / group_, last = ceil_div(block.first_lane + block.lanes, group_);
         const int64_t together = x.head_stride == x.dim ? group_ : 1;  // heads of the group that lie together
-        const TokenRows<T> rows(x, task.batch_row, task.head * group_);
+        const HeadRows<const T> rows(x, task.batch_row, task.head * group_);
         prefetcher.add(rows.row(first), rows.stride, last - first, together * rows.dim);
     }
 

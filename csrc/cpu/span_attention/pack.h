@@ -10,21 +10,10 @@
 // Tokens outside the spans that a caller names are zero, whatever lies there.
 #pragma once
 #include "cpu/product/matmul.h"
+#include "cpu/span_attention/head_rows.h"
 #include "cpu/span_attention/segments.h"
 
 namespace mmk::MMK_ISA {
-
-template <class T>
-struct TokenRows {  // one head of one row of the batch
-    const T* data;
-    int64_t stride, dim;
-
-    TokenRows(const Heads& x, int64_t batch_row, int64_t head)
-        : data(static_cast<const T*>(x.data) + batch_row * x.batch_stride + head * x.head_stride),
-          stride(x.token_stride),
-          dim(x.dim) {}
-    const T* row(int64_t token) const { return data + token * stride; }
-};
 
 // Cuts tokens [first, last) into those inside the spans, which are ascending and apart, and those outside:
 // inside(from, to) and outside(from, to), in the order of the tokens.
@@ -52,7 +41,7 @@ static MMK_INLINE void prefetch_row(const T* row, int64_t elements) {
 
 // `packed` has room for a vector more than the rows.
 template <class Operand, class T>
-static void pack_token_rows(const TokenRows<T>& from, int64_t first, int64_t last, const std::vector<Span>& spans,
+static void pack_token_rows(const HeadRows<const T>& from, int64_t first, int64_t last, const std::vector<Span>& spans,
                             uint32_t* packed) {
     const int64_t units = depth<Operand>(from.dim);
     const auto copy = [&](int64_t begin, int64_t end) {
@@ -98,7 +87,7 @@ class PanelPacker {
     static constexpr int kPack = Operand::kPack;
 
   public:
-    PanelPacker(const TokenRows<T>& from, int64_t first, TokenPanels to, uint32_t* packed)
+    PanelPacker(const HeadRows<const T>& from, int64_t first, TokenPanels to, uint32_t* packed)
         : from_(from), first_(first), panels_(ceil_div(from.dim, kTileRows)), to_(to), packed_(packed) {}
 
     void pack(int64_t last, const std::vector<Span>& spans) const {
@@ -176,7 +165,7 @@ class PanelPacker {
         }
     }
 
-    const TokenRows<T> from_;
+    const HeadRows<const T> from_;
     const int64_t first_, panels_;
     const TokenPanels to_;
     uint32_t* const packed_;

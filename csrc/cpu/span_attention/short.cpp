@@ -139,9 +139,9 @@ class Short {
         const Piece& piece = *task.piece;
         Prefetcher prefetcher;
         ask_for(next, prefetcher);
-        pack_token_rows<Operand>(TokenRows<T>(call_.k, piece.batch_row, task.head), piece.segment.lo,
+        pack_token_rows<Operand>(HeadRows<const T>(call_.k, piece.batch_row, task.head), piece.segment.lo,
                                  piece.segment.lo + round_up(piece.keys(), kTileRows), piece.seen, work.keys);
-        pack_values(TokenRows<T>(call_.v, piece.batch_row, task.head), piece, work.values);
+        pack_values(HeadRows<const T>(call_.v, piece.batch_row, task.head), piece, work.values);
         const int64_t lanes = (piece.segment.last - piece.segment.first) * group_, vectors = ceil_div(lanes, kLanes);
         const int64_t blocks = ceil_div(vectors, kBlockVectors);
         for (int64_t i = 0; i < blocks; i++) {
@@ -162,18 +162,18 @@ class Short {
     void ask_for(const Task& next, Prefetcher& prefetcher) const {
         const Segment& segment = next.piece->segment;
         for (const Heads* x : {&call_.k, &call_.v}) {
-            const TokenRows<T> rows(*x, next.piece->batch_row, next.head);
+            const HeadRows<const T> rows(*x, next.piece->batch_row, next.head);
             prefetcher.add(rows.row(segment.lo), rows.stride, segment.hi - segment.lo, rows.dim);
         }
         for (const Heads* x : {&call_.q, &call_.out}) {
-            const TokenRows<T> rows(*x, next.piece->batch_row, next.head * group_);
+            const HeadRows<const T> rows(*x, next.piece->batch_row, next.head * group_);
             const int64_t together = x->head_stride == x->dim ? group_ : 1;  // heads of the group that lie together
             prefetcher.add(rows.row(segment.first), rows.stride, segment.last - segment.first, together * rows.dim);
         }
     }
 
     // Keys past the last count as zero.
-    void pack_values(const TokenRows<T>& from, const Piece& piece, uint32_t* packed) const {
+    void pack_values(const HeadRows<const T>& from, const Piece& piece, uint32_t* packed) const {
         const uint32_t* end = packed + depth<Operand>(piece.keys()) * out_vectors_ * kLanes;
         for (int64_t key = piece.segment.lo; key < piece.segment.hi; key += kPack) {
             const T* row = from.row(key);
@@ -211,7 +211,8 @@ class Short {
     void find_rows(const Heads& x, const Task& task, int64_t first_lane, int64_t lanes, Row* rows) const {
         const int64_t token = task.piece->segment.first + first_lane / group_;
         int64_t of_group = first_lane % group_;
-        auto row = const_cast<Row>(TokenRows<T>(x, task.piece->batch_row, task.head * group_ + of_group).row(token));
+        auto row =
+            const_cast<Row>(HeadRows<const T>(x, task.piece->batch_row, task.head * group_ + of_group).row(token));
         for (int64_t lane = 0; lane < lanes; lane++, of_group++) {
             if (of_group == group_) of_group = 0, row += x.token_stride - group_ * x.head_stride;
             rows[lane] = row;
