@@ -84,8 +84,8 @@ void bind_contrastive(py::module_& module) {
                 run_clip_loss(contrastive(image, text, scale, 0, label_smoothing, d_image, d_text));
             return std::make_pair(result.loss, result.d_scale);
         },
-        py::arg("image"), py::arg("text"), py::arg("scale"), py::arg("label_smoothing"), py::arg("d_image"),
-        py::arg("d_text"), "(loss, d_scale); fills d_image and d_text, unless they are None.");
+        py::kw_only(), py::arg("image"), py::arg("text"), py::arg("scale"), py::arg("label_smoothing"),
+        py::arg("d_image"), py::arg("d_text"), "(loss, d_scale); fills d_image and d_text, unless they are None.");
     module.def(
         "siglip_loss",
         [](const Matrix& image, const Matrix& text, double scale, double bias, const Matrix* d_image,
@@ -94,8 +94,8 @@ void bind_contrastive(py::module_& module) {
             const ContrastiveResult result = run_siglip_loss(contrastive(image, text, scale, bias, 0, d_image, d_text));
             return std::make_tuple(result.loss, result.d_scale, result.d_bias);
         },
-        py::arg("image"), py::arg("text"), py::arg("scale"), py::arg("bias"), py::arg("d_image"), py::arg("d_text"),
-        "(loss, d_scale, d_bias); fills d_image and d_text, unless they are None.");
+        py::kw_only(), py::arg("image"), py::arg("text"), py::arg("scale"), py::arg("bias"), py::arg("d_image"),
+        py::arg("d_text"), "(loss, d_scale, d_bias); fills d_image and d_text, unless they are None.");
 }
 
 // ---- patch_embed
@@ -129,8 +129,8 @@ void bind_patch_embed(py::module_& module) {
                              reinterpret_cast<const void*>(positions), reinterpret_cast<const void*>(prefix),
                              reinterpret_cast<void*>(tokens), position_rows, prefix_rows});
         },
-        py::arg("images"), py::arg("weight"), py::arg("mean"), py::arg("std"), py::arg("bias"), py::arg("positions"),
-        py::arg("position_rows"), py::arg("prefix"), py::arg("prefix_rows"), py::arg("tokens"),
+        py::kw_only(), py::arg("images"), py::arg("weight"), py::arg("mean"), py::arg("std"), py::arg("bias"),
+        py::arg("positions"), py::arg("position_rows"), py::arg("prefix"), py::arg("prefix_rows"), py::arg("tokens"),
         "Addresses of contiguous tensors; 0 for one that is not given.");
     module.def(
         "patch_embed_backward",
@@ -142,8 +142,9 @@ void bind_patch_embed(py::module_& module) {
                                       d_bias != 0, d_images == nullptr ? images : *d_images,
                                       d_weight == nullptr ? weight : *d_weight, reinterpret_cast<void*>(d_bias)});
         },
-        py::arg("grad"), py::arg("images"), py::arg("weight"), py::arg("mean"), py::arg("std"), py::arg("d_images"),
-        py::arg("d_weight"), py::arg("d_bias"), "Fills what is given of d_images, d_weight (None or Patches), d_bias.");
+        py::kw_only(), py::arg("grad"), py::arg("images"), py::arg("weight"), py::arg("mean"), py::arg("std"),
+        py::arg("d_images"), py::arg("d_weight"), py::arg("d_bias"),
+        "Fills what is given of d_images, d_weight (None or Patches), d_bias.");
 }
 
 // ---- span_attention
@@ -181,8 +182,8 @@ void bind_span_attention(py::module_& module) {
             py::gil_scoped_release release;
             run_span_attention({q, k, v, out, reinterpret_cast<float*>(lse), spans, scale, softcap});
         },
-        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("spans"), py::arg("scale"),
-        py::arg("softcap"), "Fills out and lse.");
+        py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("spans"),
+        py::arg("scale"), py::arg("softcap"), "Fills out and lse.");
     module.def(
         "span_attention_backward",
         [](const Heads& d_out, const Heads& q, const Heads& k, const Heads& v, const Heads& out, uintptr_t lse,
@@ -192,9 +193,9 @@ void bind_span_attention(py::module_& module) {
             run_span_attention_backward({d_out, q, k, v, out, reinterpret_cast<const float*>(lse),
                                          reinterpret_cast<const float*>(d_lse), spans, scale, softcap, d_q, d_k, d_v});
         },
-        py::arg("d_out"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("d_lse"),
-        py::arg("spans"), py::arg("scale"), py::arg("softcap"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"),
-        "Fills d_q, d_k, d_v.");
+        py::kw_only(), py::arg("d_out"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+        py::arg("d_lse"), py::arg("spans"), py::arg("scale"), py::arg("softcap"), py::arg("d_q"), py::arg("d_k"),
+        py::arg("d_v"), "Fills d_q, d_k, d_v.");
 }
 
 // ---- rotary_embed
@@ -210,8 +211,8 @@ void bind_rotary_embed(py::module_& module) {
             run_rotary_embed({x, out, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin),
                               table_stride, interleaved, transposed});
         },
-        py::arg("x"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("table_stride"), py::arg("interleaved"),
-        py::arg("transposed"), "Fills out.");
+        py::kw_only(), py::arg("x"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("table_stride"),
+        py::arg("interleaved"), py::arg("transposed"), "Fills out.");
 }
 
 // That which torch's library for the CPU is linked with, wherever it came from: among all that is loaded there may be

@@ -14,27 +14,46 @@ def unsupported(image: Tensor, text: Tensor) -> str | None:
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
-    loss, _ = _core.clip_loss(matrix(image), matrix(text), scale.item(), label_smoothing, None, None)
+    loss, _ = _core.clip_loss(
+        image=matrix(image),
+        text=matrix(text),
+        scale=scale.item(),
+        label_smoothing=label_smoothing,
+        d_image=None,
+        d_text=None,
+    )
     return _loss(loss)
 
 
 def clip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
     d_image, d_text = _grad_like(image), _grad_like(text)
     loss, d_scale = _core.clip_loss(
-        matrix(image), matrix(text), scale.item(), label_smoothing, matrix(d_image), matrix(d_text)
+        image=matrix(image),
+        text=matrix(text),
+        scale=scale.item(),
+        label_smoothing=label_smoothing,
+        d_image=matrix(d_image),
+        d_text=matrix(d_text),
     )
     return _loss(loss), d_image, d_text, _full_like(scale, d_scale)
 
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    loss, _, _ = _core.siglip_loss(matrix(image), matrix(text), scale.item(), bias.item(), None, None)
+    loss, _, _ = _core.siglip_loss(
+        image=matrix(image), text=matrix(text), scale=scale.item(), bias=bias.item(), d_image=None, d_text=None
+    )
     return _loss(loss)
 
 
 def siglip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     d_image, d_text = _grad_like(image), _grad_like(text)
     loss, d_scale, d_bias = _core.siglip_loss(
-        matrix(image), matrix(text), scale.item(), bias.item(), matrix(d_image), matrix(d_text)
+        image=matrix(image),
+        text=matrix(text),
+        scale=scale.item(),
+        bias=bias.item(),
+        d_image=matrix(d_image),
+        d_text=matrix(d_text),
     )
     return _loss(loss), d_image, d_text, _full_like(scale, d_scale), _full_like(bias, d_bias)
 

@@ -22,13 +22,13 @@ def patch_embed(patches: Patches, additions: Additions) -> Tensor:
     features = patches.weight.shape[0]
     tokens = patches.weight.new_empty(patches.geometry.result_shape(features, additions.num_prefix))
     _core.patch_embed(
-        *_product(patches),
-        address(additions.bias),
-        address(additions.positions),
-        additions.num_positions,
-        address(additions.prefix),
-        additions.num_prefix,
-        tokens.data_ptr(),
+        **_product(patches),
+        bias=address(additions.bias),
+        positions=address(additions.positions),
+        position_rows=additions.num_positions,
+        prefix=address(additions.prefix),
+        prefix_rows=additions.num_prefix,
+        tokens=tokens.data_ptr(),
     )
     return tokens
 
@@ -37,22 +37,23 @@ def patch_embed_backward(grad: Tensor, patches: Patches, into: Gradients) -> Non
     """grad: (B, N, E)."""
     (batch, count, features), (batch_stride, patch_stride, feature_stride) = grad.shape, grad.stride()
     _core.patch_embed_backward(
-        _core.Patches(
+        grad=_core.Patches(
             grad.data_ptr(),
             FLOATS[grad.dtype],
             (batch, 1, 1, count, 1, 1, 1, features),
             (batch_stride, 0, 0, patch_stride, 0, 0, 0, feature_stride),
         ),
-        *_product(patches),
-        None if into.images is None else _images(into.images, into.geometry),
-        None if into.weight is None else _weight(into.weight, into.geometry),
-        address(into.bias),
+        **_product(patches),
+        d_images=None if into.images is None else _images(into.images, into.geometry),
+        d_weight=None if into.weight is None else _weight(into.weight, into.geometry),
+        d_bias=address(into.bias),
     )
 
 
-def _product(patches: Patches) -> tuple[_core.Patches, _core.Patches, int, int]:
+def _product(patches: Patches) -> dict[str, _core.Patches | int]:
     images, weight, mean, std, geometry = patches
-    return _images(images, geometry), _weight(weight, geometry), address(mean), address(std)
+    operands = {"images": _images(images, geometry), "weight": _weight(weight, geometry)}
+    return operands | {"mean": address(mean), "std": address(std)}
 
 
 def _images(images: Tensor, geometry: PatchGeometry) -> _core.Patches:

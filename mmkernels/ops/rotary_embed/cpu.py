@@ -15,7 +15,13 @@ def unsupported(x: Tensor) -> str | None:
 
 def rotary_embed(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    table_stride = cos.stride(0) if len(cos) > 1 else 0
-    tables = cos.data_ptr(), sin.data_ptr(), table_stride
-    _core.rotary_embed(heads_of(x), heads_of(out), *tables, interleaved, transposed)
+    _core.rotary_embed(
+        x=heads_of(x),
+        out=heads_of(out),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        table_stride=cos.stride(0) if len(cos) > 1 else 0,
+        interleaved=interleaved,
+        transposed=transposed,
+    )
     return out

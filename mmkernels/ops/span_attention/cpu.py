@@ -22,8 +22,16 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Ten
     batch, tokens, heads, _ = q.shape
     out = q.new_empty((batch, tokens, heads, v.shape[3]))
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    spans = _spans(params, batch)
-    _core.span_attention(*map(heads_of, (q, k, v, out)), lse.data_ptr(), spans, params.scale, params.softcap)
+    _core.span_attention(
+        q=heads_of(q),
+        k=heads_of(k),
+        v=heads_of(v),
+        out=heads_of(out),
+        lse=lse.data_ptr(),
+        spans=_spans(params, batch),
+        scale=params.scale,
+        softcap=params.softcap,
+    )
     return out, lse
 
 
@@ -37,17 +45,23 @@ def span_attention_backward(
     d_lse: Tensor | None,
     params: Params,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _core.span_attention_backward(
-        *map(heads_of, (d_out, q, k, v, out)),
-        lse.data_ptr(),
-        address(d_lse),
-        _spans(params, q.shape[0]),
-        params.scale,
-        params.softcap,
-        *map(heads_of, grads),
+        d_out=heads_of(d_out),
+        q=heads_of(q),
+        k=heads_of(k),
+        v=heads_of(v),
+        out=heads_of(out),
+        lse=lse.data_ptr(),
+        d_lse=address(d_lse),
+        spans=_spans(params, q.shape[0]),
+        scale=params.scale,
+        softcap=params.softcap,
+        d_q=heads_of(d_q),
+        d_k=heads_of(d_k),
+        d_v=heads_of(d_v),
     )
-    return grads
+    return d_q, d_k, d_v
 
 
 def _spans(params: Params, batch: int) -> _core.Spans:
