@@ -275,7 +275,7 @@ def test_refuses_where_no_bool_mask_is_known():
 def test_every_query_sees_a_mask_of_one_row(seed, of, style):
     """As sdpa broadcasts it. Other numbers of rows are for nobody."""
     seen = padding(random.Random(seed), 2, 12, style)
-    seen[:, 3] = True
+    seen[:, 3], seen[:, 0] = True, False  # where nothing is hidden, sdpa has no mask to broadcast
     sizes = {"batch_size": 2, "q_length": 1, "kv_length": 12, "q_offset": 11, "mask_function": of}
     mask, dense = (make(**sizes, attention_mask=seen) for make in (span_mask, masking_utils.sdpa_mask))
     q, k, v = (torch.randn(2, 2, n, 8) for n in (9, 12, 12))
