@@ -7,7 +7,7 @@
 # out, MMKERNELS_CUDA_ARCHS narrows for which. Neither depends on the version of torch: no part of it is linked. Each
 # wheel is made from the source distribution (dist/) in an environment of its own, as pip does for a user, and what could
 # not be built is an error. auditwheel puts the oldest glibc that a wheel runs with into its name: that of this system,
-# so for wheels to give away run this in a container of an old one, such as quay.io/pypa/manylinux_2_28_x86_64.
+# so for wheels to give away run this in a container of an old one, such as PyPA's manylinux_2_28.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export MMKERNELS_NATIVE=require
