@@ -16,6 +16,11 @@ make_importable()  # timm and open_clip import it
 SEED = int(os.environ.setdefault("MMKERNELS_TEST_SEED", str(random.randrange(2**31))))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist would begin with the files of many tests, and leave the slow ones of few to one worker at the end.
+    config.option.loadscopereorder = False
+
+
 def pytest_report_header() -> str:
     return f"inputs drawn with MMKERNELS_TEST_SEED={SEED}"
 
