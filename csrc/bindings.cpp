@@ -57,45 +57,115 @@ double fma_peak(bool bfloat16, int threads) {
 
 // ---- contrastive
 
-ContrastiveResult run_clip_loss(const Contrastive& call) { MMK_RETURN(call.image.dtype, clip_loss, call); }
+ContrastiveResult run_clip_loss(const ClipLoss& call) { MMK_RETURN(call.rectangle.image.dtype, clip_loss, call); }
 
-ContrastiveResult run_siglip_loss(const Contrastive& call) { MMK_RETURN(call.image.dtype, siglip_loss, call); }
+ContrastiveResult run_siglip_loss(const SigLipLoss& call) { MMK_RETURN(call.rectangle.image.dtype, siglip_loss, call); }
 
-Contrastive contrastive(const Matrix& image, const Matrix& text, double scale, double bias, double label_smoothing,
-                        const Matrix* d_image, const Matrix* d_text) {
-    const bool with_grads = d_image != nullptr && d_text != nullptr;
-    return {image,
-            text,
-            scale,
-            bias,
-            label_smoothing,
-            with_grads,
-            with_grads ? *d_image : Matrix{},
-            with_grads ? *d_text : Matrix{}};
+void run_clip_statistics(const Rectangle& call, const Statistics& rows, const Statistics& columns) {
+    MMK_RETURN(call.image.dtype, clip_statistics, call, rows, columns);
+}
+
+double run_clip_gradients(const Rectangle& call, const Weights& rows, const Weights& columns, double count,
+                          const Gradients& gradients) {
+    MMK_RETURN(call.image.dtype, clip_gradients, call, rows, columns, count, gradients);
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Pairing pairing(int64_t offset, int64_t first, int64_t last, Same same, uintptr_t image_ids, uintptr_t text_ids,
+                uintptr_t image_counts, uintptr_t text_counts) {
+    const bool has_ids = image_ids != 0 && text_ids != 0, has_counts = image_counts != 0 && text_counts != 0;
+    if (has_ids != (same != Same::kNothing) || has_counts != (same == Same::kPositive))
+        throw std::invalid_argument("ids and counts come with what they are for");
+    return {offset,
+            first,
+            last,
+            same,
+            pointer<const int32_t>(image_ids),
+            pointer<const int32_t>(text_ids),
+            pointer<const int32_t>(image_counts),
+            pointer<const int32_t>(text_counts)};
+}
+
+Rectangle rectangle(const Matrix& image, const Matrix& text, double scale, const Pairing& pairs) {
+    const bool inside = pairs.first >= 0 && pairs.last <= image.rows && pairs.first + pairs.offset >= 0 &&
+                        pairs.last + pairs.offset <= text.rows;
+    if (pairs.first < pairs.last && !inside) throw std::invalid_argument("an image's own text lies outside the texts");
+    return {image, text, scale, pairs};
+}
+
+Gradients gradients(const Matrix* d_image, const Matrix* d_text) {
+    if (d_image == nullptr || d_text == nullptr) return {};
+    return {true, *d_image, *d_text};
+}
+
+Statistics statistics(uintptr_t address, int64_t count) {
+    float* const x = pointer<float>(address);
+    return {x, x + count, x + 2 * count};
+}
+
+Weights weights(uintptr_t address, int64_t count) {
+    const float* const x = pointer<const float>(address);
+    return {x, x + count, x + 2 * count, x + 3 * count};
+}
+
+void bind_contrastive_calls(py::module_& module) {
+    py::enum_<Same>(module, "Same", "What equal ids say of an image and a text.")
+        .value("nothing", Same::kNothing)
+        .value("positive", Same::kPositive)
+        .value("ignored", Same::kIgnored);
+    py::class_<Pairing>(module, "Pairing", "Which images and texts belong together: see contrastive/call.h.")
+        .def(py::init(&pairing), py::kw_only(), py::arg("offset"), py::arg("first"), py::arg("last"), py::arg("same"),
+             py::arg("image_ids"), py::arg("text_ids"), py::arg("image_counts"), py::arg("text_counts"));
+    py::class_<Rectangle>(module, "Rectangle", "All pairs of some images and texts.")
+        .def(py::init(&rectangle), py::kw_only(), py::arg("image"), py::arg("text"), py::arg("scale"),
+             py::arg("pairing"));
 }
 
 void bind_contrastive(py::module_& module) {
+    bind_contrastive_calls(module);
     module.def(
         "clip_loss",
-        [](const Matrix& image, const Matrix& text, double scale, double label_smoothing, const Matrix* d_image,
-           const Matrix* d_text) {
+        [](const Rectangle& of, double count, double row_share, double column_share, double label_smoothing,
+           const Matrix* d_image, const Matrix* d_text) {
             py::gil_scoped_release release;
             const ContrastiveResult result =
-                run_clip_loss(contrastive(image, text, scale, 0, label_smoothing, d_image, d_text));
+                run_clip_loss({of, count, row_share, column_share, label_smoothing, gradients(d_image, d_text)});
             return std::make_pair(result.loss, result.d_scale);
         },
-        py::kw_only(), py::arg("image"), py::arg("text"), py::arg("scale"), py::arg("label_smoothing"),
-        py::arg("d_image"), py::arg("d_text"), "(loss, d_scale); fills d_image and d_text, unless they are None.");
+        py::kw_only(), py::arg("rectangle"), py::arg("count"), py::arg("row_share"), py::arg("column_share"),
+        py::arg("label_smoothing"), py::arg("d_image"), py::arg("d_text"),
+        "(loss, d_scale); fills d_image and d_text, unless they are None.");
     module.def(
         "siglip_loss",
-        [](const Matrix& image, const Matrix& text, double scale, double bias, const Matrix* d_image,
-           const Matrix* d_text) {
+        [](const Rectangle& of, double bias, double count, const Matrix* d_image, const Matrix* d_text) {
             py::gil_scoped_release release;
-            const ContrastiveResult result = run_siglip_loss(contrastive(image, text, scale, bias, 0, d_image, d_text));
+            const ContrastiveResult result = run_siglip_loss({of, bias, count, gradients(d_image, d_text)});
             return std::make_tuple(result.loss, result.d_scale, result.d_bias);
         },
-        py::kw_only(), py::arg("image"), py::arg("text"), py::arg("scale"), py::arg("bias"), py::arg("d_image"),
-        py::arg("d_text"), "(loss, d_scale, d_bias); fills d_image and d_text, unless they are None.");
+        py::kw_only(), py::arg("rectangle"), py::arg("bias"), py::arg("count"), py::arg("d_image"), py::arg("d_text"),
+        "(loss, d_scale, d_bias); fills d_image and d_text, unless they are None.");
+    module.def(
+        "clip_statistics",
+        [](const Rectangle& of, uintptr_t rows, uintptr_t columns) {
+            py::gil_scoped_release release;
+            run_clip_statistics(of, statistics(rows, of.image.rows), statistics(columns, of.text.rows));
+        },
+        py::kw_only(), py::arg("rectangle"), py::arg("rows"), py::arg("columns"),
+        "Brings the (3, N) statistics of the images and the (3, M) of the texts up to date.");
+    module.def(
+        "clip_gradients",
+        [](const Rectangle& of, uintptr_t rows, uintptr_t columns, double count, const Matrix& d_image,
+           const Matrix& d_text) {
+            py::gil_scoped_release release;
+            return run_clip_gradients(of, weights(rows, of.image.rows), weights(columns, of.text.rows), count,
+                                      gradients(&d_image, &d_text));
+        },
+        py::kw_only(), py::arg("rectangle"), py::arg("rows"), py::arg("columns"), py::arg("count"), py::arg("d_image"),
+        py::arg("d_text"), "d_scale by the (4, N) and (4, M) weights; fills d_image and d_text.");
 }
 
 // ---- patch_embed

@@ -21,6 +21,7 @@ from mmkernels.check.poison import MEMORY, guarded, poisoned
 from mmkernels.check.report import print_report
 from mmkernels.check.suite import CLOSE_DRAWS, name_of
 from mmkernels.ops.contrastive import reference as contrastive_reference
+from mmkernels.ops.contrastive.pairing import Pairing, Shares
 from mmkernels.ops.patch_embed import reference as patch_reference
 from mmkernels.ops.rotary_embed import reference as rotary_reference
 from mmkernels.ops.span_attention import reference as span_reference
@@ -65,17 +66,24 @@ def test_reference_and_plain_code_mean_the_same(case, seed):
 
 
 @pytest.mark.parametrize("op", ["clip_loss", "siglip_loss"])
+@pytest.mark.parametrize("same", [None, "positives", "ignored"])
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-def test_chunked_truth_is_the_reference(op, rows, monkeypatch, seed):
-    monkeypatch.setattr("mmkernels.check.contrastive_truth.CHUNK_ELEMENTS", rows * 29)
-    image, text = (torch.nn.functional.normalize(torch.randn(29, 11, dtype=torch.float64)) for _ in range(2))
+def test_chunked_truth_is_the_reference(op, same, rows, monkeypatch, seed):
+    texts = 29 if same is None else 34
+    monkeypatch.setattr("mmkernels.check.contrastive_truth.CHUNK_ELEMENTS", rows * texts)
+    image, text = (torch.nn.functional.normalize(torch.randn(n, 11, dtype=torch.float64)) for n in (29, texts))
     scale, bias = torch.tensor(20.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    ids = (None, None) if same is None else (torch.randint(20, (29,)), torch.randint(20, (texts,)))
+    pairing = Pairing.of(29, texts, *ids, same)
+    smoothing, direction = (0.0 if same == "ignored" else 0.1), ("text_to_image" if rows == 1 else "both")
     if op == "clip_loss":
-        truth, _ = contrastive_truth(op, image, text, 20.0, label_smoothing=0.1)
-        expected = (*contrastive_reference.clip_loss_with_grads(image, text, scale, 0.1), torch.zeros(()))
+        options = dict(label_smoothing=smoothing, pairing=pairing, direction=direction)
+        truth, _ = contrastive_truth(op, image, text, 20.0, **options)
+        call = image, text, scale, pairing, Shares.of(pairing, direction), smoothing
+        expected = (*contrastive_reference.clip_loss_with_grads(*call), torch.zeros(()))
     else:
-        truth, _ = contrastive_truth(op, image, text, 20.0, -3.0)
-        expected = contrastive_reference.siglip_loss_with_grads(image, text, scale, bias)
+        truth, _ = contrastive_truth(op, image, text, 20.0, -3.0, pairing=pairing)
+        expected = contrastive_reference.siglip_loss_with_grads(image, text, scale, bias, pairing)
     for value, other in zip((truth.loss, *truth.gradients().values()), expected, strict=True):
         torch.testing.assert_close(value, other.double(), rtol=1e-9, atol=1e-9)
 
@@ -127,8 +135,8 @@ def failures(op, name, dtype=torch.float32, seed=0):
 
 
 def clip_with_grads(change):
-    def wrong(image, text, scale, label_smoothing):
-        results = list(contrastive_reference.clip_loss_with_grads(image, text, scale, label_smoothing))
+    def wrong(*call):
+        results = list(contrastive_reference.clip_loss_with_grads(*call))
         change(results)
         return tuple(results)
 

@@ -125,69 +125,83 @@ void bind_span_attention(py::module_& module) {
 void bind_contrastive_calls(py::module_& module) {
     py::class_<Pairs>(module, "Pairs", "Features, by address and row stride in elements, and their parameters.")
         .def(py::init([](uintptr_t image, int64_t image_stride, uintptr_t text, int64_t text_stride, uintptr_t scale,
-                         uintptr_t bias, int count, int width, bool bfloat16) {
+                         uintptr_t bias, int images, int texts, int width, bool bfloat16, int offset, int first,
+                         int last) {
                  return Pairs{{pointer<const void>(image), image_stride},
                               {pointer<const void>(text), text_stride},
                               pointer<const float>(scale),
                               pointer<const float>(bias),
-                              count,
+                              images,
+                              texts,
                               width,
-                              bfloat16};
+                              bfloat16,
+                              offset,
+                              first,
+                              last};
              }),
              py::kw_only(), py::arg("image"), py::arg("image_stride"), py::arg("text"), py::arg("text_stride"),
-             py::arg("scale"), py::arg("bias"), py::arg("count"), py::arg("width"), py::arg("bfloat16"));
-    py::class_<ClipForward>(module, "ClipForward", "A call: see contrastive/call.h.")
-        .def(py::init([](const Pairs& pairs, float label_smoothing, uintptr_t products, uintptr_t rows,
-                         uintptr_t columns, uintptr_t diagonal, uintptr_t loss, uintptr_t workspace,
+             py::arg("scale"), py::arg("bias"), py::arg("images"), py::arg("texts"), py::arg("width"),
+             py::arg("bfloat16"), py::arg("offset"), py::arg("first"), py::arg("last"));
+    py::class_<ClipStatistics>(module, "ClipStatistics", "A call: see contrastive/call.h.")
+        .def(py::init([](const Pairs& pairs, uintptr_t rows, uintptr_t columns, bool add, uintptr_t workspace,
                          size_t workspace_bytes) {
-                 return ClipForward{pairs,
+                 return ClipStatistics{pairs, pointer<float>(rows),     pointer<float>(columns),
+                                       add,   pointer<void>(workspace), workspace_bytes};
+             }),
+             py::kw_only(), py::arg("pairs"), py::arg("rows"), py::arg("columns"), py::arg("add"), py::arg("workspace"),
+             py::arg("workspace_bytes"));
+    py::class_<ClipWeights>(module, "ClipWeights", "A call: see contrastive/call.h.")
+        .def(py::init([](const Pairs& pairs, float label_smoothing, float row_share, float column_share, double count,
+                         uintptr_t products, uintptr_t rows, uintptr_t columns, uintptr_t own, uintptr_t loss) {
+                 return ClipWeights{pairs,
                                     label_smoothing,
+                                    row_share,
+                                    column_share,
+                                    count,
                                     pointer<const double>(products),
                                     pointer<float>(rows),
                                     pointer<float>(columns),
-                                    pointer<float>(diagonal),
-                                    pointer<float>(loss),
-                                    pointer<void>(workspace),
-                                    workspace_bytes};
+                                    pointer<float>(own),
+                                    pointer<float>(loss)};
              }),
-             py::kw_only(), py::arg("pairs"), py::arg("label_smoothing"), py::arg("products"), py::arg("rows"),
-             py::arg("columns"), py::arg("diagonal"), py::arg("loss"), py::arg("workspace"),
-             py::arg("workspace_bytes"));
+             py::kw_only(), py::arg("pairs"), py::arg("label_smoothing"), py::arg("row_share"), py::arg("column_share"),
+             py::arg("count"), py::arg("products"), py::arg("rows"), py::arg("columns"), py::arg("own"),
+             py::arg("loss"));
     py::class_<LogitRows>(module, "LogitRows", "Rows of the logits: see contrastive/call.h.")
-        .def(py::init([](const Pairs& pairs, int row0, int row_count, uintptr_t ds, int64_t ds_stride, uintptr_t totals,
-                         uintptr_t means, uintptr_t workspace, size_t workspace_bytes) {
+        .def(py::init([](const Pairs& pairs, int row0, int row_count, uintptr_t ds, int64_t ds_stride, double count,
+                         uintptr_t totals, uintptr_t means, uintptr_t workspace, size_t workspace_bytes) {
                  return LogitRows{pairs,
                                   row0,
                                   row_count,
                                   pointer<void>(ds),
                                   ds_stride,
+                                  count,
                                   pointer<double>(totals),
                                   pointer<float>(means),
                                   pointer<void>(workspace),
                                   workspace_bytes};
              }),
              py::kw_only(), py::arg("pairs"), py::arg("row0"), py::arg("row_count"), py::arg("ds"),
-             py::arg("ds_stride"), py::arg("totals"), py::arg("means"), py::arg("workspace"),
+             py::arg("ds_stride"), py::arg("count"), py::arg("totals"), py::arg("means"), py::arg("workspace"),
              py::arg("workspace_bytes"));
     py::class_<ClipGradient>(module, "ClipGradient", "A call: see contrastive/call.h.")
-        .def(py::init(
-                 [](const LogitRows& to, float label_smoothing, uintptr_t rows, uintptr_t columns, uintptr_t diagonal) {
-                     return ClipGradient{to, label_smoothing, pointer<const float>(rows), pointer<const float>(columns),
-                                         pointer<const float>(diagonal)};
-                 }),
-             py::kw_only(), py::arg("to"), py::arg("label_smoothing"), py::arg("rows"), py::arg("columns"),
-             py::arg("diagonal"));
+        .def(py::init([](const LogitRows& to, uintptr_t rows, uintptr_t columns, uintptr_t own) {
+                 return ClipGradient{to, pointer<const float>(rows), pointer<const float>(columns),
+                                     pointer<const float>(own)};
+             }),
+             py::kw_only(), py::arg("to"), py::arg("rows"), py::arg("columns"), py::arg("own"));
 }
 
 void bind_contrastive(py::module_& module) {
     bind_contrastive_calls(module);
-    module.def("clip_forward_workspace", &clip_forward_workspace, py::arg("count"), "Bytes.");
-    module.def("gradient_workspace", &gradient_workspace, py::arg("count"), py::arg("row_count"), "Bytes.");
-    def_launcher(module, "clip_forward", clip_forward, "Fills rows, columns, diagonal and loss.");
+    module.def("clip_statistics_workspace", &clip_statistics_workspace, py::arg("images"), py::arg("texts"), "Bytes.");
+    module.def("gradient_workspace", &gradient_workspace, py::arg("texts"), py::arg("row_count"), "Bytes.");
+    def_launcher(module, "clip_statistics", clip_statistics, "Fills rows and columns, or adds to them.");
+    def_launcher(module, "clip_weights", clip_weights, "Turns rows and columns into weights; fills own and loss.");
     def_launcher(module, "clip_gradient", clip_gradient, "Fills ds and means.");
     def_launcher(module, "siglip", siglip, "Fills ds, if there is one, and means.");
-    def_sm90(module, "clip_forward", clip_forward_sm90,
-             [](const ClipForward& call) { return contrastive_sm90_serves(call.pairs); });
+    def_sm90(module, "clip_statistics", clip_statistics_sm90,
+             [](const ClipStatistics& call) { return contrastive_sm90_serves(call.pairs); });
     def_sm90(module, "clip_gradient", clip_gradient_sm90,
              [](const ClipGradient& call) { return contrastive_sm90_serves(call.to.pairs); });
     def_sm90(module, "siglip", siglip_sm90, [](const LogitRows& call) { return contrastive_sm90_serves(call.pairs); });

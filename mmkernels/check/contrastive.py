@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.contrastive import clip_loss, siglip_loss
+from ..ops.contrastive.pairing import Pairing
 from .contrastive_truth import contrastive_truth
 from .draw import DTYPES, Draw
 from .op import Call, Op
@@ -19,24 +20,63 @@ from .poison import guarded
 
 
 def plain_clip_loss(
-    image_features, text_features, logit_scale, logit_bias=None, *, label_smoothing=0.0, normalize=False
+    image_features,
+    text_features,
+    logit_scale,
+    logit_bias=None,
+    *,
+    label_smoothing=0.0,
+    normalize=False,
+    image_ids=None,
+    text_ids=None,
+    same="positives",
+    direction="both",
 ):
-    """Both matrices of logits spelled out and a cross-entropy over each, as open_clip trains on one device."""
+    """Both matrices of logits spelled out and a cross-entropy over each, as open_clip trains on one device, and NegCLIP
+    and UniCL: over the rows that have a positive, towards all of these."""
     image, text, scale, bias = _prepare(image_features, text_features, logit_scale, logit_bias, normalize)
     logits_per_image = scale * image @ text.T
     logits_per_text = scale * text @ image.T
     if bias is not None:
         logits_per_image, logits_per_text = logits_per_image + bias, logits_per_text + bias
-    labels = torch.arange(len(image), device=image.device)
-    losses = [F.cross_entropy(x, labels, label_smoothing=label_smoothing) for x in (logits_per_image, logits_per_text)]
-    return sum(losses) / 2
+    paired = min(len(image), len(text))
+    if image_ids is None or same == "ignored":
+        targets = [torch.arange(paired, device=image.device)] * 2
+        if image_ids is not None:
+            ignored = (image_ids[:, None] == text_ids).fill_diagonal_(False)
+            logits_per_image = logits_per_image.masked_fill(ignored, -torch.inf)
+            logits_per_text = logits_per_text.masked_fill(ignored.T, -torch.inf)
+        rows = logits_per_image[:paired], logits_per_text[:paired]
+    else:
+        rows, targets = [], []
+        for logits, equal in ((logits_per_image, image_ids[:, None] == text_ids), (logits_per_text, None)):
+            equal = text_ids[:, None] == image_ids if equal is None else equal
+            counted = equal.any(1)
+            rows.append(logits[counted])
+            targets.append(equal[counted].to(logits.dtype) / equal[counted].sum(1, keepdim=True))
+    losses = [F.cross_entropy(*x, label_smoothing=label_smoothing) for x in zip(rows, targets, strict=True)]
+    return {"both": sum(losses) / 2, "image_to_text": losses[0], "text_to_image": losses[1]}[direction]
 
 
-def plain_siglip_loss(image_features, text_features, logit_scale, logit_bias, *, normalize=False):
+def plain_siglip_loss(
+    image_features,
+    text_features,
+    logit_scale,
+    logit_bias,
+    *,
+    normalize=False,
+    image_ids=None,
+    text_ids=None,
+    same="positives",
+):
     image, text, scale, bias = _prepare(image_features, text_features, logit_scale, logit_bias, normalize)
     logits = scale * image @ text.T + bias
-    signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
-    return -F.logsigmoid(signs * logits).sum() / len(image)
+    own = torch.zeros_like(logits).fill_diagonal_(1)[: len(text)]
+    own = F.pad(own, (0, 0, 0, len(image) - len(own)))
+    equal = own if image_ids is None else (image_ids[:, None] == text_ids).to(logits.dtype)
+    positives = equal if same == "positives" else own
+    losses = -F.logsigmoid((2 * positives - 1) * logits)
+    return (losses if same == "positives" else losses * (1 - equal + own * equal)).sum() / len(image)
 
 
 def _prepare(image, text, scale, bias, normalize: bool):
@@ -51,7 +91,10 @@ def _response(op: str, call: Call) -> dict[str, float]:
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     scale, bias = (call.tensors[name].item() if name in call.tensors else 0.0 for name in ("logit_scale", "logit_bias"))
-    _, moved = contrastive_truth(op, image, text, scale, bias, call.options.get("label_smoothing", 0.0))
+    options = {name: value for name, value in call.options.items() if name in ("label_smoothing", "direction")}
+    ids = (call.tensors.get(name) for name in ("image_ids", "text_ids"))
+    pairing = Pairing.of(len(image), len(text), *ids, call.options.get("same", "positives"))
+    _, moved = contrastive_truth(op, image, text, scale, bias, pairing=pairing, **options)
     values = {"loss": moved.loss} | {f"d_{name}": value for name, value in moved.gradients().items()}
     if normalize:  # those of the unit features, not of the features given: the plain error has to do
         del values["d_image_features"], values["d_text_features"]
@@ -110,14 +153,20 @@ class LossCase:
     scale_in_dtype: bool = False  # as a model cast as a whole holds it, with an axis of one element
     label_smoothing: float = 0.0
     normalize: bool = False
+    texts: int = 0  # 0: as many as pairs
+    ids: str = ""  # "captions": some of them several times; "classes": few, and one that no text has
+    same: str = "positives"
+    direction: str = "both"
     plain_draws: int = 0  # draws that measure plain PyTorch only
     quick: bool = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
     def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
-        image, text = draw.normal(self.pairs, self.width), draw.normal(self.pairs, self.width)
+        texts = self.texts or self.pairs
+        image, text = draw.normal(self.pairs, self.width), draw.normal(texts, self.width)
         if self.features == "aligned":
-            text = image + 0.2 * text
+            paired = min(self.pairs, texts)
+            text[:paired] = image[:paired] + 0.2 * text[:paired]
         if self.features in ("unit", "aligned"):
             image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
         tensors = {
@@ -127,10 +176,22 @@ class LossCase:
         }
         if self.bias is not None:
             tensors["logit_bias"] = self._scalar(self.bias, dtype, device)
+        differentiable = tuple(tensors)
         options: dict[str, object] = {"normalize": self.normalize}
         if self.op == "clip_loss":
-            options["label_smoothing"] = self.label_smoothing
-        return Call(tensors, options, tuple(tensors))
+            options |= {"label_smoothing": self.label_smoothing, "direction": self.direction}
+        if self.ids:
+            options["same"] = self.same
+            tensors |= {name: ids.to(device) for name, ids in self._draw_ids(draw, texts).items()}
+        return Call(tensors, options, differentiable)
+
+    def _draw_ids(self, draw: Draw, texts: int) -> dict[str, Tensor]:
+        if self.ids == "classes":
+            image, text = draw.integers(-1, 3, self.pairs), draw.integers(0, 4, texts)
+        else:
+            captions = draw.integers(0, 3 * max(self.pairs, texts), max(self.pairs, texts))
+            image, text = captions[: self.pairs], captions[:texts]
+        return {"image_ids": image, "text_ids": text}
 
     def upstream(self, draw: Draw, result: Tensor) -> Tensor:
         return draw.factor()
@@ -167,11 +228,38 @@ def _losses(op: str, bias: float | None) -> list[LossCase]:
     ]
 
 
+def _pairings(op: str, bias: float | None) -> list[LossCase]:
+    """What else may belong together than row i and row i."""
+    base = LossCase(op, "", 39, 45, bias=bias)
+    return [
+        replace(base, name="hard negatives", texts=87, quick=True),
+        replace(base, name="fewer texts", pairs=150, texts=33),
+        replace(base, name="one image", pairs=1, texts=57, features="aligned"),
+        replace(base, name="one text", pairs=57, texts=1),
+        replace(base, name="wide", pairs=100, texts=430, width=70, scale=100.0),
+        replace(base, name="tall", pairs=450, texts=60, width=70, scale=100.0),
+        replace(base, name="captions", texts=60, ids="captions", quick=True),
+        replace(base, name="captions, aligned", ids="captions", features="aligned", scale=100.0),
+        replace(base, name="classes", pairs=70, texts=51, ids="classes"),
+        replace(base, name="classes, wide", pairs=150, texts=333, ids="classes", scale=100.0),
+        replace(base, name="duplicates ignored", texts=60, ids="captions", same="ignored", quick=True),
+        replace(base, name="classes ignored", pairs=210, texts=190, ids="classes", same="ignored", scale=50.0),
+    ]
+
+
 CASES = (
     *_losses("clip_loss", None),
+    *_pairings("clip_loss", None),
+    LossCase("clip_loss", "image to text", 41, 30, direction="image_to_text"),
+    LossCase("clip_loss", "text to image, fewer texts", 41, 30, texts=17, direction="text_to_image"),
+    LossCase("clip_loss", "image to text, classes", 63, 30, texts=80, ids="classes", direction="image_to_text"),
+    LossCase("clip_loss", "label smoothing, hard negatives", 25, 30, texts=60, label_smoothing=0.1),
+    LossCase("clip_loss", "label smoothing, captions", 45, 30, texts=60, ids="captions", label_smoothing=0.1),
+    LossCase("clip_loss", "label smoothing, one way", 60, 30, texts=41, direction="image_to_text", label_smoothing=0.3),
     LossCase("clip_loss", "label smoothing", 21, 34, label_smoothing=0.1, quick=True),
     LossCase("clip_loss", "label smoothing 1", 30, 20, label_smoothing=1.0),
     LossCase("clip_loss", "bias", 33, 20, bias=-3.0),
     *_losses("siglip_loss", -10.0),
+    *_pairings("siglip_loss", -10.0),
     LossCase("siglip_loss", "bias 5", 33, 20, bias=5.0),
 )

@@ -23,6 +23,10 @@ class Draw:
     def bytes(self, *shape: int) -> Tensor:
         return torch.randint(0, 256, shape, generator=self._generator, dtype=torch.uint8)
 
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64, from low to high - 1."""
+        return torch.randint(low, high, shape, generator=self._generator)
+
     def factor(self) -> Tensor:
         """A number that every dtype holds exactly, of either sign: what a loss's gradient is fed with."""
         return torch.randint(2, 16, (), generator=self._generator).double() / 4 * (-1) ** self.coin()

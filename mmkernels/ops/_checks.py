@@ -31,6 +31,11 @@ def floating(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} has dtype {value.dtype}; accepted are {in_words(FLOATS)}")
 
 
+def one_of(op: str, name: str, value: object, accepted: Iterable[str]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{op}: {name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
 def same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{op}: {name} is on {value.device}, {other_name} on {other.device}; move one to the other's")

@@ -24,6 +24,7 @@ from triton.runtime import driver
 
 from mmkernels.ops import _triton
 from mmkernels.ops.contrastive import triton as contrastive
+from mmkernels.ops.contrastive.pairing import Pairing, Shares
 from mmkernels.ops.patch_embed import triton as patch_embed
 from mmkernels.ops.patch_embed.geometry import patch_geometry
 from mmkernels.ops.patch_embed.patches import Additions, Gradients, Patches
@@ -67,18 +68,22 @@ class Features:
     loss: str
     dtype: str
     width: int
+    same: str | None = None
+    label_smoothing: float = 0.1
 
     def run(self) -> None:
         x = torch.empty(1003, self.width, dtype=getattr(torch, self.dtype), device="meta")
-        scale = torch.empty((), device="meta")
-        last = scale if self.loss.startswith("siglip") else 0.1
-        getattr(contrastive, self.loss)(x, x, scale, last)
+        scale, ids = torch.empty((), device="meta"), torch.empty(1003, dtype=torch.int32, device="meta")
+        pairing = Pairing(0, 0, 1003, self.same, *([] if self.same is None else [ids] * 4))
+        if self.loss.startswith("siglip"):
+            return getattr(contrastive, self.loss)(x, x, scale, scale, pairing)
+        getattr(contrastive, self.loss)(x, x, scale, pairing, Shares.of(pairing, "both"), self.label_smoothing)
 
     @property
     def launched(self) -> set[str]:
         if self.loss.startswith("siglip"):
             return {"siglip"}
-        return {"clip_stats", "fold_stats", "fold_stats again", "clip_loss_sum", "clip_grad"}  # rows, then columns
+        return {"clip_stats", "fold_stats", "fold_stats again", "clip_weights", "clip_grad"}  # rows, then columns
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,11 @@ class Rotation:
 PICTURES = (3, 3, 224, 224)
 CALLS = {
     "clip-bfloat16": Features("clip_loss_with_grads", "bfloat16", 768),
+    "clip-bfloat16-unsmoothed": Features("clip_loss_with_grads", "bfloat16", 768, label_smoothing=0.0),
+    "clip-bfloat16-positives": Features("clip_loss_with_grads", "bfloat16", 768, "positives"),
+    "clip-bfloat16-ignored": Features("clip_loss_with_grads", "bfloat16", 768, "ignored", 0.0),
+    "siglip-bfloat16-positives": Features("siglip_loss_with_grads", "bfloat16", 768, "positives"),
+    "siglip-bfloat16-ignored": Features("siglip_loss_with_grads", "bfloat16", 768, "ignored"),
     "clip-bfloat16-tail": Features("clip_loss_with_grads", "bfloat16", 75),
     "clip-float32": Features("clip_loss_with_grads", "float32", 768),
     "siglip-bfloat16": Features("siglip_loss_with_grads", "bfloat16", 768),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 # Kernels that multiply no matrices.
-WITHOUT_PRODUCTS = {"fold_statistics", "clip_loss", "add_tile_sums", "patch_weight_sum", "span_attention_prepare"}
+WITHOUT_PRODUCTS = {"fold_statistics", "clip_weights", "add_tile_sums", "patch_weight_sum", "span_attention_prepare"}
 
 LOCAL_MEMORY = ("LDL", "STL")
 HOPPER = "sm_90a"  # *_sm90.cu, and nothing else

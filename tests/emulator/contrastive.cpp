@@ -1,6 +1,7 @@
 // Runs the cases of one file through the passes of the contrastive losses for "sm_80" or "sm_90a", each under three
 // orders of threads, which have to give the same bits, and writes what they left to another. test_contrastive.py knows
 // both files.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <set>
@@ -18,11 +19,12 @@ struct Place {  // of a matrix: `offset` numbers after an address that is a mult
     int64_t extent, offset, stride;
 };
 struct Header {
-    int64_t siglip, with_gradients, bfloat16, count, width;
+    int64_t siglip, with_gradients, bfloat16, images, texts, width, offset, first, last;
     Place image, text;
-    int64_t ds_stride, chunk;                       // rows of ds at a time
-    int64_t workspace_bytes;                        // of the forward; 0: as many as it asks for
-    double scale, bias, label_smoothing, products;  // products: the sum of all
+    int64_t ds_stride, chunk;  // rows of ds at a time
+    int64_t workspace_bytes;   // of the statistics; 0: as many as they ask for
+    double scale, bias, label_smoothing, row_share, column_share, count;
+    double products[2];
 };
 
 static const char* case_name = "";
@@ -52,7 +54,7 @@ static void watch(const std::vector<T>& numbers, bool initialised) {
 // The passes of an architecture, for what it serves.
 struct Passes {
     bool (*serves)(const Pairs&);
-    Error (*clip_forward)(const ClipForward&, cudaStream_t);
+    Error (*clip_statistics)(const ClipStatistics&, cudaStream_t);
     Error (*clip_gradient)(const ClipGradient&, cudaStream_t);
     Error (*siglip)(const LogitRows&, cudaStream_t);
 };
@@ -60,7 +62,7 @@ struct Passes {
 // What one run of a case leaves.
 struct Results {
     explicit Results(const Header& h)
-        : ds(static_cast<size_t>(h.with_gradients ? h.count * h.ds_stride : 0), 0xFFFF), means(4, -1.0f) {}
+        : ds(static_cast<size_t>(h.with_gradients ? h.images * h.ds_stride : 0), 0xFFFF), means(4, -1.0f) {}
     bool operator==(const Results& other) const {
         return ds == other.ds && memcmp(means.data(), other.means.data(), means.size() * sizeof(float)) == 0;
     }
@@ -70,45 +72,48 @@ struct Results {
 };
 
 static Error run_passes(const Passes& passes, const Header& h, const Pairs& pairs, Results& results) {
-    const auto count = static_cast<size_t>(h.count);
-    std::vector<float> rows(2 * count), columns(2 * count), diagonal(count);
+    const auto images = static_cast<size_t>(h.images), texts = static_cast<size_t>(h.texts);
+    std::vector<float> rows(3 * images), columns(3 * texts), own(images);
     std::vector<double> totals(3);
-    for (const auto* made : {&rows, &columns, &diagonal, &results.means}) watch(*made, false);
+    for (const auto* made : {&rows, &columns, &own, &results.means}) watch(*made, false);
     watch(results.ds, false);
     watch(totals, false);
     const auto smoothing = static_cast<float>(h.label_smoothing);
+    const auto row_share = static_cast<float>(h.row_share), column_share = static_cast<float>(h.column_share);
     if (!h.siglip) {
-        const size_t bytes =
-            h.workspace_bytes != 0 ? static_cast<size_t>(h.workspace_bytes) : clip_forward_workspace(pairs.count);
+        const size_t bytes = h.workspace_bytes != 0 ? static_cast<size_t>(h.workspace_bytes)
+                                                    : clip_statistics_workspace(pairs.images, pairs.texts);
         std::vector<char> workspace(bytes);
         watch(workspace, false);
-        const ClipForward call{pairs,
-                               smoothing,
-                               smoothing != 0 ? &h.products : nullptr,
-                               rows.data(),
-                               columns.data(),
-                               diagonal.data(),
-                               results.means.data(),
-                               workspace.data(),
-                               bytes};
-        if (Error error = passes.clip_forward(call, nullptr)) return error;
+        const ClipStatistics statistics{pairs, rows.data(), columns.data(), false, workspace.data(), bytes};
+        if (Error error = passes.clip_statistics(statistics, nullptr)) return error;
+        const ClipWeights weights{pairs,       smoothing,
+                                  row_share,   column_share,
+                                  h.count,     smoothing != 0 ? h.products : nullptr,
+                                  rows.data(), columns.data(),
+                                  own.data(),  results.means.data()};
+        if (Error error = clip_weights(weights, nullptr)) return error;
     }
     if (!h.siglip && !h.with_gradients) return {};
-    for (int64_t row0 = 0; row0 < h.count || row0 == 0; row0 += h.chunk) {
-        const auto chunk = static_cast<int>(h.count - row0 < h.chunk ? h.count - row0 : h.chunk);
-        std::vector<char> workspace(gradient_workspace(pairs.count, chunk));
+    for (int64_t row0 = 0, chunk; row0 < h.images || row0 == 0; row0 += std::max<int64_t>(chunk, 1)) {
+        chunk = std::min(h.images - row0, h.chunk);
+        for (const int64_t edge : {h.first, h.last}) {
+            if (row0 < edge) chunk = std::min(chunk, edge - row0);
+        }
+        std::vector<char> workspace(gradient_workspace(pairs.texts, static_cast<int>(chunk)));
         watch(workspace, false);
         uint16_t* const ds = h.with_gradients ? results.ds.data() + row0 * h.ds_stride : nullptr;
         const LogitRows to{pairs,
                            static_cast<int>(row0),
-                           chunk,
+                           static_cast<int>(chunk),
                            ds,
                            h.ds_stride,
+                           h.count,
                            totals.data(),
                            results.means.data() + (h.siglip ? 0 : 1),
                            workspace.data(),
                            workspace.size()};
-        const ClipGradient clip{to, smoothing, rows.data(), columns.data(), diagonal.data()};
+        const ClipGradient clip{to, rows.data(), columns.data(), own.data()};
         if (Error error = h.siglip ? passes.siglip(to, nullptr) : passes.clip_gradient(clip, nullptr)) {
             return error;
         }
@@ -134,9 +139,13 @@ static void run_case(const Passes& passes, FILE* from, FILE* to, const Header& h
                       {text.data() + h.text.offset, h.text.stride},
                       scale.data(),
                       h.siglip ? bias.data() : nullptr,
-                      static_cast<int>(h.count),
+                      static_cast<int>(h.images),
+                      static_cast<int>(h.texts),
                       static_cast<int>(h.width),
-                      h.bfloat16 != 0};
+                      h.bfloat16 != 0,
+                      static_cast<int>(h.offset),
+                      static_cast<int>(h.first),
+                      static_cast<int>(h.last)};
     if (!passes.serves(pairs)) return fail("is not served");
     std::vector<Results> all;
     for (const auto order : {emulator::Order::kLowestFirst, emulator::Order::kHighestFirst, emulator::Order::kRandom}) {
@@ -177,8 +186,9 @@ static void check_grouped_tiles() {
 int main(int, char** arguments) {
     check_grouped_tiles();
     const bool hopper = arguments[1] == std::string("sm_90a");
-    const Passes passes = hopper ? Passes{contrastive_sm90_serves, clip_forward_sm90, clip_gradient_sm90, siglip_sm90}
-                                 : Passes{[](const Pairs&) { return true; }, clip_forward, clip_gradient, siglip};
+    const Passes passes = hopper
+                              ? Passes{contrastive_sm90_serves, clip_statistics_sm90, clip_gradient_sm90, siglip_sm90}
+                              : Passes{[](const Pairs&) { return true; }, clip_statistics, clip_gradient, siglip};
     FILE *const from = fopen(arguments[2], "rb"), *const to = fopen(arguments[3], "wb");
     emulator::counters() = {};
     Header header;

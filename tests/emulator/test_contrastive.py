@@ -16,6 +16,8 @@ from torch import Tensor
 from mmkernels.check.budget import Quantity
 from mmkernels.check.cases import OPS
 from mmkernels.check.contrastive_truth import contrastive_truth
+from mmkernels.ops.contrastive.pairing import Pairing, Shares
+from mmkernels.ops.contrastive.smoothing import FeatureSums
 
 ROOM = CSRC / "cuda" / "contrastive"
 COMMON = ROOM / "passes.cu"
@@ -28,8 +30,11 @@ TILE = 128
 @dataclass
 class Case:
     op: str
-    count: int
+    images: int
     width: int
+    texts: int = -1  # as many as images
+    own: tuple[int, int, int] = (0, 0, -1)  # offset, first and last of the own pairs; -1: to the last
+    direction: str = "both"
     scale: float = 14.3
     bias: float = -10.0  # SigLIP's
     label_smoothing: float = 0.0
@@ -46,14 +51,31 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.op}, {self.count} x {self.width}, scale {self.scale:g}"
+        return f"{self.op}, {self.images} x {self.num_texts} x {self.width}, scale {self.scale:g}"
+
+    @property
+    def num_texts(self) -> int:
+        return self.images if self.texts < 0 else self.texts
+
+    @property
+    def pairing(self) -> Pairing:
+        offset, first, last = self.own
+        return Pairing(offset, first, min(self.images, self.num_texts - offset) if last < 0 else last)
+
+    @property
+    def shares(self) -> Shares:
+        return Shares.of(self.pairing, self.direction)
+
+    @property
+    def count(self) -> float:
+        return self.images if self.op == "siglip_loss" else self.shares.count
 
     @property
     def ds_stride(self) -> int:
-        return -(-self.count // 8) * 8 + self.ds_gap
+        return -(-self.num_texts // 8) * 8 + self.ds_gap
 
     def draw(self) -> Case:
-        image, text = torch.randn(2, self.count, self.width)
+        image, text = (torch.randn(count, self.width) for count in (self.images, self.num_texts))
         text = image + 0.2 * text if self.aligned else text
         image, text = (F.normalize(x, dim=1).to(self.dtype) for x in (image, text))
         return replace(self, image=image, text=text)
@@ -76,7 +98,14 @@ def plain_result(case: Case) -> Result:
     names = ["image_features", "text_features", "logit_scale", *(["logit_bias"] if case.op == "siglip_loss" else [])]
     values = [case.image, case.text, torch.tensor(case.scale), torch.tensor(case.bias)]
     inputs = {name: value.clone().requires_grad_() for name, value in zip(names, values, strict=False)}
-    options = {} if case.op == "siglip_loss" else {"label_smoothing": case.label_smoothing}
+    options = {}
+    if case.own != (0, 0, -1):  # as plain code has it, by ids
+        offset, first, last = case.own
+        ids = torch.full((case.images,), -1)
+        ids[first:last] = torch.arange(first, last) + offset
+        options |= {"image_ids": ids, "text_ids": torch.arange(case.num_texts)}
+    if case.op == "clip_loss":
+        options |= {"label_smoothing": case.label_smoothing, "direction": case.direction}
     loss = OPS[case.op].plain(**inputs, **options)
     loss.backward()
     return Result(loss.detach(), **{name: x.grad for name, x in inputs.items()})
@@ -90,17 +119,19 @@ def packed_case(case: Case) -> bytes:
     places, bodies = [], []
     for x, gap, offset in zip((case.image, case.text), case.gaps, case.offsets, strict=True):
         stride = case.width + gap
-        extent = (case.count - 1) * stride + case.width if case.count else 0
+        extent = (len(x) - 1) * stride + case.width if len(x) else 0
         numbers = torch.full((max(extent, 0),), torch.nan, dtype=case.dtype)
         numbers.as_strided(x.shape, (stride, 1)).copy_(x)
         places += [numbers.numel(), offset, stride]
         bodies.append(numbers.view(torch.int16).numpy().tobytes())
     flags = [case.op == "siglip_loss", case.with_gradients, case.dtype == torch.bfloat16]
-    sizes = [case.ds_stride, case.chunk or max(case.count, 1), case.workspace]
-    header = [*flags, case.count, case.width, *places, *sizes]
-    products = (case.image.sum(0, dtype=torch.float64) @ case.text.sum(0, dtype=torch.float64)).item()
-    numbers = case.scale, case.bias, case.label_smoothing, products
-    return struct.pack(f"{len(header)}q4d", *header, *numbers) + b"".join(bodies)
+    sizes = [case.ds_stride, case.chunk or max(case.images, 1), case.workspace]
+    pairing, shares = case.pairing, case.shares
+    pairs = pairing.offset, pairing.first, pairing.last
+    header = [*flags, case.images, case.num_texts, case.width, *pairs, *places, *sizes]
+    products = (x.item() for x in FeatureSums.of(case.image, case.text, pairing).products())
+    numbers = case.scale, case.bias, case.label_smoothing, shares.row, shares.column, case.count, *products
+    return struct.pack(f"{len(header)}q8d", *header, *numbers) + b"".join(bodies)
 
 
 @pytest.fixture(params=KERNELS)
@@ -130,7 +161,7 @@ def run_cases(run, kernel: str, folder: Path, cases: list[Case]) -> list[Result]
     data, results = bytearray((folder / "results").read_bytes()), []
     for case in cases:
         means = torch.frombuffer(data, dtype=torch.float32, count=4)
-        size = case.count * case.ds_stride if case.with_gradients else 0
+        size = case.images * case.ds_stride if case.with_gradients else 0
         ds = torch.frombuffer(data, dtype=case.dtype, count=size, offset=16) if size else torch.empty(0)
         data = data[16 + 2 * size :]
         results.append(result_of(case, means, ds.view(-1, case.ds_stride)))
@@ -145,10 +176,14 @@ def result_of(case: Case, means: Tensor, ds: Tensor) -> Result:
     assert (untouched == -1).all(), f"{case.name}: wrote beyond its results"
     if not case.with_gradients:
         return Result(loss)
-    edge = -(-case.count // 8) * 8
-    assert (ds[:, case.count : edge] == 0).all() and (ds[:, edge:].view(torch.int16) == -1).all(), case.name
-    ds = ds[:, : case.count].float() * (case.scale / (case.count * DS_SCALE))
+    edge = -(-case.num_texts // 8) * 8
+    assert (ds[:, case.num_texts : edge] == 0).all() and (ds[:, edge:].view(torch.int16) == -1).all(), case.name
+    ds = ds[:, : case.num_texts].float() * (case.scale / (case.count * DS_SCALE))
     d_image, d_text = ds @ case.text.float(), ds.T @ case.image.float()
+    if case.label_smoothing:
+        sums, scale = FeatureSums.of(case.image, case.text, case.pairing), torch.tensor(case.scale)
+        less = sums.take_off(scale, case.pairing, case.shares, case.label_smoothing, d_image, d_text)
+        d_scale = (d_scale - less).float()
     bias = {"logit_bias": d_bias} if case.op == "siglip_loss" else {}
     return Result(loss, d_image.to(case.dtype), d_text.to(case.dtype), d_scale, **bias)
 
@@ -157,7 +192,7 @@ def result_of(case: Case, means: Tensor, ds: Tensor) -> Result:
 
 
 def all_cases(rng: random.Random) -> list[Case]:
-    some = rng.randint(2, TILE)
+    some = rng.randint(4, TILE)
     return [
         Case("clip_loss", 1, 1),
         Case("clip_loss", 1, 80, scale=100.0),
@@ -173,11 +208,19 @@ def all_cases(rng: random.Random) -> list[Case]:
         Case("clip_loss", 150, 24, scale=0.0),
         Case("clip_loss", 135, 40, scale=-20.0, aligned=True),
         Case("clip_loss", 38, 40, scale=-5.0, label_smoothing=0.2),
+        Case("clip_loss", 40, 24, texts=rng.randint(41, 150), label_smoothing=0.1),
+        Case("clip_loss", 60, 16, texts=rng.randint(1, 50), chunk=40, label_smoothing=0.2),
+        Case("clip_loss", 290, 16, texts=rng.randint(1, 200), chunk=140, workspace=2**15),
+        Case("clip_loss", 150, 32, texts=280, own=(130, 3, 149), scale=50.0),
+        Case("clip_loss", 140, 32, texts=30, own=(-101, 101, 131), direction="text_to_image", chunk=100),
+        Case("clip_loss", some // 2, 40, texts=170, direction="image_to_text", label_smoothing=0.3),
         Case("siglip_loss", 1, 1),
         Case("siglip_loss", 37, 165, bias=5.0, gaps=(3, 0)),
         Case("siglip_loss", 131, 64, scale=100.0, chunk=100, gaps=(0, 16)),
         Case("siglip_loss", some, 24, aligned=True, scale=100.0, bias=-90.0, gaps=(1, 0)),
         Case("siglip_loss", 260, 16, with_gradients=False, chunk=130),
+        Case("siglip_loss", 150, 24, texts=290, own=(131, 2, 150)),
+        Case("siglip_loss", 270, 40, texts=rng.randint(1, 140)),
     ]
 
 
@@ -198,7 +241,10 @@ def row_of_tiles(count: int) -> int:
 
 def complaints(case: Case, ours: Result) -> list[str]:
     bias = case.bias if case.op == "siglip_loss" else 0.0
-    truth, response = contrastive_truth(case.op, case.image, case.text, case.scale, bias, case.label_smoothing)
+    options = dict(pairing=case.pairing, direction=case.direction)
+    truth, response = contrastive_truth(
+        case.op, case.image, case.text, case.scale, bias, case.label_smoothing, **options
+    )
     rough, found = plain_result(case).named(), []
     for name, value in ours.named().items():
         quantity = Quantity(f"{case.name}, {case.dtype}: {name}", value.dtype, rough[name].dtype)
@@ -240,7 +286,7 @@ def test_losses_near_zero_keep_their_digits(run, kernel, tmp_path):
     exact = [exact_products(scale, smoothing) for scale in (9999.7, -9999.7) for smoothing in (0.0, 0.1)]
     for case, ours in zip(apart + exact, run_cases(run, kernel, tmp_path, apart + exact), strict=True):
         truth, _ = contrastive_truth(case.op, case.image, case.text, case.scale, 0.0, case.label_smoothing)
-        first = 1 if case.width > case.count else 0
+        first = 1 if case.width > case.images else 0
         limit = 2e-6 if first else 8 * torch.finfo(torch.float32).eps * case.scale
         assert relative_error(ours.loss, truth.loss) < limit, f"{case.name}: loss"
         for name in ("image_features", "text_features"):
@@ -270,7 +316,7 @@ def test_a_feature_that_is_not_a_number_shows(run, kernel, tmp_path, op):
         (Case("siglip_loss", 0, 16), "no pairs have no mean"),
         (Case("clip_loss", 9, 16, ds_gap=4), "rows of ds have to begin at multiples of 16 bytes"),
         (Case("siglip_loss", 20, 16, ds_gap=-8), "and to hold a row of S"),
-        (Case("clip_loss", 300, 16, workspace=64), "smaller than clip_forward_workspace() says"),
+        (Case("clip_loss", 300, 16, workspace=64), "smaller than clip_statistics_workspace() says"),
     ],
 )
 def test_what_cannot_be_right_is_refused(run, kernel, tmp_path, case, why):

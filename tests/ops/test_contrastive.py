@@ -79,10 +79,13 @@ def test_opcheck(backend, n):
     image, text = (x.detach() for x in features(n, 8))
     scale, bias = torch.tensor(5.0), torch.tensor(-5.0)
     ops = torch.ops.mmkernels
-    torch.library.opcheck(ops.clip_loss, (image, text, scale, 0.1, backend))
-    torch.library.opcheck(ops.clip_loss_with_grads, (image, text, scale, 0.1, backend))
-    torch.library.opcheck(ops.siglip_loss, (image, text, scale, bias, backend))
-    torch.library.opcheck(ops.siglip_loss_with_grads, (image, text, scale, bias, backend))
+    for ids in ((None, None), (torch.arange(n), torch.arange(n) % 3)):
+        clip = image, text, scale, *ids, "positives", "both", 0.1, backend
+        siglip = image, text, scale, bias, *ids, "ignored", backend
+        torch.library.opcheck(ops.clip_loss, clip)
+        torch.library.opcheck(ops.clip_loss_with_grads, clip)
+        torch.library.opcheck(ops.siglip_loss, siglip)
+        torch.library.opcheck(ops.siglip_loss_with_grads, siglip)
 
 
 def test_compiles_whole_and_once_whatever_the_batch(backend):
@@ -184,7 +187,11 @@ ERRORS = [
     ((X, X.int(), 1.0), TypeError, "text_features has dtype torch.int32; accepted are float32"),
     ((X[0], X, 1.0), ValueError, r"image_features has shape \(8,\); it must be \(N, D\)"),
     ((X[:0], X[:0], 1.0), ValueError, r"image_features has shape \(0, 8\)"),
-    ((X, X[:3], 1.0), ValueError, r"image_features has shape \(4, 8\), text_features \(3, 8\); they must be equal"),
+    (
+        (X, X[:, :3], 1.0),
+        ValueError,
+        r"image_features has shape \(4, 8\), text_features \(4, 3\); features of both must",
+    ),
     ((X, X.bfloat16(), 1.0), TypeError, "text_features has dtype torch.bfloat16, image_features torch.float32"),
     ((X, X.to("meta"), 1.0), ValueError, "text_features is on meta, image_features on cpu"),
     ((X, X, torch.ones(2)), ValueError, r"logit_scale has shape \(2,\); it must have exactly one element"),

@@ -195,7 +195,8 @@ def test_gradients_are_rounded_once_and_after_the_incoming_gradient(backend, op,
     image, text = half_features(dtype, 1.0)
     scale, bias = torch.tensor(20.0, dtype=dtype), torch.tensor(-10.0, dtype=dtype)
     parameters = (scale,) if op == "clip_loss" else (scale, bias)
-    options = (0.0, backend) if op == "clip_loss" else (backend,)
+    pairs = None, None, "positives"
+    options = (*pairs, "both", 0.0, backend) if op == "clip_loss" else (*pairs, backend)
     _, *wide = getattr(torch.ops.mmkernels, f"{op}_with_grads")(image, text, *parameters, *options)
     for grad, x in zip(wide, (image, text, *parameters), strict=True):
         assert grad.dtype == torch.float32 and grad.shape == x.shape

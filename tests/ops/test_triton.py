@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="the Triton backend needs triton, 
 from mmkernels.ops import _triton  # noqa: E402
 from mmkernels.ops._aligned_rows import aligned_rows  # noqa: E402
 from mmkernels.ops.contrastive import triton as contrastive  # noqa: E402
+from mmkernels.ops.contrastive.pairing import Pairing, Shares  # noqa: E402
 from mmkernels.ops.patch_embed import triton as patch_embed  # noqa: E402
 
 
@@ -97,5 +98,7 @@ def test_workspace_does_not_grow_with_the_square_of_the_batch(monkeypatch, loss)
     monkeypatch.setattr(_triton, "family", lambda device: "sm90")
     features, scalar = torch.empty(n, width, device="meta"), torch.empty((), device="meta")
     with Largest() as largest:
-        getattr(contrastive, loss)(features, features, scalar, 0.1 if loss.startswith("clip") else scalar)
+        pairing = Pairing.of(n, n, None, None, "positives")
+        rest = (pairing, Shares.of(pairing, "both"), 0.1) if loss.startswith("clip") else (scalar, pairing)
+        getattr(contrastive, loss)(features, features, scalar, *rest)
     assert largest.bytes <= contrastive.WORKSPACE

@@ -3,9 +3,9 @@
 //     products   p_ij = sum_d image_id text_jd                       (rows x columns of one tile)
 //     gradients  dI_id += sum_j g_ij text_jd,  dT_jd += sum_i g_ij image_id     (g one tile of weights)
 //
-// Each set of N rows is packed twice. `lanes`: panels of kPanel rows, [N / kPanel][D units][kPanel], a row a lane,
-// which serve the products both as the broadcast and as the vector operand; with AMX the broadcast operand is rows,
-// [N][D units]. `columns`: panels of kPanel columns,
+// Each set of rows, N of them, is packed twice. `lanes`: panels of kPanel rows, [N / kPanel][D units][kPanel], a row a
+// lane, which serve the products both as the broadcast and as the vector operand; with AMX the broadcast operand is
+// rows, [N][D units]. `columns`: panels of kPanel columns,
 // [D / kPanel][N units][kPanel], a column a lane, the vector operand of the gradients. The gradients are summed in the
 // panels' own layout, [tile][D / kPanel][rows of a tile][kPanel], whole lines one after the other in large pages:
 // summed in the caller's tensors, rows far apart would miss the address translation's cache at every step (5 % slower).
@@ -107,7 +107,7 @@ static void pack_columns(const Rows<T>& rows, int64_t first, int64_t count, int6
     }
 }
 
-// How N rows are cut into tiles. Nothing here knows the number of threads, so no result can depend on it.
+// How the rows of a set are cut into tiles. Nothing here knows the number of threads, so no result can depend on it.
 struct Tiling {
     int64_t rows, side, tiles;  // `side` rows a tile, of which there are `tiles`
 
@@ -141,22 +141,25 @@ class Pairs {
     Pairs(const Matrix& image, const Matrix& text, bool with_grads, int threads)
         : image(image),
           text(text),
-          tiling(image.rows),
+          rows(image.rows),
+          columns(text.rows),
           panels(ceil_div(image.columns, kPanel)),
           depth_(depth<Operand>(image.columns)),
-          column_units_(tiling.padded() / Operand::kPack),
+          image_units_(rows.padded() / Operand::kPack),
+          text_units_(columns.padded() / Operand::kPack),
           image_rows_lie_(kHasAmx ? Lie{row_units(depth_), 1} : Lie{1, kPanel}),
-          image_rows_(tiling.padded() * (kHasAmx ? image_rows_lie_.row : depth_)),
-          text_lanes_(tiling.padded() * depth_),
-          image_columns_(with_grads ? column_units_ * panels * kPanel : 0),
-          text_columns_(with_grads ? column_units_ * panels * kPanel : 0) {
-        for_each(2 * tiling.tiles, threads, [&](int64_t i, int64_t) {
-            if (i % 2 == 0) {
-                kHasAmx ? copy_rows(this->image, i / 2) : pack_lanes_of_tile(this->image, i / 2, image_rows_.get());
-                if (with_grads) pack_columns_of_tile(this->image, i / 2, image_columns_.get());
+          image_rows_(rows.padded() * (kHasAmx ? image_rows_lie_.row : depth_)),
+          text_lanes_(columns.padded() * depth_),
+          image_columns_(with_grads ? image_units_ * panels * kPanel : 0),
+          text_columns_(with_grads ? text_units_ * panels * kPanel : 0) {
+        for_each(rows.tiles + columns.tiles, threads, [&](int64_t i, int64_t) {
+            if (i < rows.tiles) {
+                kHasAmx ? copy_rows(i) : pack_lanes_of_tile(this->image, rows, i, image_rows_.get());
+                if (with_grads) pack_columns_of_tile(this->image, rows, i, image_units_, image_columns_.get());
             } else {
-                pack_lanes_of_tile(this->text, i / 2, text_lanes_.get());
-                if (with_grads) pack_columns_of_tile(this->text, i / 2, text_columns_.get());
+                const int64_t tile = i - rows.tiles;
+                pack_lanes_of_tile(this->text, columns, tile, text_lanes_.get());
+                if (with_grads) pack_columns_of_tile(this->text, columns, tile, text_units_, text_columns_.get());
             }
         });
     }
@@ -170,12 +173,12 @@ class Pairs {
         for (int64_t i = 0; i < blocks; i++) {
             const int64_t steps = depth_ / kDepthStep, u = steps * i / blocks * kDepthStep;
             const int64_t units = steps * (i + 1) / blocks * kDepthStep - u;
-            const Broadcast rows = image_rows(tiling.first(a), u);
-            for (int64_t c = 0; c < tiling.count(b); c += kPanel) {
-                const uint32_t* lanes = text_lanes_.get() + (tiling.first(b) + c) * depth_ + u * kPanel;
-                const uint32_t* next = lanes + (c + kPanel < tiling.side ? depth_ * kPanel : 0);
-                multiply<Operand>(rows, kHasAmx ? kPanel * rows.row : depth_ * kPanel, tiling.count(a), lanes,
-                                  vectors(tiling.count(b) - c), units, p + c, kTile, i > 0,
+            const Broadcast of = image_rows(rows.first(a), u);
+            for (int64_t c = 0; c < columns.count(b); c += kPanel) {
+                const uint32_t* lanes = text_lanes_.get() + (columns.first(b) + c) * depth_ + u * kPanel;
+                const uint32_t* next = lanes + (c + kPanel < columns.side ? depth_ * kPanel : 0);
+                multiply<Operand>(of, kHasAmx ? kPanel * of.row : depth_ * kPanel, rows.count(a), lanes,
+                                  vectors(columns.count(b) - c), units, p + c, kTile, i > 0,
                                   {next, next + units * kPanel});
             }
         }
@@ -183,55 +186,63 @@ class Pairs {
 
     // Panel `d` of dI's rows of tile a (+)= g text. g: unit k of row r at r * kTile / kPack + k.
     void add_to_image(int64_t a, int64_t b, const uint32_t* g, int64_t d, float* d_image, bool add) const {
-        gradient({g, kTile / Operand::kPack, 1}, b, text_columns_.get(), a, d, d_image, add);
+        gradient({g, kTile / Operand::kPack, 1}, {columns, b, text_columns_.get(), text_units_}, rows, a, d, d_image,
+                 add);
     }
     // Panel `d` of dT's rows of tile b (+)= g^T image. g: unit k of column c at k * kTile + c, with AMX as above.
     void add_to_text(int64_t a, int64_t b, const uint32_t* g, int64_t d, float* d_text, bool add) const {
-        gradient(kHasAmx ? Broadcast{g, kTile / Operand::kPack, 1} : Broadcast{g, 1, kTile}, a, image_columns_.get(), b,
-                 d, d_text, add);
+        gradient(kHasAmx ? Broadcast{g, kTile / Operand::kPack, 1} : Broadcast{g, 1, kTile},
+                 {rows, a, image_columns_.get(), image_units_}, columns, b, d, d_text, add);
     }
     // kLanes numbers of row i of a gradient, from column d on, a multiple of kLanes.
-    Vec gradient_at(const float* gradient, int64_t i, int64_t d) const {
+    Vec gradient_at(const Tiling& tiling, const float* gradient, int64_t i, int64_t d) const {
         const int64_t tile = i / tiling.side, row = i % tiling.side;
         return load(gradient + ((tile * panels + d / kPanel) * tiling.side + row) * kPanel + d % kPanel);
     }
 
     const Rows<T> image, text;
-    const Tiling tiling;
-    const int64_t panels;  // of D
+    const Tiling rows, columns;  // of p: the images and the texts
+    const int64_t panels;        // of D
 
   private:
     static int64_t vectors(int64_t columns) { return std::min<int64_t>(ceil_div(columns, kLanes), kTileVectors); }
 
-    void gradient(Broadcast g, int64_t of, const uint32_t* columns, int64_t to, int64_t d, float* sum, bool add) const {
-        const int64_t units = depth<Operand>(tiling.count(of));
-        const uint32_t* panel = columns + (d * column_units_ + tiling.first(of) / Operand::kPack) * kPanel;
-        const uint32_t* next = panel + (d + 1 < panels ? column_units_ * kPanel : 0);
-        multiply<Operand>(g, kPanel * g.row, tiling.count(to), panel, vectors(image.columns - d * kPanel), units,
-                          sum + (to * panels + d) * tiling.side * kPanel, kPanel, add, {next, next + units * kPanel});
+    struct TileOfColumns {  // `units` along all rows of the set
+        const Tiling& tiling;
+        int64_t tile;
+        const uint32_t* packed;
+        int64_t units;
+    };
+    void gradient(Broadcast g, const TileOfColumns& of, const Tiling& into, int64_t to, int64_t d, float* sum,
+                  bool add) const {
+        const int64_t units = depth<Operand>(of.tiling.count(of.tile));
+        const uint32_t* panel = of.packed + (d * of.units + of.tiling.first(of.tile) / Operand::kPack) * kPanel;
+        const uint32_t* next = panel + (d + 1 < panels ? of.units * kPanel : 0);
+        multiply<Operand>(g, kPanel * g.row, into.count(to), panel, vectors(image.columns - d * kPanel), units,
+                          sum + (to * panels + d) * into.side * kPanel, kPanel, add, {next, next + units * kPanel});
     }
 
-    void pack_lanes_of_tile(const Rows<T>& rows, int64_t tile, uint32_t* lanes) const {
+    void pack_lanes_of_tile(const Rows<T>& of, const Tiling& tiling, int64_t tile, uint32_t* lanes) const {
         const int64_t first = tiling.first(tile);
         for (int64_t i = first; i < first + tiling.side; i += kPanel) {
-            pack_lanes<Operand>(rows.row(i), rows.row_stride, rows.column_stride, rows.rows - i, rows.columns, depth_,
-                                kPanel, lanes + i * depth_);
+            pack_lanes<Operand>(of.row(i), of.row_stride, of.column_stride, of.rows - i, of.columns, depth_, kPanel,
+                                lanes + i * depth_);
         }
     }
-    void copy_rows(const Rows<T>& rows, int64_t tile) const {
-        for (int64_t i = tiling.first(tile); i < tiling.first(tile) + tiling.side; i++) {
+    void copy_rows(int64_t tile) const {
+        for (int64_t i = rows.first(tile); i < rows.first(tile) + rows.side; i++) {
             uint32_t* to = image_rows_.get() + i * image_rows_lie_.row;
             for (int64_t u = 0; u < depth_; u += kLanes) {  // there is room for a vector more
-                const bool present = i < rows.rows;
-                store_bits(to + u, present ? load_units<Operand>(rows.row(i), rows.column_stride, u * Operand::kPack,
-                                                                 rows.columns)
+                const bool present = i < image.rows;
+                store_bits(to + u, present ? load_units<Operand>(image.row(i), image.column_stride, u * Operand::kPack,
+                                                                 image.columns)
                                            : UVec{});
             }
         }
     }
-    void pack_columns_of_tile(const Rows<T>& rows, int64_t tile, uint32_t* columns) const {
-        pack_columns<Operand>(rows, tiling.first(tile) / Operand::kPack, tiling.side / Operand::kPack, column_units_,
-                              columns);
+    void pack_columns_of_tile(const Rows<T>& of, const Tiling& tiling, int64_t tile, int64_t units,
+                              uint32_t* packed) const {
+        pack_columns<Operand>(of, tiling.first(tile) / Operand::kPack, tiling.side / Operand::kPack, units, packed);
     }
 
     struct Lie {
@@ -243,8 +254,8 @@ class Pairs {
         return {image_rows_.get() + at, image_rows_lie_.row, image_rows_lie_.unit};
     }
 
-    int64_t depth_;         // units along D
-    int64_t column_units_;  // units along N
+    int64_t depth_;                     // units along D
+    int64_t image_units_, text_units_;  // units along the rows of each set
     Lie image_rows_lie_;
     Scratch<uint32_t> image_rows_, text_lanes_, image_columns_, text_columns_;
 };

@@ -3,7 +3,8 @@
 //
 // A call of a loss with gradients: clip_forward, then for each chunk of rows of S, from the first to the last,
 // clip_gradient and two products by a library, of ds with the text and of ds transposed with the image's rows, which
-// times scale / (count kGradientScale) are the chunk's rows of dI and its part of dT. SigLIP needs no forward:
+// times scale / (count kGradientScale) are the chunk's rows of dI and its part of dT, count being what the loss is
+// divided by. SigLIP needs no forward:
 // siglip leaves the loss too.
 #pragma once
 #include <cstddef>
@@ -15,8 +16,8 @@ namespace mmk::cuda {
 
 constexpr float kGradientScale = 32768.0f;  // ds is count dS, at most 1, times this: float16 would lose small ones
 
-// (count, width) numbers of 16 bits with a unit stride in the last dimension; the other in numbers. Rows that do not
-// start at multiples of 16 bytes, or widths that are no multiple of 8, are slow.
+// (images or texts, width) numbers of 16 bits with a unit stride in the last dimension; the other in numbers. Rows that
+// do not start at multiples of 16 bytes, or widths that are no multiple of 8, are slow.
 struct Features {
     const void* data;
     int64_t stride;
@@ -25,41 +26,58 @@ struct Features {
 struct Pairs {
     Features image, text;
     const float *scale, *bias;  // each one number, on the device; CLIP is blind to a bias and reads none
-    int count, width;           // of both features
-    bool bfloat16;              // else float16
+    int images, texts, width;
+    bool bfloat16;            // else float16
+    int offset, first, last;  // image i in [first, last) and text i + offset belong together, others to none
 };
 
-// Softmax weights (2, count) of rows or columns: the maximum m off the diagonal of q, which is the products of features
-// times the sign of the scale, then w. 2^((q - m) |scale| / ln 2) w is half the probability of a pair off the diagonal.
-struct ClipForward {
+// The statistics (3, images) or (3, texts) of rows or columns: the maximum of q, which is the products of features
+// times the sign of the scale, and the sum of exponentials relative to it, both without the own pair; q of that, if
+// there is one.
+struct ClipStatistics {
     Pairs pairs;
-    float label_smoothing;
-    const double* products;            // one number on the device, the sum of all products; null without smoothing
-    float *rows, *columns, *diagonal;  // out: softmax weights, twice, and the diagonal (count) of count dS
-    float* loss;                       // out, one number
-    void* workspace;                   // of clip_forward_workspace() bytes or any less that it accepts; 16-byte aligned
+    float *rows, *columns;  // out; in, too, if `add`
+    bool add;
+    void* workspace;  // of clip_statistics_workspace() bytes or any less that it accepts; 16-byte aligned
     size_t workspace_bytes;
 };
-size_t clip_forward_workspace(int count);
-Error clip_forward(const ClipForward& call, cudaStream_t stream);  // sm_80 and later
+size_t clip_statistics_workspace(int images, int texts);
+Error clip_statistics(const ClipStatistics& call, cudaStream_t stream);  // sm_80 and later
 
-// Rows [row0, row0 + row_count) of S.
+// The loss, and weights (2, images) and (2, texts) in place of the first two statistics: the maximum m as it is, then
+// w. 2^((q - m) |scale| / ln 2) w is the share of the loss times the probability of a pair that does not belong
+// together.
+struct ClipWeights {
+    Pairs pairs;
+    float label_smoothing;          // without what it takes off count dS of each pair alike, which the caller sees to
+    float row_share, column_share;  // of the losses of images and of texts
+    double count;                   // loss = (row_share sum of the images' + column_share sum of the texts') / count
+    const double* products;         // two numbers on the device, the sums of the products of images, and of texts, that
+                                    // have a pair, with all others; null without smoothing
+    float *rows, *columns;          // in and out: statistics, weights
+    float* own;                     // out: count dS of the images' own pairs, 0 of those that have none
+    float* loss;                    // out, one number
+};
+Error clip_weights(const ClipWeights& call, cudaStream_t stream);
+
+// Rows [row0, row0 + row_count) of S. They end where own pairs do: where an image without one would meet a text at the
+// offset, either all of these rows have one, or none has.
 struct LogitRows {
     Pairs pairs;
     int row0, row_count;
     void* ds;           // out: (row_count, ds_stride), 16-byte aligned, the type of the features
-    int64_t ds_stride;  // a multiple of 8, at least count; columns from count up to the next multiple of 8 become zero
+    int64_t ds_stride;  // a multiple of 8, at least texts; columns from there up to the next multiple of 8 become zero
+    double count;       // what the loss is divided by
     double* totals;     // in and out, except that a chunk with row0 == 0 does not read them; one for each mean
     float* means;       // out: totals / count: after the last chunk the results
     void* workspace;    // of gradient_workspace() bytes
     size_t workspace_bytes;
 };
-size_t gradient_workspace(int count, int row_count);
+size_t gradient_workspace(int texts, int row_count);
 
 struct ClipGradient {
-    LogitRows to;  // means: d scale
-    float label_smoothing;
-    const float *rows, *columns, *diagonal;  // as clip_forward leaves them
+    LogitRows to;                       // means: d scale
+    const float *rows, *columns, *own;  // as clip_weights leaves them
 };
 Error clip_gradient(const ClipGradient& call, cudaStream_t stream);
 
@@ -69,7 +87,7 @@ Error siglip(const LogitRows& call, cudaStream_t stream);
 // The same for Hopper alone (sm_90a), and only where TMA can read the features: their data and their strides are
 // multiples of 16 bytes, and rows do not overlap.
 bool contrastive_sm90_serves(const Pairs& pairs);
-Error clip_forward_sm90(const ClipForward& call, cudaStream_t stream);
+Error clip_statistics_sm90(const ClipStatistics& call, cudaStream_t stream);
 Error clip_gradient_sm90(const ClipGradient& call, cudaStream_t stream);
 Error siglip_sm90(const LogitRows& call, cudaStream_t stream);
 

@@ -55,6 +55,11 @@ MMK_DEVICE Statistic merged(const Statistic& a, const Statistic& b, const Logits
     return {fmaxf(a.maximum, b.maximum), (a_higher ? a.sum : b.sum) + (a_higher ? b.sum : a.sum) * fade};
 }
 
+// Whether own pairs may lie among the `rows` from i on and the `columns` from j on.
+MMK_DEVICE bool crosses_own_pairs(const Pairs& pairs, int i, int rows, int j, int columns) {
+    return i + pairs.offset < j + columns && j < i + pairs.offset + rows;
+}
+
 // The tile of this block: kGroup rows of tiles go column by column, so that what runs at a time reads few rows of
 // either matrix and finds them in the L2 cache.
 struct TileAt {

@@ -110,35 +110,50 @@ struct OwnPair {
             const float fade = exp2f(-lead), rest = others.sum * fade;
             loss = log1pf(rest);
             missed = rest / (1.0f + rest);
-            weight = 0.5f * fade / (1.0f + rest);
+            weight = fade / (1.0f + rest);
         } else {  // NaN comes here, too
             const float total = exp2f(lead) + others.sum;
             loss = logf(total) - lead * static_cast<float>(kLn2);
             missed = others.sum / total;
-            weight = 0.5f / total;
+            weight = 1.0f / total;
         }
     }
 };
 
-// The loss; one block, so that the order is fixed. Sums become weights, and the diagonal of q that of N dS.
-__global__ __launch_bounds__(kSumThreads) void clip_loss_kernel(const ClipForward p) {
-    const int count = p.pairs.count;
-    const Logits logits(*p.pairs.scale);
-    const float own_target = p.label_smoothing * (1.0f - 1.0f / static_cast<float>(count));
-    const double scale = *p.pairs.scale, smoothing = p.label_smoothing;
+// The loss; one block, so that the order is fixed. Sums become weights. Those without an own pair have none.
+__global__ __launch_bounds__(kSumThreads) void clip_weights_kernel(const ClipWeights p) {
+    const Pairs& pairs = p.pairs;
+    const Logits logits(*pairs.scale);
+    const int64_t images = pairs.images, texts = pairs.texts;
+    const double scale = *pairs.scale, smoothing = p.label_smoothing;
+    const float own_target = p.label_smoothing * (p.row_share + p.column_share);
     double total = 0.0;
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kSumThreads) {
-        float &of_row = p.rows[int64_t{count} + i], &of_column = p.columns[int64_t{count} + i], &own = p.diagonal[i];
-        const OwnPair row(own, {p.rows[i], of_row}, logits), column(own, {p.columns[i], of_column}, logits);
-        total += 0.5f * (row.loss + column.loss) + smoothing * fabs(scale) * own;
-        of_row = row.weight;
-        of_column = column.weight;
-        own = own_target - 0.5f * (row.missed + column.missed);
+    for (int i = static_cast<int>(threadIdx.x); i < pairs.images; i += kSumThreads) {
+        float& of_row = p.rows[images + i];
+        if (i < pairs.first || i >= pairs.last) {
+            of_row = p.own[i] = 0.0f;
+            continue;
+        }
+        const int j = i + pairs.offset;
+        float& of_column = p.columns[texts + j];
+        const float own = p.rows[2 * images + i];
+        const OwnPair row(own, {p.rows[i], of_row}, logits), column(own, {p.columns[j], of_column}, logits);
+        total += p.row_share * row.loss + p.column_share * column.loss;
+        total += smoothing * (p.row_share + p.column_share) * fabs(scale) * own;
+        of_row = p.row_share * row.weight;
+        of_column = p.column_share * column.weight;
+        p.own[i] = own_target - (p.row_share * row.missed + p.column_share * column.missed);
+    }
+    for (int j = static_cast<int>(threadIdx.x); j < pairs.texts; j += kSumThreads) {
+        if (j - pairs.offset < pairs.first || j - pairs.offset >= pairs.last) p.columns[texts + j] = 0.0f;
     }
     total = block_sum(total);
     if (threadIdx.x != 0) return;
-    if (p.products != nullptr) total -= smoothing * scale * (*p.products / count);
-    *p.loss = static_cast<float>(total / count);
+    if (p.products != nullptr) {
+        const double means = p.row_share * p.products[0] / texts + p.column_share * p.products[1] / images;
+        total -= smoothing * scale * means;
+    }
+    *p.loss = static_cast<float>(total / p.count);
 }
 
 // Block k adds what the tiles left of sum k to totals[k].
@@ -147,7 +162,7 @@ struct TileSums {
     double* totals;
     float* means;
     int64_t tiles;
-    int count;
+    double count;
     bool first;
 };
 
@@ -166,27 +181,56 @@ __global__ __launch_bounds__(kSumThreads) void add_tile_sums_kernel(const TileSu
 // ---- the walk
 
 Error checked(const char* name, const Pairs& pairs, int64_t row0, int64_t rows) {
-    if (pairs.count < 1) return Error(std::string(name) + ": no pairs have no mean");
-    if (pairs.width < 0 || row0 < 0 || rows < 0 || row0 + rows > pairs.count) {
+    if (pairs.images < 1 || pairs.texts < 1) return Error(std::string(name) + ": no pairs have no mean");
+    if (pairs.width < 0 || row0 < 0 || rows < 0 || row0 + rows > pairs.images) {
         return Error(std::string(name) + ": it takes rows from the first to the last of the features");
+    }
+    const int64_t first = pairs.first, last = pairs.last, offset = pairs.offset;
+    if (first < last && (first < 0 || last > pairs.images || first + offset < 0 || last + offset > pairs.texts)) {
+        return Error(std::string(name) + ": an image's own text lies outside the texts");
     }
     return {};
 }
 
 template <class Tiles>
-int64_t number_of(const TilePass<Tiles>& pass, int64_t rows, int64_t count) {
-    return divided_up(rows, pass.rows) * divided_up(count, pass.columns);
+int64_t number_of(const TilePass<Tiles>& pass, int64_t rows, int64_t columns) {
+    return divided_up(rows, pass.rows) * divided_up(columns, pass.columns);
 }
+
+// The rows at which own pairs begin and end, if some image without one would meet a text at the offset.
+struct Edges {
+    int64_t first, last;
+
+    Edges(const Pairs& pairs, int64_t end) : first(0), last(end) {
+        const int64_t offset = pairs.offset;
+        if (pairs.first <= std::max<int64_t>(0, -offset) && pairs.last >= std::min<int64_t>(end, pairs.texts - offset))
+            return;
+        first = pairs.first;
+        last = pairs.last;
+    }
+    // Of rows from this one on, how many lie before the next edge.
+    int64_t before(int64_t row, int64_t rows) const {
+        for (const int64_t edge : {first, last}) {
+            if (row < edge) rows = std::min(rows, edge - row);
+        }
+        return rows;
+    }
+};
+
+constexpr int kNowhere = -(1 << 30);  // an offset that leads to no text
 
 template <class Tiles>
 Error run(const char* name, const TilePass<Tiles>& pass, const Tiles& call, cudaStream_t stream) {
     if (pass.rows < kSmallestTile || pass.columns < kSmallestTile) return Error(std::string(name) + ": tiny tiles");
-    const int64_t tiles = number_of(pass, call.row_count, call.pairs.count);
+    const int64_t tiles = number_of(pass, call.row_count, call.pairs.texts);
     if (tiles == 0) return {};
-    if (tiles > INT_MAX || call.pairs.count > INT_MAX - pass.columns) {
+    const int64_t most = std::max(int64_t{call.pairs.images} + std::abs(call.pairs.offset), int64_t{call.pairs.texts});
+    if (tiles > INT_MAX || most > INT_MAX - pass.columns) {
         return Error(std::string(name) + ": more pairs than 32 bits number");
     }
-    return pass.run(call, stream);
+    Tiles rows = call;
+    if (rows.row0 >= call.pairs.last || rows.row0 + rows.row_count <= call.pairs.first) rows.pairs.offset = kNowhere;
+    return pass.run(rows, stream);
 }
 
 Error gradient(const char* name, TilePass<GradientTiles> pass, const LogitRows& to, GradientTiles call, int sums,
@@ -194,10 +238,13 @@ Error gradient(const char* name, TilePass<GradientTiles> pass, const LogitRows& 
     const Pairs& pairs = to.pairs;
     if (Error error = checked(name, pairs, to.row0, to.row_count)) return error;
     if (to.ds != nullptr &&
-        (to.ds_stride % 8 != 0 || to.ds_stride < pairs.count || reinterpret_cast<uintptr_t>(to.ds) % 16 != 0)) {
+        (to.ds_stride % 8 != 0 || to.ds_stride < pairs.texts || reinterpret_cast<uintptr_t>(to.ds) % 16 != 0)) {
         return Error(std::string(name) + ": rows of ds have to begin at multiples of 16 bytes, and to hold a row of S");
     }
-    const int64_t tiles = number_of(pass, to.row_count, pairs.count);
+    if (Edges(pairs, pairs.images).before(to.row0, to.row_count) < to.row_count) {
+        return Error(std::string(name) + ": own pairs end within these rows");
+    }
+    const int64_t tiles = number_of(pass, to.row_count, pairs.texts);
     if (to.workspace_bytes < static_cast<size_t>(tiles * sums) * sizeof(float)) {
         return Error(std::string(name) + ": the workspace is smaller than gradient_workspace() says");
     }
@@ -208,49 +255,61 @@ Error gradient(const char* name, TilePass<GradientTiles> pass, const LogitRows& 
     call.ds_stride = to.ds_stride;
     call.sums = static_cast<float*>(to.workspace);
     if (Error error = run(name, pass, call, stream)) return error;
-    const TileSums added{call.sums, to.totals, to.means, tiles, pairs.count, to.row0 == 0};
+    const TileSums added{call.sums, to.totals, to.means, tiles, to.count, to.row0 == 0};
     return launch(Launch{"add_tile_sums", static_cast<unsigned>(sums), kSumThreads, 0, stream}, add_tile_sums_kernel,
                   added);
 }
 
 }  // namespace
 
-size_t clip_forward_workspace(int count) {
-    const auto n = static_cast<size_t>(std::max(count, 0));
-    const size_t tiles = (n + kSmallestTile - 1) / kSmallestTile;
-    const size_t row_of_tiles = 2 * sizeof(float) * (tiles * kSmallestTile + n);
-    return row_of_tiles * std::min(tiles, std::max(kWorkspace / std::max(row_of_tiles, size_t{1}), size_t{2}));
+size_t clip_statistics_workspace(int images, int texts) {
+    const auto tiles = [](int count) {
+        return (static_cast<size_t>(std::max(count, 0)) + kSmallestTile - 1) / kSmallestTile;
+    };
+    const size_t row_of_tiles =
+        2 * sizeof(float) * (tiles(texts) * kSmallestTile + static_cast<size_t>(std::max(texts, 0)));
+    return row_of_tiles * std::min(tiles(images), std::max(kWorkspace / std::max(row_of_tiles, size_t{1}), size_t{2}));
 }
 
-size_t gradient_workspace(int count, int row_count) {
+size_t gradient_workspace(int texts, int row_count) {
     const auto tiles = [](int n) { return static_cast<size_t>((int64_t{n} + kSmallestTile - 1) / kSmallestTile); };
-    return 3 * sizeof(float) * tiles(std::max(count, 0)) * tiles(std::max(row_count, 0));
+    return 3 * sizeof(float) * tiles(std::max(texts, 0)) * tiles(std::max(row_count, 0));
 }
 
-Error clip_forward_by(TilePass<StatisticsTiles> pass, const ClipForward& call, cudaStream_t stream) {
+Error clip_statistics_by(TilePass<StatisticsTiles> pass, const ClipStatistics& call, cudaStream_t stream) {
     const Pairs& pairs = call.pairs;
-    if (Error error = checked("clip_forward", pairs, 0, pairs.count)) return error;
-    if (call.label_smoothing != 0.0f && call.products == nullptr) {
-        return Error("clip_forward: with a label smoothing it takes the sum of all products");
-    }
-    const int64_t count = pairs.count, columns = divided_up(count, pass.columns);
-    const int64_t rows_of_tile = std::min<int64_t>(pass.rows, count);
-    const int64_t bytes = int64_t{2 * sizeof(float)} * (columns * rows_of_tile + count);  // parts of one row of tiles
+    if (Error error = checked("clip_statistics", pairs, 0, pairs.images)) return error;
+    const int64_t images = pairs.images, texts = pairs.texts, columns = divided_up(texts, pass.columns);
+    const int64_t rows_of_tile = std::min<int64_t>(pass.rows, images);
+    const int64_t bytes = int64_t{2 * sizeof(float)} * (columns * rows_of_tile + texts);  // parts of one row of tiles
     const int64_t rows_at_once = static_cast<int64_t>(call.workspace_bytes) / bytes * pass.rows;
-    if (rows_at_once == 0) return Error("clip_forward: the workspace is smaller than clip_forward_workspace() says");
-
-    for (int64_t row0 = 0; row0 < count; row0 += rows_at_once) {
-        const int64_t rows = std::min(rows_at_once, count - row0), tiles = divided_up(rows, pass.rows);
+    if (rows_at_once == 0) {
+        return Error("clip_statistics: the workspace is smaller than clip_statistics_workspace() says");
+    }
+    const Edges edges(pairs, images);
+    for (int64_t row0 = 0, rows; row0 < images; row0 += rows) {
+        rows = edges.before(row0, std::min(rows_at_once, images - row0));
+        const int64_t tiles = divided_up(rows, pass.rows);
         float* const row_parts = static_cast<float*>(call.workspace);
         float* const column_parts = row_parts + 2 * columns * rows;
         const int first = static_cast<int>(row0), length = static_cast<int>(rows);
-        const StatisticsTiles parts{pairs, first, length, row_parts, column_parts, call.diagonal};
+        float *const row_own = call.rows + 2 * images, *const column_own = call.columns + 2 * texts;
+        const StatisticsTiles parts{pairs, first, length, row_parts, column_parts, row_own, column_own};
         if (Error error = run("clip_statistics", pass, parts, stream)) return error;
-        const Fold of_rows{row_parts, call.rows + row0, static_cast<int>(columns), length, count, true};
-        const Fold of_columns{column_parts, call.columns, static_cast<int>(tiles), pairs.count, count, row0 == 0};
+        const Fold of_rows{row_parts, call.rows + row0, static_cast<int>(columns), length, images, !call.add};
+        const Fold of_columns{column_parts, call.columns, static_cast<int>(tiles),
+                              pairs.texts,  texts,        !call.add && row0 == 0};
         if (Error error = fold_statistics(of_rows, of_columns, pairs.scale, stream)) return error;
     }
-    return launch(Launch{"clip_loss", 1, kSumThreads, 0, stream}, clip_loss_kernel, call);
+    return {};
+}
+
+Error clip_weights(const ClipWeights& call, cudaStream_t stream) {
+    if (Error error = checked("clip_weights", call.pairs, 0, call.pairs.images)) return error;
+    if (call.label_smoothing != 0.0f && call.products == nullptr) {
+        return Error("clip_weights: with a label smoothing it takes the sums of products");
+    }
+    return launch(Launch{"clip_weights", 1, kSumThreads, 0, stream}, clip_weights_kernel, call);
 }
 
 Error clip_gradient_by(TilePass<GradientTiles> pass, const ClipGradient& call, cudaStream_t stream) {
@@ -258,8 +317,7 @@ Error clip_gradient_by(TilePass<GradientTiles> pass, const ClipGradient& call, c
     GradientTiles tiles{};
     tiles.rows = call.rows;
     tiles.columns = call.columns;
-    tiles.diagonal = call.diagonal;
-    tiles.off_target = call.label_smoothing / static_cast<float>(call.to.pairs.count);
+    tiles.own = call.own;
     return gradient("clip_gradient", pass, call.to, tiles, 1, stream);
 }
 

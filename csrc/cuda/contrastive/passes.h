@@ -16,9 +16,9 @@ constexpr float kLowest = -3.4e38f;
 struct StatisticsTiles {
     Pairs pairs;
     int row0, row_count;
-    float* row_parts;     // (2, tiles along a row, row_count): statistics, the diagonal left out
-    float* column_parts;  // (2, tiles along a column of these rows, count)
-    float* diagonal;      // (count), of q; of which [row0, row0 + row_count) is written
+    float* row_parts;             // (2, tiles along a row, row_count): statistics without the own pairs
+    float* column_parts;          // (2, tiles along a column of these rows, texts)
+    float *row_own, *column_own;  // (images), (texts): q of own pairs, of which those of these rows are written
 };
 
 // The same rows: pass 2 of CLIP, or the one pass of SigLIP.
@@ -29,8 +29,7 @@ struct GradientTiles {
     int64_t ds_stride;
     float* sums;                  // (1 or 3, tiles): CLIP's sum of N dS (I T^T); SigLIP's loss, that, and sum of N dS
     const float *rows, *columns;  // CLIP's softmax weights
-    const float* diagonal;        // CLIP's, of N dS
-    float off_target;             // CLIP: what N dS has less off the diagonal, e / N
+    const float* own;             // CLIP's, count dS of own pairs
 };
 
 template <class Tiles>
@@ -39,7 +38,7 @@ struct TilePass {
     Error (*run)(const Tiles& call, cudaStream_t stream);
 };
 
-Error clip_forward_by(TilePass<StatisticsTiles> pass, const ClipForward& call, cudaStream_t stream);
+Error clip_statistics_by(TilePass<StatisticsTiles> pass, const ClipStatistics& call, cudaStream_t stream);
 Error clip_gradient_by(TilePass<GradientTiles> pass, const ClipGradient& call, cudaStream_t stream);
 Error siglip_by(TilePass<GradientTiles> pass, const LogitRows& call, cudaStream_t stream);
 

@@ -34,10 +34,10 @@ struct Source {
     bool aligned;       // every eighth number of every row lies at 16 bytes
     int to;
 
-    MMK_DEVICE Source(const Features& matrix, int row0, const Pairs& pairs) : stride(matrix.stride) {
+    MMK_DEVICE Source(const Features& matrix, int count, int row0, const Pairs& pairs) : stride(matrix.stride) {
         const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
         aligned = reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && (stride | pairs.width) % 8 == 0;
-        present = pairs.count - row0 - row;
+        present = count - row0 - row;
         left = pairs.width - chunk * 8;
         first = static_cast<const T*>(matrix.data) + (row0 + row) * stride + chunk * 8;
         to = row * kDepth + (chunk ^ row / 2 % 4) * 8;
@@ -81,7 +81,7 @@ struct Products {
 
     // Of the rows of image from row0 and of text from column0 on. Leaves shared memory free for everyone.
     MMK_DEVICE void compute(const Pairs& pairs, int row0, int column0, T* shared, const Place& place) {
-        const Source<T> image(pairs.image, row0, pairs), text(pairs.text, column0, pairs);
+        const Source<T> image(pairs.image, pairs.images, row0, pairs), text(pairs.text, pairs.texts, column0, pairs);
         const int steps = (pairs.width + kDepth - 1) / kDepth;
         const auto load = [&](int step) {
             T* const stage = shared + step % kStages * (2 * kOperand);
@@ -148,24 +148,27 @@ struct Tile {
     Place place;
     int tiles_m, tiles_n, row_tile, column_tile;
     int i0, j0, rows, columns;  // of S: the first, and how many there are
+    int shift;                  // own pairs: row - column = shift, counted within the tile
+    bool crosses;
 
     MMK_DEVICE Tile(const Pairs& pairs, int row0, int row_count) {
         tiles_m = (row_count + kTile - 1) / kTile;
-        tiles_n = (pairs.count + kTile - 1) / kTile;
+        tiles_n = (pairs.texts + kTile - 1) / kTile;
         const TileAt at = grouped_tile<kGroup>(static_cast<int>(blockIdx.x), tiles_m, tiles_n);
         row_tile = at.row;
         column_tile = at.column;
         i0 = row0 + row_tile * kTile;
         j0 = column_tile * kTile;
         rows = min(row0 + row_count - i0, kTile);
-        columns = min(pairs.count - j0, kTile);
+        columns = min(pairs.texts - j0, kTile);
+        shift = j0 - i0 - pairs.offset;
+        crosses = crosses_own_pairs(pairs, i0, kTile, j0, kTile);
     }
     MMK_DEVICE bool inside(int row, int column) const {
         return row < rows - place.row && column < columns - place.column;
     }
-    MMK_DEVICE bool positive(int row, int column) const { return row - column == j0 + place.column - (i0 + place.row); }
+    MMK_DEVICE bool positive(int row, int column) const { return row - column == shift + place.column - place.row; }
     MMK_DEVICE bool whole() const { return rows == kTile && columns == kTile; }
-    MMK_DEVICE bool crosses_diagonal() const { return i0 < j0 + kTile && j0 < i0 + kTile; }
 };
 
 // ---- pass 1 of CLIP
@@ -198,10 +201,11 @@ __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const Stat
 
     const Logits logits(*p.pairs.scale);
     products.each([&](float& s, int, int) { s *= logits.sign; });
-    if (tile.crosses_diagonal()) {
+    if (tile.crosses) {
         products.each([&](float& s, int row, int column) {
             if (!tile.positive(row, column) || !tile.inside(row, column)) return;
-            p.diagonal[tile.i0 + place.row + row] = s;
+            p.row_own[tile.i0 + place.row + row] = s;
+            p.column_own[tile.j0 + place.column + column] = s;
             s = kLowest;
         });
     }
@@ -234,10 +238,10 @@ __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const Stat
         parts[plane] = of.sum;
     };
     const int64_t row = static_cast<int64_t>(tile.column_tile) * p.row_count + tile.row_tile * kTile + x;
-    const int64_t column = static_cast<int64_t>(tile.row_tile) * p.pairs.count + tile.j0 + x;
+    const int64_t column = static_cast<int64_t>(tile.row_tile) * p.pairs.texts + tile.j0 + x;
     if (x < tile.rows) store(p.row_parts + row, static_cast<int64_t>(tile.tiles_n) * p.row_count, of_rows);
     if (x < tile.columns)
-        store(p.column_parts + column, static_cast<int64_t>(tile.tiles_m) * p.pairs.count, of_columns);
+        store(p.column_parts + column, static_cast<int64_t>(tile.tiles_m) * p.pairs.texts, of_columns);
 }
 
 // ---- the passes that write ds
@@ -255,18 +259,19 @@ struct Clip {
 
     MMK_DEVICE Clip(const GradientTiles& p, const Tile& tile) : p_(p), tile_(tile), logits_(*p.pairs.scale) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) row_[i] = weight(p.rows, tile.i0, tile.place.row + 8 * i, tile.rows);
+        for (int i = 0; i < 8; i++)
+            row_[i] = weight(p.rows, p.pairs.images, tile.i0, tile.place.row + 8 * i, tile.rows);
     }
     MMK_DEVICE void turn_to(int n) {
 #pragma unroll
         for (int j = 0; j < 2; j++)
-            column_[j] = weight(p_.columns, tile_.j0, tile_.place.column + 8 * n + j, tile_.columns);
+            column_[j] = weight(p_.columns, p_.pairs.texts, tile_.j0, tile_.place.column + 8 * n + j, tile_.columns);
     }
     MMK_DEVICE float slope(const Pair& pair, int i, int j) {
         const float q = pair.product * logits_.sign;
-        float d = logits_.exp(q, column_[j].maximum) * column_[j].weight - p_.off_target;
+        float d = logits_.exp(q, column_[j].maximum) * column_[j].weight;
         d = logits_.exp(q, row_[i].maximum) * row_[i].weight + d;
-        if (pair.positive && pair.inside) d = p_.diagonal[tile_.i0 + tile_.place.row + 8 * i];
+        if (pair.positive && pair.inside) d = p_.own[tile_.i0 + tile_.place.row + 8 * i];
         sums[0] += pair.inside ? d * pair.product : 0.0f;
         return d;
     }
@@ -275,9 +280,9 @@ struct Clip {
     struct Weight {
         float maximum, weight;
     };
-    MMK_DEVICE Weight weight(const float* weights, int first, int at, int count) const {
+    MMK_DEVICE Weight weight(const float* weights, int all, int first, int at, int count) const {
         if (at >= count) return {0.0f, 0.0f};
-        return {weights[first + at], weights[int64_t{p_.pairs.count} + first + at]};
+        return {weights[first + at], weights[int64_t{all} + first + at]};
     }
 
     const GradientTiles& p_;
@@ -375,7 +380,8 @@ MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, Loss& 
             for (int j = 0; j < 2; j++) {
                 const bool inside = kPlain || tile.inside(row, column + j);
                 const bool positive = !kPlain && tile.positive(row, column + j);
-                const float d = loss.slope({products.s[i / 2][n][i % 2 * 2 + j], inside, positive}, i, j);
+                const Pair pair{products.s[i / 2][n][i % 2 * 2 + j], inside, positive};
+                const float d = loss.slope(pair, i, j);
                 slope[j] = inside ? d : 0.0f;
             }
             slopes.put(row, column, slope);
@@ -393,7 +399,7 @@ __global__ __launch_bounds__(kThreads, 2) void gradient_kernel(const GradientTil
 
     Loss loss(p, tile);
     Slopes<T> slopes(shared, tile.place);
-    if (tile.whole() && !tile.crosses_diagonal()) {
+    if (tile.whole() && !tile.crosses) {
         put_slopes<true>(products, tile, loss, slopes);
     } else {
         put_slopes<false>(products, tile, loss, slopes);
@@ -409,7 +415,7 @@ template <class Tiles>
 Error launch_tiles(const char* name, void (*bfloat16)(Tiles), void (*float16)(Tiles), const Tiles& call,
                    cudaStream_t stream) {
     const int64_t tiles =
-        (int64_t{call.row_count} + kTile - 1) / kTile * ((int64_t{call.pairs.count} + kTile - 1) / kTile);
+        (int64_t{call.row_count} + kTile - 1) / kTile * ((int64_t{call.pairs.texts} + kTile - 1) / kTile);
     const Launch at{name, static_cast<unsigned>(tiles), kThreads, kSharedBytes, stream};
     return launch(at, call.pairs.bfloat16 ? bfloat16 : float16, call);
 }
@@ -429,8 +435,8 @@ Error siglip_tiles(const GradientTiles& call, cudaStream_t stream) {
 
 }  // namespace
 
-Error clip_forward(const ClipForward& call, cudaStream_t stream) {
-    return clip_forward_by({kTile, kTile, statistics}, call, stream);
+Error clip_statistics(const ClipStatistics& call, cudaStream_t stream) {
+    return clip_statistics_by({kTile, kTile, statistics}, call, stream);
 }
 Error clip_gradient(const ClipGradient& call, cudaStream_t stream) {
     return clip_gradient_by({kTile, kTile, clip}, call, stream);

@@ -2,8 +2,8 @@
 //
 //   CLIP, pass 1:  of each row and each column of a tile, but for the diagonal, the maximum m of q and the sum of
 //                  2^(f (q - m)); the diagonal of q
-//   CLIP, pass 2:  N dS_ij = 2^(f (q_ij - m_i)) w_i + 2^(f (q_ij - m'_j)) w'_j - e/N off the diagonal, and its sum with
-//                  I T^T
+//   CLIP, pass 2:  N dS_ij = 2^(f (q_ij - m_i)) w_i + 2^(f (q_ij - m'_j)) w'_j off the diagonal, and its sum with
+//                  I T^T (of N pairs; see call.h for others)
 //   SigLIP:        N dS_ij = -z / (1 + exp(x)), its sum, its sum with I T^T, and the loss, log(1 + exp(-x)) summed
 //
 // A block has the multiprocessor to itself and walks over tiles of 128 x 256 logits. One thread copies 64 columns of
@@ -64,7 +64,7 @@ struct ClipStatisticsPass {
     MMK_DEVICE void prepare(const Tile&) {}
 
     MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
-        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
+        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs);
 #pragma unroll
         for (int i = 0; i < kHeld; i++) d[i] *= logits.sign;
         if (!tile.whole(call)) {
@@ -74,7 +74,7 @@ struct ClipStatisticsPass {
                 if (i / 4 * 8 + i % 2 >= bounds.ends[i / 2 % 2]) d[i] = kLowest;
             }
         }
-        take_diagonal(d, tile, bounds);
+        take_own(d, tile, bounds);
         store_rows(d, tile, walk, bounds);
         before_leaving(place, first_tile);
 #pragma unroll
@@ -84,13 +84,14 @@ struct ClipStatisticsPass {
         after_joining(last_tile);
     }
 
-    MMK_DEVICE void take_diagonal(float (&d)[kHeld], const Tile& tile, const Bounds& bounds) const {
-        if (!tile.crosses_diagonal()) return;
+    MMK_DEVICE void take_own(float (&d)[kHeld], const Tile& tile, const Bounds& bounds) const {
+        if (!tile.crosses(call.pairs)) return;
 #pragma unroll
         for (int i = 0; i < kHeld; i++) {
             const int right = i / 4 * 8 + i % 2, j = i / 2 % 2;
-            if (right == bounds.diagonal + 8 * j && right < bounds.ends[j]) {
-                call.diagonal[tile.row0 + place.row + 8 * j] = d[i];
+            if (right == bounds.own + 8 * j && right < bounds.ends[j]) {
+                call.row_own[tile.row0 + place.row + 8 * j] = d[i];
+                call.column_own[tile.column0 + place.column + right] = d[i];
                 d[i] = kLowest;
             }
         }
@@ -136,7 +137,7 @@ struct ClipStatisticsPass {
     }
 
     MMK_DEVICE void store_columns(const Tile& tile, const Walk& walk) const {
-        float* const parts = call.column_parts + static_cast<int64_t>(tile.m) * call.pairs.count + tile.column0;
+        float* const parts = call.column_parts + static_cast<int64_t>(tile.m) * call.pairs.texts + tile.column0;
 #pragma unroll
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
             const int column = i * kWarpgroup + place.thread;
@@ -144,9 +145,9 @@ struct ClipStatisticsPass {
 #pragma unroll
             for (int warp = 1; warp < kConsumerWarps; warp++)
                 all = merged(all, found[warp * kTileColumns + column], logits);
-            if (column >= call.pairs.count - tile.column0) continue;
+            if (column >= call.pairs.texts - tile.column0) continue;
             parts[column] = all.maximum;
-            parts[static_cast<int64_t>(walk.tiles_m) * call.pairs.count + column] = all.sum;
+            parts[static_cast<int64_t>(walk.tiles_m) * call.pairs.texts + column] = all.sum;
         }
     }
 };
@@ -189,12 +190,11 @@ struct ClipGradientPass {
 
     // Loads only: nothing waits for them before the products are done.
     MMK_DEVICE void prepare(const Tile& tile) {
-        const int count = call.pairs.count;
 #pragma unroll
-        for (int j = 0; j < 2; j++) row[j] = weight_at(call.rows, tile.row0 + place.row + 8 * j, count);
+        for (int j = 0; j < 2; j++) row[j] = weight_at(call.rows, tile.row0 + place.row + 8 * j, call.pairs.images);
 #pragma unroll
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
-            column[i] = weight_at(call.columns, tile.column0 + i * kWarpgroup + place.thread, count);
+            column[i] = weight_at(call.columns, tile.column0 + i * kWarpgroup + place.thread, call.pairs.texts);
         }
     }
 
@@ -217,14 +217,13 @@ struct ClipGradientPass {
         sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
     }
 
-    MMK_DEVICE float own_slope(int row) const { return row < call.pairs.count ? call.diagonal[row] : 0.0f; }
+    MMK_DEVICE float own_slope(int row) const { return row < call.row0 + call.row_count ? call.own[row] : 0.0f; }
 
     // kPlain: no mask is needed, as in nearly every tile.
     template <bool kPlain>
     MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float& total) const {
-        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
+        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs);
         const SoftmaxWeight weights[2] = {row[0].scaled(), row[1].scaled()};
-        const float off_target = call.off_target * kGradientScale;
         float own[2];
 #pragma unroll
         for (int j = 0; j < 2 && !kPlain; j++) own[j] = own_slope(tile.row0 + place.row + 8 * j) * kGradientScale;
@@ -241,8 +240,8 @@ struct ClipGradientPass {
                 for (int i = 0; i < 4; i++) {
                     const float product = d[right / 2 + i], q = product * logits.sign;
                     const int e = i % 2, j = i / 2;
-                    ds[i] = weights[j].of(q, logits) + (pair[e].of(q, logits) - off_target);
-                    if (!kPlain && right + e == bounds.diagonal + 8 * j) ds[i] = own[j];
+                    ds[i] = weights[j].of(q, logits) + pair[e].of(q, logits);
+                    if (!kPlain && right + e == bounds.own + 8 * j) ds[i] = own[j];
                     if (!kPlain && right + e >= bounds.ends[j]) ds[i] = 0;
                     total += ds[i] * product;
                 }
@@ -291,7 +290,7 @@ struct SigLipPass {
 
     template <bool kPlain>
     MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float (&total)[kSums]) const {
-        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs.count);
+        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs);
 #pragma unroll
         for (int strip = 0; strip < kTileColumns / kStrip; strip++) {
             if constexpr (kWithGradient) strips.begin();
@@ -303,7 +302,7 @@ struct SigLipPass {
                 for (int i = 0; i < 4; i++) {
                     const float product = d[right / 2 + i], logit = product * scale + bias;
                     const int e = i % 2, j = i / 2;
-                    const bool positive = !kPlain && right + e == bounds.diagonal + 8 * j;
+                    const bool positive = !kPlain && right + e == bounds.own + 8 * j;
                     const bool inside = kPlain || right + e < bounds.ends[j];
                     const Sigmoid pair(!inside ? kLowest : positive ? -logit : logit);  // of no pair: 0
                     total[0] += pair.loss;
@@ -380,34 +379,34 @@ Error encode_rows(CUtensorMap& map, const char* kernel, const void* rows, int64_
 template <class T, class Pass>
 Error run(const char* kernel, const typename Pass::Call& call, void* ds, int64_t ds_stride, cudaStream_t stream) {
     const Pairs& pairs = call.pairs;
-    const auto encode_features = [&](CUtensorMap& map, const Features& features, uint32_t rows) {
-        return encode_rows<T>(map, kernel, features.data, features.stride, pairs.count, pairs.width, {kStep, rows});
+    const auto encode_features = [&](CUtensorMap& map, const Features& features, int count, uint32_t rows) {
+        return encode_rows<T>(map, kernel, features.data, features.stride, count, pairs.width, {kStep, rows});
     };
     CUtensorMap image, text, of_ds{};
-    if (Error error = encode_features(image, pairs.image, kTileRows)) return error;
-    if (Error error = encode_features(text, pairs.text, kTileColumns)) return error;
+    if (Error error = encode_features(image, pairs.image, pairs.images, kTileRows)) return error;
+    if (Error error = encode_features(text, pairs.text, pairs.texts, kTileColumns)) return error;
     if (ds != nullptr) {  // columns up to the next multiple of 8 become zero
-        const int columns = (pairs.count + 7) / 8 * 8;
+        const int columns = (pairs.texts + 7) / 8 * 8;
         if (Error error = encode_rows<T>(of_ds, kernel, ds, ds_stride, call.row_count, columns, {kStrip, 16}))
             return error;
     }
     int blocks;
     if (Error error = count_multiprocessors(blocks)) return error;
     const auto tiles_of = [](int64_t size, int tile) { return (size + tile - 1) / tile; };
-    const int64_t tiles = tiles_of(call.row_count, kTileRows) * tiles_of(pairs.count, kTileColumns);
+    const int64_t tiles = tiles_of(call.row_count, kTileRows) * tiles_of(pairs.texts, kTileColumns);
     static_assert(kRingBytes + Pass::kSharedBytes <= kMostShared);
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tiles, blocks)));
     const Launch at{kernel, grid, kThreads, kRingBytes + Pass::kSharedBytes, stream};
     return launch(at, contrastive_sm90_kernel<T, Pass>, image, text, of_ds, call);
 }
 
-Error clip_statistics(const StatisticsTiles& call, cudaStream_t stream) {
+Error statistics_tiles(const StatisticsTiles& call, cudaStream_t stream) {
     const char* const kernel = "clip_statistics_sm90";
     if (call.pairs.bfloat16) return run<BFloat16, ClipStatisticsPass<BFloat16>>(kernel, call, nullptr, 0, stream);
     return run<Float16, ClipStatisticsPass<Float16>>(kernel, call, nullptr, 0, stream);
 }
 
-Error clip_gradient(const GradientTiles& call, cudaStream_t stream) {
+Error gradient_tiles(const GradientTiles& call, cudaStream_t stream) {
     const char* const kernel = "clip_gradient_sm90";
     if (call.pairs.bfloat16) {
         return run<BFloat16, ClipGradientPass<BFloat16>>(kernel, call, call.ds, call.ds_stride, stream);
@@ -440,13 +439,13 @@ bool contrastive_sm90_serves(const Pairs& pairs) {
     return pairs.width > 0 && readable(pairs.image) && readable(pairs.text);
 }
 
-Error clip_forward_sm90(const ClipForward& call, cudaStream_t stream) {
-    if (Error error = without_sm90a("clip_forward_sm90")) return error;
-    return clip_forward_by(pass_by<StatisticsTiles>(clip_statistics), call, stream);
+Error clip_statistics_sm90(const ClipStatistics& call, cudaStream_t stream) {
+    if (Error error = without_sm90a("clip_statistics_sm90")) return error;
+    return clip_statistics_by(pass_by<StatisticsTiles>(statistics_tiles), call, stream);
 }
 Error clip_gradient_sm90(const ClipGradient& call, cudaStream_t stream) {
     if (Error error = without_sm90a("clip_gradient_sm90")) return error;
-    return clip_gradient_by(pass_by<GradientTiles>(clip_gradient), call, stream);
+    return clip_gradient_by(pass_by<GradientTiles>(gradient_tiles), call, stream);
 }
 Error siglip_sm90(const LogitRows& call, cudaStream_t stream) {
     if (Error error = without_sm90a("siglip_sm90")) return error;

@@ -29,14 +29,13 @@ struct Tile {
 
     template <class Call>
     MMK_DEVICE bool whole(const Call& call) const {
-        return row0 + kTileRows <= call.row0 + call.row_count && column0 + kTileColumns <= call.pairs.count;
+        return row0 + kTileRows <= call.row0 + call.row_count && column0 + kTileColumns <= call.pairs.texts;
     }
-    MMK_DEVICE bool crosses_diagonal() const { return row0 < column0 + kTileColumns && column0 < row0 + kTileRows; }
+    MMK_DEVICE bool crosses(const Pairs& pairs) const {
+        return crosses_own_pairs(pairs, row0, kTileRows, column0, kTileColumns);
+    }
     // Every pair is there, and none belongs together.
-    template <class Call>
-    MMK_DEVICE bool plain(const Call& call) const {
-        return whole(call) && !crosses_diagonal();
-    }
+    MMK_DEVICE bool plain(const GradientTiles& call) const { return whole(call) && !crosses(call.pairs); }
 };
 
 // Where a thread that multiplies stands. It holds, in d[i], row `row` + 8 (i / 2 % 2) of the tile and column `column`
@@ -56,16 +55,16 @@ struct Place {
     }
 };
 
-// Of a thread's row j, columns of the tile from its first one on: it has the first `ends[j]`, the one on the diagonal
-// is `diagonal` + 8 j.
+// Of a thread's row j, columns of the tile from its first one on: it has the first `ends[j]`, its own pair is at
+// `own` + 8 j.
 struct Bounds {
-    int ends[2], diagonal;
+    int ends[2], own;
 
-    MMK_DEVICE Bounds(const Tile& tile, const Place& place, int end_row, int count) {
+    MMK_DEVICE Bounds(const Tile& tile, const Place& place, int end_row, const Pairs& pairs) {
         const int row = tile.row0 + place.row, column = tile.column0 + place.column;
 #pragma unroll
-        for (int j = 0; j < 2; j++) ends[j] = row + 8 * j < end_row ? count - column : 0;
-        diagonal = row - column;
+        for (int j = 0; j < 2; j++) ends[j] = row + 8 * j < end_row ? pairs.texts - column : 0;
+        own = row + pairs.offset - column;
     }
 };
 
@@ -74,7 +73,7 @@ struct Walk {
 
     MMK_DEVICE Walk(const Pairs& pairs, int row0, int row_count)
         : tiles_m((row_count + kTileRows - 1) / kTileRows),
-          tiles_n((pairs.count + kTileColumns - 1) / kTileColumns),
+          tiles_n((pairs.texts + kTileColumns - 1) / kTileColumns),
           first_row(row0) {}
     MMK_DEVICE int size() const { return tiles_m * tiles_n; }
     MMK_DEVICE int number_of(const Tile& tile) const { return tile.m * tiles_n + tile.n; }

@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import backends
 from .. import _checks
 from . import op
+from .pairing import DIRECTIONS, SAME
 
 __all__ = ["clip_loss", "siglip_loss"]
 
@@ -23,17 +24,27 @@ def clip_loss(
     *,
     label_smoothing: float = 0.0,
     normalize: bool = False,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    same: str = "positives",
+    direction: str = "both",
     backend: str | None = None,
 ) -> Tensor:
-    """The symmetric cross-entropy of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020) over N pairs.
+    """The symmetric cross-entropy of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020) over pairs.
 
     With logits S = logit_scale * image_features @ text_features.T, the mean over both directions of the cross-entropy
     between each row (column) of S and its own index. Softmax, sums and gradients are accumulated in float32 whatever
-    the dtype of the features, at any scale and for features of any length. Memory grows with N, never with N * N.
+    the dtype of the features, at any scale and for features of any length. Memory grows with N + M, never with N * M.
+
+    An image or a text that has no positive has no loss of its own and is a negative of the others: with M > N, texts
+    from N on are hard negatives (NegCLIP, https://arxiv.org/abs/2210.01936) or a queue of earlier ones (MoCo). The loss
+    of a direction is the mean over those that have one, 0 if none has. docs/contrastive.md names the losses of the
+    field by their settings.
 
     Args:
         image_features: (N, D), float32, bfloat16 or float16 (float64 by the reference); usually of unit length.
-        text_features: (N, D), the same dtype and device; row i belongs to image i.
+        text_features: (M, D), the same dtype and device; without ids, text i belongs to image i, as far as there are
+            both.
         logit_scale: a number, NumPy's too, or a tensor of one element: the factor itself (CLIP's parameter already
             exponentiated).
         logit_bias: accepted as open_clip passes it. It shifts every logit alike, so the softmax is blind to it: the
@@ -41,13 +52,21 @@ def clip_loss(
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         normalize: divide each feature by its length first (torch.nn.functional.normalize), in float32 whatever its
             dtype, which it then has again: a row of zeros stays one, and float16 rows may be longer than 65504.
+        image_ids: (N,), int64, on the same device: what each image shows, such as the number of its caption.
+        text_ids: (M,), int64, the same of each text. Ids are compared tile by tile; there is no N x M mask.
+        same: what equal ids say. "positives": these pairs, and no others, belong together, and the targets of a row are
+            uniform over its positives (UniCL, https://arxiv.org/abs/2204.03610). "ignored": text i belongs to image i,
+            and other pairs of equal ids are left out, neither positive nor negative (duplicate captions); not with
+            label_smoothing.
+        direction: "both"; "image_to_text": the images' losses alone (InfoNCE, https://arxiv.org/abs/1807.03748);
+            "text_to_image".
         backend: "cuda", "triton", "cpu", "reference"; None takes the fastest that supports the call.
 
     Returns:
         A scalar tensor, float32 (float64 for float64 features), differentiable once in the features, logit_scale and
         logit_bias. When a gradient is wanted it is computed together with the loss, so that backward only scales it: in
         float32, and rounded to the dtype of the features after that, so that a loss scale does its work. Until then it
-        takes 8 N D bytes, for half types twice what the features do.
+        takes 4 (N + M) D bytes, for half types twice what the features do.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, dtype, shape or device; the message names it.
@@ -56,10 +75,18 @@ def clip_loss(
     name = "clip_loss"
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing is {label_smoothing}; it must be between 0 and 1")
+    _checks.one_of(name, "direction", direction, DIRECTIONS)
     image, text = _features(name, image_features, text_features, normalize)
+    _check_ids(name, image_ids, text_ids, same, image, text)
+    if label_smoothing and image_ids is not None and same == "ignored":
+        raise ValueError(
+            f"{name}: label_smoothing is {label_smoothing} with same='ignored'; it spreads over pairs that are not "
+            "ignored, which nothing here counts. Set it to 0"
+        )
     scale = _scalar(name, "logit_scale", logit_scale, image)
     bias = None if logit_bias is None else _scalar(name, "logit_bias", logit_bias, image)
-    return op.clip_loss(image, text, scale, bias, float(label_smoothing), backends.requested(backend))
+    backend = backends.requested(backend)
+    return op.clip_loss(image, text, scale, bias, image_ids, text_ids, same, direction, float(label_smoothing), backend)
 
 
 def siglip_loss(
@@ -69,32 +96,38 @@ def siglip_loss(
     logit_bias: Tensor | float,
     *,
     normalize: bool = False,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    same: str = "positives",
     backend: str | None = None,
 ) -> Tensor:
-    """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343) over N pairs.
+    """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343) over pairs.
 
-    With logits S = logit_scale * image_features @ text_features.T + logit_bias and z_ij = 1 where i = j, else -1, the
-    loss is -1/N sum_ij log sigmoid(z_ij S_ij): the sum over all pairs, divided by N once.
+    With logits S = logit_scale * image_features @ text_features.T + logit_bias and z_ij = 1 for pairs that belong
+    together, else -1, the loss is -1/N sum_ij log sigmoid(z_ij S_ij): the sum over all pairs, divided once by the
+    number of images. Pairs that same="ignored" leaves out are not in the sum.
 
     Args, returned value and errors are those of `clip_loss`; logit_bias counts here and has a gradient.
     """
     name = "siglip_loss"
     image, text = _features(name, image_features, text_features, normalize)
+    _check_ids(name, image_ids, text_ids, same, image, text)
     scale = _scalar(name, "logit_scale", logit_scale, image)
     bias = _scalar(name, "logit_bias", logit_bias, image)
-    return op.siglip_loss(image, text, scale, bias, backends.requested(backend))
+    return op.siglip_loss(image, text, scale, bias, image_ids, text_ids, same, backends.requested(backend))
 
 
 def _features(name: str, image: Tensor, text: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    _checks.floating(name, "image_features", image)
-    _checks.floating(name, "text_features", text)
-    for label, value in (("image_features", image), ("text_features", text)):
+    for label, value, rows in (("image_features", image, "N"), ("text_features", text, "M")):
+        _checks.floating(name, label, value)
         if value.dim() != 2 or 0 in value.shape:
-            raise ValueError(f"{name}: {label} has shape {tuple(value.shape)}; it must be (N, D), N and D at least 1")
-    if image.shape != text.shape:
+            raise ValueError(
+                f"{name}: {label} has shape {tuple(value.shape)}; it must be ({rows}, D), {rows} and D at least 1"
+            )
+    if image.shape[1] != text.shape[1]:
         raise ValueError(
-            f"{name}: image_features has shape {tuple(image.shape)}, text_features {tuple(text.shape)}; "
-            "they must be equal, row i of one belonging to row i of the other"
+            f"{name}: image_features has shape {tuple(image.shape)}, text_features {tuple(text.shape)}; features of "
+            "both must have the same length"
         )
     _checks.same_device(name, "text_features", text, "image_features", image)
     if normalize:
@@ -102,6 +135,27 @@ def _features(name: str, image: Tensor, text: Tensor, normalize: bool) -> tuple[
     image, text = _checks.autocast(image, text)
     _checks.same_dtype(name, "text_features", text, "image_features", image)
     return image, text
+
+
+def _check_ids(name: str, image_ids: Tensor | None, text_ids: Tensor | None, same: str, image: Tensor, text: Tensor):
+    _checks.one_of(name, "same", same, SAME)
+    if (image_ids is None) != (text_ids is None):
+        given, other = ("image_ids", "text_ids") if text_ids is None else ("text_ids", "image_ids")
+        raise ValueError(f"{name}: {given} is given without {other}; ids are compared, so give both or neither")
+    for label, ids, of, features in (
+        ("image_ids", image_ids, "image_features", image),
+        ("text_ids", text_ids, "text_features", text),
+    ):
+        if ids is None:
+            continue
+        _checks.tensor(name, label, ids)
+        if ids.dtype != torch.int64:
+            raise TypeError(f"{name}: {label} has dtype {ids.dtype}; accepted is int64")
+        if ids.shape != (len(features),):
+            raise ValueError(
+                f"{name}: {label} has shape {tuple(ids.shape)}; it must be ({len(features)},), one for each row of {of}"
+            )
+        _checks.same_device(name, label, ids, of, features)
 
 
 def _normalized(features: Tensor) -> Tensor:

@@ -4,29 +4,36 @@ for a GPU share. Imports torch only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-DS_SCALE = 2.0**15  # |N dS| <= 1: without it float16 would lose the small probabilities
+DS_SCALE = 2.0**15  # |count dS| <= 1: without it float16 would lose the small probabilities
 
 
 def feature_gradients(
-    write_rows: Callable[[Tensor, int], None], image: Tensor, text: Tensor, scale: Tensor, width: int, step: int
+    write_rows: Callable[[Tensor, int], None],
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    count: float | Tensor,
+    width: int,
+    chunks: Iterable[tuple[int, int]],
 ) -> tuple[Tensor, Tensor]:
-    """Float32 gradients of both features, `width` columns of them, by `step` rows of dS at a time.
+    """Float32 gradients of both features, `width` columns of them, by a chunk of rows of dS, (first, count), at
+    a time.
 
-    write_rows(ds, row0) fills N dS times DS_SCALE from row0 on; rows of ds are 16-byte aligned, and have room for
+    write_rows(ds, row0) fills count dS times DS_SCALE from row0 on; rows of ds are 16-byte aligned, and have room for
     columns up to a multiple of 8.
     """
-    n, pitch = len(image), -(-len(image) // 8) * 8
-    factor = scale.detach().float().reshape(()) / (n * DS_SCALE)
-    d_image, d_text = (x.new_empty(n, width, dtype=torch.float32) for x in (image, text))
+    m = len(text)
+    pitch = -(-m // 8) * 8
+    factor = scale.detach().float().reshape(()) / (count * DS_SCALE)
+    d_image, d_text = (x.new_empty(len(x), width, dtype=torch.float32) for x in (image, text))
     d_text_sum = None
-    for row0 in range(0, n, step):
-        rows = min(step, n - row0)
-        ds = image.new_empty(rows, pitch)[:, :n]
+    for row0, rows in chunks:
+        ds = image.new_empty(rows, pitch)[:, :m]
         write_rows(ds, row0)
         torch.mul(_product(ds, text)[:, :width], factor, out=d_image[row0 : row0 + rows])
         part = _product(ds.T, image[row0 : row0 + rows])

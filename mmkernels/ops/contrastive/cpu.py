@@ -6,56 +6,86 @@ import torch
 from torch import Tensor
 
 from ... import _core
+from .._address import address
 from .._core_tensors import matrix, unsupported_tensor
+from .pairing import Pairing, Shares
+from .smoothing import FeatureSums
+
+_SAME = {None: _core.Same.nothing, "positives": _core.Same.positive, "ignored": _core.Same.ignored}
 
 
-def unsupported(image: Tensor, text: Tensor) -> str | None:
+def unsupported(image: Tensor, text: Tensor, has_ids: bool = False) -> str | None:
     return unsupported_tensor("image_features", image) or unsupported_tensor("text_features", text)
 
 
-def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
-    loss, _ = _core.clip_loss(
-        image=matrix(image),
-        text=matrix(text),
-        scale=scale.item(),
-        label_smoothing=label_smoothing,
-        d_image=None,
-        d_text=None,
-    )
+def clip_loss(
+    image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing, shares: Shares, label_smoothing: float
+) -> Tensor:
+    return _clip_loss(image, text, scale, pairing, shares, label_smoothing, None, None)[0]
+
+
+def clip_loss_with_grads(
+    image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing, shares: Shares, label_smoothing: float
+) -> tuple[Tensor, ...]:
+    d_image, d_text = _grad_like(image), _grad_like(text)
+    loss, d_scale = _clip_loss(image, text, scale, pairing, shares, label_smoothing, d_image, d_text)
+    return loss, d_image, d_text, _full_like(scale, d_scale)
+
+
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing) -> Tensor:
+    loss, _, _ = _siglip_loss(image, text, scale, bias, pairing, None, None)
     return _loss(loss)
 
 
-def clip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
+def siglip_loss_with_grads(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing
+) -> tuple[Tensor, ...]:
     d_image, d_text = _grad_like(image), _grad_like(text)
-    loss, d_scale = _core.clip_loss(
-        image=matrix(image),
-        text=matrix(text),
-        scale=scale.item(),
-        label_smoothing=label_smoothing,
-        d_image=matrix(d_image),
-        d_text=matrix(d_text),
-    )
-    return _loss(loss), d_image, d_text, _full_like(scale, d_scale)
-
-
-def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    loss, _, _ = _core.siglip_loss(
-        image=matrix(image), text=matrix(text), scale=scale.item(), bias=bias.item(), d_image=None, d_text=None
-    )
-    return _loss(loss)
-
-
-def siglip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    d_image, d_text = _grad_like(image), _grad_like(text)
-    loss, d_scale, d_bias = _core.siglip_loss(
-        image=matrix(image),
-        text=matrix(text),
-        scale=scale.item(),
-        bias=bias.item(),
-        d_image=matrix(d_image),
-        d_text=matrix(d_text),
-    )
+    loss, d_scale, d_bias = _siglip_loss(image, text, scale, bias, pairing, matrix(d_image), matrix(d_text))
     return _loss(loss), d_image, d_text, _full_like(scale, d_scale), _full_like(bias, d_bias)
+
+
+def _clip_loss(image, text, scale, pairing, shares, label_smoothing, d_image, d_text) -> tuple[Tensor, float]:
+    loss, d_scale = _core.clip_loss(
+        rectangle=_rectangle(image, text, scale, pairing),
+        count=float(shares.count),
+        row_share=float(shares.row),
+        column_share=float(shares.column),
+        label_smoothing=label_smoothing,
+        d_image=None if d_image is None else matrix(d_image),
+        d_text=None if d_text is None else matrix(d_text),
+    )
+    if label_smoothing:
+        sums = FeatureSums.of(image, text, pairing)
+        loss -= sums.loss(scale, shares, label_smoothing, len(image), len(text)).item()
+        if d_image is not None:
+            d_scale -= sums.take_off(scale, pairing, shares, label_smoothing, d_image, d_text).item()
+    return _loss(loss), d_scale
+
+
+def _siglip_loss(image, text, scale, bias, pairing, d_image, d_text) -> tuple[float, float, float]:
+    return _core.siglip_loss(
+        rectangle=_rectangle(image, text, scale, pairing),
+        bias=bias.item(),
+        count=len(image),
+        d_image=d_image,
+        d_text=d_text,
+    )
+
+
+def _rectangle(image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing) -> _core.Rectangle:
+    """It must not outlive the tensors."""
+    core_pairing = _core.Pairing(
+        offset=pairing.offset,
+        first=pairing.first,
+        last=pairing.last,
+        same=_SAME[pairing.same],
+        image_ids=address(pairing.image_ids),
+        text_ids=address(pairing.text_ids),
+        image_counts=address(pairing.image_counts),
+        text_counts=address(pairing.text_counts),
+    )
+    return _core.Rectangle(image=matrix(image), text=matrix(text), scale=scale.item(), pairing=core_pairing)
 
 
 def _grad_like(x: Tensor) -> Tensor:

@@ -17,30 +17,41 @@ from torch import Tensor
 from ... import backends
 from .._autograd import OnceDifferentiable, Op, is_forward_mode, looped
 from .._registration import register
+from .pairing import Pairing, Shares
 
 
-def _kernels(image: Tensor, text: Tensor, backend: str):
-    return backends.select("contrastive", backend, image, text)
+def _kernels(image: Tensor, text: Tensor, pairing: Pairing, backend: str):
+    return backends.select("contrastive", backend, image, text, pairing.same is not None)
 
 
 def _loss_like(image: Tensor) -> Tensor:
     return image.new_empty((), dtype=torch.promote_types(image.dtype, torch.float32))
 
 
-def _clip(image, text, scale, label_smoothing, backend):
-    return _kernels(image, text, backend).clip_loss(image, text, scale, label_smoothing)
+def _clip(image, text, scale, image_ids, text_ids, same, direction, label_smoothing, backend):
+    pairing = _pairing(image, text, image_ids, text_ids, same)
+    call = image, text, scale, pairing, Shares.of(pairing, direction), label_smoothing
+    return _kernels(image, text, pairing, backend).clip_loss(*call)
 
 
-def _clip_with_grads(image, text, scale, label_smoothing, backend):
-    return _kernels(image, text, backend).clip_loss_with_grads(image, text, scale, label_smoothing)
+def _clip_with_grads(image, text, scale, image_ids, text_ids, same, direction, label_smoothing, backend):
+    pairing = _pairing(image, text, image_ids, text_ids, same)
+    call = image, text, scale, pairing, Shares.of(pairing, direction), label_smoothing
+    return _kernels(image, text, pairing, backend).clip_loss_with_grads(*call)
 
 
-def _siglip(image, text, scale, bias, backend):
-    return _kernels(image, text, backend).siglip_loss(image, text, scale, bias)
+def _siglip(image, text, scale, bias, image_ids, text_ids, same, backend):
+    pairing = _pairing(image, text, image_ids, text_ids, same)
+    return _kernels(image, text, pairing, backend).siglip_loss(image, text, scale, bias, pairing)
 
 
-def _siglip_with_grads(image, text, scale, bias, backend):
-    return _kernels(image, text, backend).siglip_loss_with_grads(image, text, scale, bias)
+def _siglip_with_grads(image, text, scale, bias, image_ids, text_ids, same, backend):
+    pairing = _pairing(image, text, image_ids, text_ids, same)
+    return _kernels(image, text, pairing, backend).siglip_loss_with_grads(image, text, scale, bias, pairing)
+
+
+def _pairing(image, text, image_ids, text_ids, same) -> Pairing:
+    return Pairing.of(len(image), len(text), image_ids, text_ids, same)
 
 
 def _grads_like(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -50,27 +61,24 @@ def _grads_like(*inputs: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-_clip_op = register(
-    "clip_loss(Tensor image, Tensor text, Tensor scale, float label_smoothing, str backend) -> Tensor",
-    _clip,
-    lambda image, text, scale, label_smoothing, backend: _loss_like(image),
+_CLIP = (
+    "Tensor image, Tensor text, Tensor scale, Tensor? image_ids, Tensor? text_ids, str same, str direction, "
+    "float label_smoothing, str backend"
 )
+_SIGLIP = (
+    "Tensor image, Tensor text, Tensor scale, Tensor bias, Tensor? image_ids, Tensor? text_ids, str same, str backend"
+)
+_clip_op = register(f"clip_loss({_CLIP}) -> Tensor", _clip, lambda image, *args: _loss_like(image))
 _clip_grads_op = register(
-    "clip_loss_with_grads(Tensor image, Tensor text, Tensor scale, float label_smoothing, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"clip_loss_with_grads({_CLIP}) -> (Tensor, Tensor, Tensor, Tensor)",
     _clip_with_grads,
-    lambda image, text, scale, label_smoothing, backend: (_loss_like(image), *_grads_like(image, text, scale)),
+    lambda image, text, scale, *args: (_loss_like(image), *_grads_like(image, text, scale)),
 )
-_siglip_op = register(
-    "siglip_loss(Tensor image, Tensor text, Tensor scale, Tensor bias, str backend) -> Tensor",
-    _siglip,
-    lambda image, text, scale, bias, backend: _loss_like(image),
-)
+_siglip_op = register(f"siglip_loss({_SIGLIP}) -> Tensor", _siglip, lambda image, *args: _loss_like(image))
 _siglip_grads_op = register(
-    "siglip_loss_with_grads(Tensor image, Tensor text, Tensor scale, Tensor bias, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"siglip_loss_with_grads({_SIGLIP}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _siglip_with_grads,
-    lambda image, text, scale, bias, backend: (_loss_like(image), *_grads_like(image, text, scale, bias)),
+    lambda image, text, scale, bias, *args: (_loss_like(image), *_grads_like(image, text, scale, bias)),
 )
 
 
@@ -105,13 +113,13 @@ class _Loss(Op):
 
 class _ClipLoss(_Loss):
     @staticmethod
-    def forward(image, text, scale, bias, label_smoothing, backend):
-        loss, *grads = _clip_grads_op(image, text, scale, label_smoothing, backend)
+    def forward(image, text, scale, bias, *args):
+        loss, *grads = _clip_grads_op(image, text, scale, *args)
         return loss, *grads, *([] if bias is None else [torch.zeros_like(bias)])
 
     @staticmethod
-    def without_gradient(image, text, scale, bias, label_smoothing, backend):
-        return (_clip_op(image, text, scale, label_smoothing, backend),)
+    def without_gradient(image, text, scale, bias, *args):
+        return (_clip_op(image, text, scale, *args),)
 
     vmap = looped(forward)
 
@@ -138,9 +146,9 @@ class _Gradients(OnceDifferentiable):
     vmap = looped(_scaled)
 
 
-def clip_loss(image, text, scale, bias, label_smoothing, backend) -> Tensor:
-    return _ClipLoss.call((image, text, scale, bias), image, text, scale, bias, label_smoothing, backend)[0]
+def clip_loss(image, text, scale, bias, *args) -> Tensor:
+    return _ClipLoss.call((image, text, scale, bias), image, text, scale, bias, *args)[0]
 
 
-def siglip_loss(image, text, scale, bias, backend) -> Tensor:
-    return _SigLipLoss.call((image, text, scale, bias), image, text, scale, bias, backend)[0]
+def siglip_loss(image, text, scale, bias, *args) -> Tensor:
+    return _SigLipLoss.call((image, text, scale, bias), image, text, scale, bias, *args)[0]

@@ -1,16 +1,23 @@
 """The contrastive losses in plain PyTorch: the definition of right, with the logits spelled out.
 
-CLIP:    S = s I T^T,  P = softmax of S over rows, Q over columns,  target Y = (1 - e) eye + e / N
-         loss = -1/2N sum_ij Y_ij (log P_ij + log Q_ij)          dS = ((P + Q) / 2 - Y) / N
-SigLIP:  S = s I T^T + b,  z = 2 eye - 1
+With p = I T^T (N x M), s the scale, P_i the positives of image i, its own text where no ids say otherwise, and only
+pairs that are not ignored among the logits:
+
+CLIP:    S = s p,  the targets of a row: Y_ij = (1 - e) [j in P_i] / |P_i| + e / M
+         loss of image i = -sum_j Y_ij log softmax(S_i)_j        dS_ij = softmax(S_i)_j - Y_ij
+         and of the texts the same by columns, 1 / N in place of 1 / M; both means over those that have a positive, and
+         the mean of both, or one of them
+SigLIP:  S = s p + b,  z = 1 for positives, else -1
          loss = -1/N sum_ij log sigmoid(z_ij S_ij)               dS = -z sigmoid(-z S) / N
-and with either: dI = s dS T,  dT = s dS^T I,  ds = sum dS (I T^T),  db = sum dS.
+and with either: dI = s dS T,  dT = s dS^T I,  ds = sum dS p,  db = sum dS.
 
-1 - P_ii and log P_ii are what a small loss is made of, and nothing is left of them beside a 1. They are therefore made
-of the other entries of the row: with L_ij = s (p_ij - p_ii), p = I T^T, and l_i the log of sum exp L_ij over j other
-than i,
+What a positive's probability is short of 1, and its logarithm, are what a small loss is made of, and nothing is left of
+them beside a 1. They are therefore made of the other entries of the row: with L_ij = s (p_ij - mean of p over P_i),
+a_i the log of the sum of exp L_ij over P_i (0 for a single one) and l_i that over the others,
 
-         -log P_ii = log(1 + exp l_i),   1 - P_ii = sigmoid(l_i),   P_ij = sigmoid(l_i) exp(L_ij - l_i).
+         loss of image i = log(exp a_i + exp l_i) - e mean_j L_ij,   missed_i = sigmoid(l_i - a_i)
+         dS_ij = missed_i exp(L_ij - l_i) - e / M                                         of the others
+         dS_ij = exp(L_ij - a_i) - 1 / |P_i| - missed_i exp(L_ij - a_i) + e (1 / |P_i| - 1 / M)   of the positives.
 """
 
 from __future__ import annotations
@@ -19,39 +26,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pairing import Pairing, Shares
 
-def unsupported(image: Tensor, text: Tensor) -> str | None:
+
+def unsupported(image: Tensor, text: Tensor, has_ids: bool = False) -> str | None:
     return None
 
 
-def clip_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
-    products = _products(image, text)
-    rows, columns = (_own_logits(x, scale) for x in (products, products.T))
-    return ((_cross_entropy(rows, label_smoothing) + _cross_entropy(columns, label_smoothing)) / 2).reshape(())
+def clip_loss(
+    image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing, shares: Shares, label_smoothing: float
+) -> Tensor:
+    rows, columns = _directions(image, text, scale, pairing)
+    loss = shares.row * rows.losses(label_smoothing).sum() + shares.column * columns.losses(label_smoothing).sum()
+    return (loss / shares.count).to(_wide(image).dtype).reshape(())
 
 
-def clip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
-    products = _products(image, text)
-    rows, columns = (_own_logits(x, scale) for x in (products, products.T))
-    d_logits = (_errors(rows) + _errors(columns).T) / 2
-    d_logits += label_smoothing * (_eye(d_logits) - 1 / len(image))
-    d_logits /= len(image)
-    loss = clip_loss(image, text, scale, label_smoothing)
-    return loss, *_feature_grads(d_logits, image, text, scale), _scale_grad(d_logits, products, scale)
+def clip_loss_with_grads(
+    image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing, shares: Shares, label_smoothing: float
+) -> tuple[Tensor, ...]:
+    rows, columns = _directions(image, text, scale, pairing)
+    d_logits = shares.row * rows.d_logits(label_smoothing) + shares.column * columns.d_logits(label_smoothing).T
+    d_logits = (d_logits / shares.count).to(_wide(image).dtype)
+    loss = clip_loss(image, text, scale, pairing, shares, label_smoothing)
+    return loss, *_feature_grads(d_logits, image, text, scale), _scale_grad(d_logits, _products(image, text), scale)
 
 
-def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing) -> Tensor:
     logits = _wide(scale) * _products(image, text) + _wide(bias)
-    return (-F.logsigmoid(_signs(logits) * logits).sum() / len(image)).reshape(())
+    losses = _counted(-F.logsigmoid(_signs(logits, pairing) * logits), pairing)
+    return (losses.sum() / len(image)).reshape(())
 
 
-def siglip_loss_with_grads(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+def siglip_loss_with_grads(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing
+) -> tuple[Tensor, ...]:
     products = _products(image, text)
     logits = _wide(scale) * products + _wide(bias)
-    signs = _signs(logits)
-    d_logits = -signs * torch.sigmoid(-signs * logits) / len(image)
+    signs = _signs(logits, pairing)
+    d_logits = _counted(-signs * torch.sigmoid(-signs * logits) / len(image), pairing)
     d_bias = d_logits.sum().to(_wide(bias).dtype).reshape(bias.shape)
-    loss = siglip_loss(image, text, scale, bias)
+    loss = siglip_loss(image, text, scale, bias, pairing)
     return loss, *_feature_grads(d_logits, image, text, scale), _scale_grad(d_logits, products, scale), d_bias
 
 
@@ -61,39 +75,52 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _products(image: Tensor, text: Tensor) -> Tensor:
-    return _wide(image) @ _wide(text).T  # (N, N)
+    return _wide(image) @ _wide(text).T  # (N, M)
 
 
-def _eye(logits: Tensor) -> Tensor:
-    return torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+def _directions(image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing) -> tuple[_Rows, _Rows]:
+    products = _products(image, text)
+    positives = pairing.positives(*products.shape, products.device)
+    hidden = pairing.hidden(*products.shape, products.device)
+    rows = _Rows(products, scale, positives, hidden)
+    return rows, _Rows(products.T, scale, positives.T, None if hidden is None else hidden.T)
 
 
-def _own_logits(products: Tensor, scale: Tensor) -> Tensor:
-    """L: logits less the one of the row's own pair, the difference taken first: that of equal products is exactly 0,
-    and the diagonal 0 or NaN."""
-    return _wide(scale) * (products - products.diagonal()[:, None])
+class _Rows:
+    """One direction: the cross-entropy of the rows, of which those without a positive have a loss of 0."""
+
+    def __init__(self, products: Tensor, scale: Tensor, positives: Tensor, hidden: Tensor | None) -> None:
+        self.positives, self.hidden = positives, hidden
+        self.counts = positives.sum(1, keepdim=True, dtype=products.dtype)
+        own = products.masked_fill(~positives, 0).sum(1, keepdim=True) / self.counts.clamp(min=1)
+        self.logits = _wide(scale) * (products - own)  # L: the difference of equal products is exactly 0
+        others = positives if hidden is None else positives | hidden
+        self.of_others = self.logits.masked_fill(others, -torch.inf)
+        self.of_positives = self.logits.masked_fill(~positives, -torch.inf)
+
+    def losses(self, label_smoothing: float) -> Tensor:
+        losses = torch.logaddexp(self.of_others.logsumexp(1), self.of_positives.logsumexp(1))
+        losses = losses - label_smoothing * self.logits.mean(1) if label_smoothing else losses
+        return losses.where(self.counts[:, 0] > 0, 0)
+
+    def d_logits(self, label_smoothing: float) -> Tensor:
+        missed = (self.of_others.logsumexp(1) - self.of_positives.logsumexp(1)).sigmoid()[:, None]
+        ours, others = (torch.softmax(x, 1) for x in (self.of_positives, self.of_others))
+        targets = 1 / self.counts
+        d_positives = ours - targets - missed * ours + label_smoothing * targets
+        d_others = missed * others.masked_fill(self.of_others == -torch.inf, 0)  # NaN where a row has none
+        slopes = torch.where(self.positives, d_positives, d_others) - label_smoothing / self.logits.shape[1]
+        slopes = slopes if self.hidden is None else slopes.masked_fill(self.hidden, 0)
+        return slopes.where(self.counts > 0, 0)
 
 
-def _others(logits: Tensor) -> Tensor:
-    return logits.masked_fill(_eye(logits).bool(), -torch.inf)
+def _signs(logits: Tensor, pairing: Pairing) -> Tensor:
+    return 2 * pairing.positives(*logits.shape, logits.device).to(logits.dtype) - 1
 
 
-def _cross_entropy(logits: Tensor, label_smoothing: float) -> Tensor:
-    """Of the rows of `_own_logits`, with their own pairs as targets."""
-    loss = torch.logaddexp(_others(logits).logsumexp(1), logits.diagonal()).mean()
-    return loss - label_smoothing * logits.mean() if label_smoothing else loss
-
-
-def _errors(logits: Tensor) -> Tensor:
-    """The softmax of each row of `_own_logits`, less 1 on the diagonal."""
-    others = _others(logits)
-    missed = (others.logsumexp(1) - logits.diagonal()).sigmoid()
-    shares = others.softmax(1).masked_fill(_eye(logits).bool(), 0)  # a single pair has no others, and NaN for a share
-    return missed[:, None] * (shares - _eye(logits))
-
-
-def _signs(logits: Tensor) -> Tensor:
-    return 2 * _eye(logits) - 1
+def _counted(x: Tensor, pairing: Pairing) -> Tensor:
+    hidden = pairing.hidden(*x.shape, x.device)
+    return x if hidden is None else x.masked_fill(hidden, 0)
 
 
 def _feature_grads(d_logits: Tensor, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
