@@ -167,6 +167,7 @@ MUTATIONS = [
         ),
         ("features are read beyond their width", "i < present && k0 < left)", "i < present)"),
         ("sums are stored beyond the rows", "if (x < tile.rows) store", "store"),
+        ("every text lies beside its image", "shift = j0 - i0 - pairs.offset;", "shift = j0 - i0;"),
         (
             "the diagonal is left in the sums",
             "            s = kLowest;\n        });\n    }\n    if",
@@ -200,14 +201,17 @@ MUTATIONS = [
             "missed = 1.0f - 1.0f / (1.0f + rest)",
         ),
         ("the mean of all logits is not subtracted", "if (p.products != nullptr)", "if (false)"),
+        ("an image without a text has a loss", "of_row = p.own[i] = 0.0f;", "p.own[i] = 0.0f;"),
+        ("a text without an image has a loss", ">= pairs.last) p.columns[texts + j] = 0.0f;", ">= pairs.last) {}"),
+        ("an image's text is taken for another's", "rows.pairs.offset = kNowhere;", "(void)0;"),
     ),
     *of(
         "contrastive/tiles_sm90.cu",
         "test_contrastive.py",
         (
             "the diagonal is left in the sums",
-            "+ 8 * j] = d[i];\n                d[i] = kLowest;",
-            "+ 8 * j] = d[i];",
+            "+ right] = d[i];\n                d[i] = kLowest;",
+            "+ right] = d[i];",
         ),
         ("the diagonal has the gradient of any pair", "ds[i] = own[j];", "ds[i] += 0 * own[j];"),
     ),
@@ -222,6 +226,7 @@ MUTATIONS = [
             "mbarrier_arrive_expect(full, kImageBytes)",
         ),
         ("registers not fenced before a product", "wgmma_fence();", ""),
+        ("every text lies beside its image", "own = row + pairs.offset - column;", "own = row - column;"),
     ),
     *of(
         "patch_embed/product.h",

@@ -192,7 +192,7 @@ def result_of(case: Case, means: Tensor, ds: Tensor) -> Result:
 
 
 def all_cases(rng: random.Random) -> list[Case]:
-    some = rng.randint(4, TILE)
+    some = rng.randint(2, TILE)
     return [
         Case("clip_loss", 1, 1),
         Case("clip_loss", 1, 80, scale=100.0),
@@ -208,12 +208,12 @@ def all_cases(rng: random.Random) -> list[Case]:
         Case("clip_loss", 150, 24, scale=0.0),
         Case("clip_loss", 135, 40, scale=-20.0, aligned=True),
         Case("clip_loss", 38, 40, scale=-5.0, label_smoothing=0.2),
-        Case("clip_loss", 40, 24, texts=rng.randint(41, 150), label_smoothing=0.1),
+        Case("clip_loss", 40, 24, texts=rng.randint(41, 80), label_smoothing=0.1),
         Case("clip_loss", 60, 16, texts=rng.randint(1, 50), chunk=40, label_smoothing=0.2),
         Case("clip_loss", 290, 16, texts=rng.randint(1, 200), chunk=140, workspace=2**15),
         Case("clip_loss", 150, 32, texts=280, own=(130, 3, 149), scale=50.0),
         Case("clip_loss", 140, 32, texts=30, own=(-101, 101, 131), direction="text_to_image", chunk=100),
-        Case("clip_loss", some // 2, 40, texts=170, direction="image_to_text", label_smoothing=0.3),
+        Case("clip_loss", 30, 40, texts=rng.randint(129, 150), direction="image_to_text", label_smoothing=0.3),
         Case("siglip_loss", 1, 1),
         Case("siglip_loss", 37, 165, bias=5.0, gaps=(3, 0)),
         Case("siglip_loss", 131, 64, scale=100.0, chunk=100, gaps=(0, 16)),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkernels import clip_loss, siglip_loss
+from mmkernels.check.cases import OPS
 
 DOUBLE = {"dtype": torch.float64, "requires_grad": True}
 
@@ -181,6 +182,119 @@ def test_a_bias_moves_nothing_and_gets_a_zero_gradient(backend):
     assert torch.equal(gradients(loss, bias)[0], torch.zeros(1))
 
 
+# ---- more texts than images, one direction, ids
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    loss=st.sampled_from(["clip_loss", "siglip_loss"]),
+    n=st.integers(1, 60),
+    m=st.integers(1, 200),
+    ids=st.integers(0, 30),
+    same=st.sampled_from(["positives", "ignored"]),
+    direction=st.sampled_from(["both", "image_to_text", "text_to_image"]),
+    scale=st.sampled_from([-20.0, 1.0, 30.0]),
+)
+def test_pairings_of_all_kinds_against_plain_code(loss, n, m, ids, same, direction, scale):
+    """ids: so many different ones, none for 0."""
+    image, text = (F.normalize(torch.randn(count, 8, dtype=torch.float64)) for count in (n, m))
+    options = {} if loss == "siglip_loss" else {"direction": direction}
+    scalars = {"logit_scale": scale} | ({} if loss == "clip_loss" else {"logit_bias": -2.0})
+    if ids:
+        drawn = [torch.randint(-ids, ids, (count,)) for count in (n, m)]
+        options |= dict(zip(("image_ids", "text_ids"), drawn, strict=True), same=same)
+        if same == "positives" and not torch.isin(*drawn).any():
+            options["text_ids"][0] = options["image_ids"][0]  # where nothing belongs together plain code gives NaN
+    leaves = [x.clone().requires_grad_() for x in (image, text)]
+    expected = OPS[loss].plain(*leaves, **scalars, **options)
+    ours = [x.float().requires_grad_() for x in (image, text)]
+    found = OPS[loss].call(*ours, **scalars, **options, backend="cpu")
+    values = [found, *gradients(found, *ours)], [expected, *gradients(expected, *leaves)]
+    for value, truth in zip(*values, strict=True):
+        assert (value - truth).abs().max() <= 3e-5 * max(1.0, truth.abs().max())
+
+
+def test_infonce_is_one_direction(backend):
+    image, text = features(30, 16)
+    loss = clip_loss(image, text, 20.0, direction="image_to_text", backend=backend)
+    torch.testing.assert_close(loss, F.cross_entropy(20.0 * image @ text.T, torch.arange(30)))
+
+
+def test_a_queue_of_earlier_texts_is_detached_rows(backend):
+    """MoCo's InfoNCE: the key of each query, and a queue that belongs to nobody."""
+    query, key = features(20, 16)
+    queue = F.normalize(torch.randn(50, 16))
+    loss = clip_loss(query, torch.cat([key, queue]), 10.0, direction="image_to_text", backend=backend)
+    positive, negative = (query * key).sum(1, keepdim=True), query @ queue.T
+    logits = 10.0 * torch.cat([positive, negative], 1)
+    # MoCo's negatives are the queue alone; ours are those and the other keys of the batch
+    others = (10.0 * query @ key.T).fill_diagonal_(-torch.inf)
+    expected = F.cross_entropy(torch.cat([logits, others], 1), torch.zeros(20, dtype=torch.int64))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, query, key), gradients(expected, query, key))
+
+
+def test_unicl_has_classes_for_ids(backend):
+    """https://github.com/microsoft/UniCL: soft targets, the same for both directions of a batch of classes."""
+    image, text = features(24, 16)
+    classes = torch.randint(0, 5, (24,))
+    same = (classes[:, None] == classes).float()
+    targets = same / same.sum(1, keepdim=True)
+    logits = 10.0 * image @ text.T
+    expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    loss = clip_loss(image, text, 10.0, image_ids=classes, text_ids=classes, backend=backend)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_equal_captions_are_neither_positive_nor_negative(backend):
+    """Rows that are the same text twice: with them ignored the loss is that of the rows that differ."""
+    image, text = features(12, 8)
+    ids = torch.arange(12).clamp(max=10)
+    twice = torch.cat([text[:11], text[10:11]])
+    for loss, more in ((clip_loss, {"direction": "image_to_text"}), (siglip_loss, {"logit_bias": -1.0})):
+        found = loss(image, twice, 10.0, image_ids=ids, text_ids=ids, same="ignored", backend=backend, **more)
+        each = [
+            loss(image[rows], twice[rows], 10.0, backend=backend, **more)
+            for rows in (torch.arange(11), torch.tensor([*range(10), 11]))
+        ]
+        if loss is clip_loss:  # rows 0 to 9 see the text twice
+            alone = F.cross_entropy(10.0 * image[10:] @ twice[:11].T, torch.tensor([10, 10]), reduction="sum")
+            both = F.cross_entropy(10.0 * image[:10] @ twice.T, torch.arange(10), reduction="sum")
+            torch.testing.assert_close(found, (alone + both) / 12)
+        else:
+            common = siglip_loss(image[:10], twice[:10], 10.0, -1.0, backend=backend)
+            torch.testing.assert_close(12 * found, 11 * sum(each) - 10 * common)
+
+
+@pytest.mark.parametrize("same", ["positives", "ignored"])
+def test_where_nothing_belongs_together_there_is_no_loss(backend, same):
+    image, text = features(5, 8)
+    ids = (torch.arange(5), torch.arange(5) + 5)
+    loss = clip_loss(image, text, 10.0, image_ids=ids[0], text_ids=ids[1], same=same, backend=backend)
+    if same == "ignored":  # image i and text i still do
+        torch.testing.assert_close(loss, clip_loss(image, text, 10.0, backend=backend))
+    else:
+        assert loss == 0 and not any(x.any() for x in gradients(loss, image, text))
+
+
+def test_ids_compile_whole_and_not_again_for_other_lengths(backend):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(image, text, image_ids, text_ids):
+        ids = {"image_ids": image_ids, "text_ids": text_ids}
+        clip = clip_loss(image, text, 5.0, **ids, direction="image_to_text", backend=backend)
+        return clip + siglip_loss(image, text, 5.0, -5.0, **ids, same="ignored", backend=backend)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    frames = set()
+    for n in (4, 7, 12):
+        image, text = features(n, 16)[0], features(n + 3, 16)[1]
+        inputs = image, text, torch.arange(n), torch.arange(n + 3) // 2
+        torch.testing.assert_close(compiled(*inputs), step(*inputs))
+        frames.add(counter.frame_count)
+    assert len(frames) == 1
+
+
 X = torch.zeros(4, 8)
 ERRORS = [
     ((X.tolist(), X, 1.0), TypeError, "image_features must be a torch.Tensor, got list"),
@@ -200,6 +314,38 @@ ERRORS = [
     ((X, X, 1.0, torch.ones(3)), ValueError, r"logit_bias has shape \(3,\)"),
     ((X, X, "1.0"), TypeError, "logit_scale must be a torch.Tensor, got str"),
 ]
+
+
+IDS = torch.arange(4)
+ID_ERRORS = [
+    ({"image_ids": IDS}, ValueError, "image_ids is given without text_ids"),
+    ({"text_ids": IDS}, ValueError, "text_ids is given without image_ids"),
+    ({"image_ids": IDS.tolist(), "text_ids": IDS}, TypeError, "image_ids must be a torch.Tensor, got list"),
+    ({"image_ids": IDS, "text_ids": IDS.int()}, TypeError, "text_ids has dtype torch.int32; accepted is int64"),
+    (
+        {"image_ids": IDS, "text_ids": IDS[:3]},
+        ValueError,
+        r"text_ids has shape \(3,\); it must be \(4,\), one for each",
+    ),
+    ({"image_ids": IDS.to("meta"), "text_ids": IDS}, ValueError, "image_ids is on meta, image_features on cpu"),
+    ({"same": "equal"}, ValueError, "same is 'equal'; accepted are 'positives', 'ignored'"),
+]
+
+
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+@pytest.mark.parametrize(("ids", "kind", "message"), ID_ERRORS, ids=lambda x: x if isinstance(x, str) else "")
+def test_errors_of_ids_name_the_argument(loss, ids, kind, message):
+    with pytest.raises(kind, match=f"{loss.__name__}: {message}"):
+        loss(X, X, 1.0, 0.0, **ids)
+
+
+def test_what_clip_loss_alone_refuses():
+    with pytest.raises(
+        ValueError, match="clip_loss: direction is 'up'; accepted are 'both', 'image_to_text', 'text_to_im"
+    ):
+        clip_loss(X, X, 1.0, direction="up")
+    with pytest.raises(ValueError, match=r"clip_loss: label_smoothing is 0\.1 with same='ignored'"):
+        clip_loss(X, X, 1.0, label_smoothing=0.1, image_ids=IDS, text_ids=IDS, same="ignored")
 
 
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])

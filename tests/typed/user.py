@@ -7,13 +7,14 @@ import mmkernels
 from mmkernels import RowSpans
 
 
-def ops(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def ops(x: Tensor, weight: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
     spans = RowSpans.packed(torch.tensor([0, 3, 7]), causal=True)
     out = mmkernels.span_attention(x, x, x, spans, sinks=scale)
     assert isinstance(out, Tensor)  # with return_lse it is a pair
     tokens = mmkernels.patch_embed(x, weight, layout="chw")
     turned = mmkernels.rotary_embed(x, x, x, interleaved=True)
-    clip: Tensor = mmkernels.clip_loss(x, x, scale, label_smoothing=0.1)
+    clip: Tensor = mmkernels.clip_loss(x, x, scale, label_smoothing=0.1, direction="image_to_text")
+    clip += mmkernels.clip_loss(x, x, scale, image_ids=ids, text_ids=ids, same="ignored")
     siglip: Tensor = mmkernels.siglip_loss(x, x, 10.0, -10.0)
     return out + tokens + turned + clip + siglip
 
