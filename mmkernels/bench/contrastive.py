@@ -17,12 +17,18 @@ from ..check.contrastive import OPS as LOSSES
 from ..check.contrastive_truth import contrastive_truth
 from ..check.draw import Draw
 from ..check.op import Call, Op
+from ..ops.contrastive.pairing import Pairing
 from .op import PASSES, Function, Measured, Peer, Truth, Values
 
 
 def _peers(op: Op, call: Call) -> list[Peer]:
-    published = _open_clip(op.name)
+    published = None if _is_paired_otherwise(call) else _open_clip(op.name)
     return [Peer("open_clip's arithmetic", op.plain) if published is None else Peer("open_clip", published)]
+
+
+def _is_paired_otherwise(call: Call) -> bool:
+    """Than row i with row i, which is all that open_clip knows."""
+    return "image_ids" in call.tensors or len(call.tensors["image_features"]) != len(call.tensors["text_features"])
 
 
 @functools.cache
@@ -63,7 +69,10 @@ def _by_chunks(op: Op, call: Call, dtype: torch.dtype) -> tuple[Values, Values]:
     """A loss and its gradients, and how far each responds to a rounded logit."""
     tensors = call.tensors
     scalars = [tensors[name].item() for name in ("logit_scale", "logit_bias") if name in tensors]
-    found = contrastive_truth(op.name, tensors["image_features"], tensors["text_features"], *scalars, dtype=dtype)
+    image, text = tensors["image_features"], tensors["text_features"]
+    ids = (tensors.get(name) for name in ("image_ids", "text_ids"))
+    pairing = Pairing.of(len(image), len(text), *ids, "positives")
+    found = contrastive_truth(op.name, image, text, *scalars, dtype=dtype, pairing=pairing)
     value, response = (
         {op.result: x.loss} | {f"d_{name}": x.gradients()[name] for name in call.differentiable} for x in found
     )
@@ -78,11 +87,14 @@ OPS = tuple(
 
 @dataclass(frozen=True)
 class LossCase:
-    """A contrastive loss over N pairs of unit features of D numbers, at the scale CLIP's training ends with."""
+    """A contrastive loss over N pairs of unit features of D numbers, at the scale CLIP's training ends with; of M > N
+    texts, the last of which are hard negatives; or of captions by their ids, three images and three texts each."""
 
     op: str
     pairs: int
     width: int
+    texts: int = 0  # 0: as many as pairs
+    captions: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")  # measured there unless others are asked for
     compiled: tuple[str, ...] = ()  # devices where torch.compile of a peer is one too; each takes half a minute
     quick: bool = False
@@ -90,16 +102,26 @@ class LossCase:
 
     @property
     def name(self) -> str:
-        return f"{self.pairs}x{self.width}"
+        size = f"{self.pairs}x{self.texts}x{self.width}" if self.texts else f"{self.pairs}x{self.width}"
+        return size + ", captions" * self.captions
+
+    @property
+    def logits(self) -> int:
+        return self.pairs * (self.texts or self.pairs)
 
     def make(self, draw: Draw, dtype: torch.dtype, device: str) -> Call:
-        features = [F.normalize(draw.normal(self.pairs, self.width).to(device).float()).to(dtype) for _ in range(2)]
+        counts = self.pairs, self.texts or self.pairs
+        features = [F.normalize(draw.normal(n, self.width).to(device).float()).to(dtype) for n in counts]
         tensors = dict(zip(("image_features", "text_features"), features, strict=True))
         scale = {"clip_loss": 100.0, "siglip_loss": 10.0}[self.op]
         tensors["logit_scale"] = torch.tensor(scale, device=device)
         if self.op == "siglip_loss":
             tensors["logit_bias"] = torch.tensor(-10.0, device=device)
-        return Call(tensors, {}, tuple(tensors))
+        differentiable = tuple(tensors)
+        if self.captions:
+            ids = [torch.arange(n, device=device) // 3 * 2 for n in counts]
+            tensors |= dict(zip(("image_ids", "text_ids"), ids, strict=True))
+        return Call(tensors, {}, differentiable)
 
     def upstream(self, draw: Draw, call: Call) -> Tensor:
         return torch.ones((), device=call.tensors["logit_scale"].device)
@@ -108,27 +130,31 @@ class LossCase:
         """The least: the logits once, and with gradients both features' products with them. Who cannot keep N x N
         logits between the sums and the gradients of CLIP computes them twice, at the cost of its own fraction."""
         products = 3 if direction == "fwd_bwd" else 1
-        return 2 * products * self.pairs**2 * self.width
+        return 2 * products * self.logits * self.width
 
     def bytes(self, direction: str, call: Call) -> int:
-        features = 2 * self.pairs * self.width * call.tensors["image_features"].element_size()
+        features = (
+            (self.pairs + (self.texts or self.pairs)) * self.width * call.tensors["image_features"].element_size()
+        )
         return features * (2 if direction == "fwd_bwd" else 1)
 
     def eager_bytes(self, direction: str, call: Call) -> int:
         """About what eager PyTorch holds at its peak: matrices of N x N, two of logits and what autograd keeps."""
         matrices = 6 if direction == "fwd_bwd" else 4
-        return matrices * self.pairs**2 * call.tensors["image_features"].element_size()
+        return matrices * self.logits * call.tensors["image_features"].element_size()
 
 
 def _losses(op: str) -> list[LossCase]:
     return [
         LossCase(op, 512, 256, devices=(), quick=True),
         LossCase(op, 1024, 512),
+        LossCase(op, 2048, 512, texts=6144),
+        LossCase(op, 4096, 512, captions=True),
         LossCase(op, 4096, 512, compiled=("cpu",)),
-        LossCase(op, 4096, 768, ("cpu",)),
+        LossCase(op, 4096, 768, devices=("cpu",)),
         LossCase(op, 8192, 512),
-        LossCase(op, 32768, 512, ("cuda",)),  # on a CPU only by name: its eager peers need tens of gigabytes
-        LossCase(op, 32768, 768, ("cuda",), compiled=("cuda",)),
+        LossCase(op, 32768, 512, devices=("cuda",)),  # on a CPU only by name: its eager peers need tens of gigabytes
+        LossCase(op, 32768, 768, devices=("cuda",), compiled=("cuda",)),
     ]
 
 
