@@ -6,6 +6,7 @@ from . import nn
 from ._version import __version__
 from .backends import BackendUnavailable, explain, use_backend
 from .integrations import accelerate, compare, restore
+from .ops._comm import DistributedError
 from .ops.contrastive import clip_loss, siglip_loss
 from .ops.patch_embed import patch_embed
 from .ops.rotary_embed import rotary_embed
@@ -14,6 +15,7 @@ from .spans import RowSpans
 
 __all__ = [
     "BackendUnavailable",
+    "DistributedError",
     "RowSpans",
     "__version__",
     "accelerate",

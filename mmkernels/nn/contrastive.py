@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.contrastive import clip_loss, siglip_loss
+from .._warnings import warn
+from ..ops._comm import Comm
+from ..ops.contrastive import clip_loss, clip_loss_of_rank, siglip_loss, siglip_loss_of_rank
 
 
 class ClipLoss(nn.Module):
     """`open_clip.loss.ClipLoss` over `mmkernels.clip_loss`: same arguments, same result, no N x N logits.
 
-    One process for now: `world_size` above 1 raises ValueError. `local_loss`, `gather_with_grad`, `cache_labels` and
-    `use_horovod` say how open_clip gathers across processes and caches its labels; with one they change nothing.
+    With `world_size` above 1 the loss is that over the pairs of all ranks of torch.distributed's default group, and the
+    value and the gradients of the features on each rank are open_clip's in the same mode: with `gather_with_grad` its
+    part times the number of ranks, for DDP to average, without for a loop that adds the ranks' up; `local_loss` makes
+    the value that of this rank's rows and columns. `local_loss` without `gather_with_grad` is warned of: each rank's
+    features lack what the other ranks' softmaxes say of them (measured on 4 ranks: less than half of the gradient, and
+    24 % off its direction). The gradient of the scale is that of the whole loss on every rank, but in that mode.
+    `cache_labels` changes nothing. `use_horovod` raises ValueError.
 
     A subclass with a `get_logits` or `get_ground_truth` of its own has its loss computed from them, N x N logits and
     all, as open_clip's `forward` does.
@@ -29,7 +37,13 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
-        _check_world_size(type(self).__name__, world_size)
+        if use_horovod and world_size > 1:
+            raise ValueError("ClipLoss: use_horovod is True; this package exchanges by torch.distributed alone")
+        if local_loss and not gather_with_grad and world_size > 1:
+            warn(
+                "mmkernels: ClipLoss(local_loss=True, gather_with_grad=False) does not train on the gradient of the "
+                "loss: what other ranks' softmaxes say of this rank's features is left out; set gather_with_grad=True"
+            )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -50,9 +64,19 @@ class ClipLoss(nn.Module):
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
             labels = self.get_ground_truth(image_features.device, logits[0].shape[0])
             loss = sum(F.cross_entropy(x, labels) for x in logits) / 2
-        else:
+        elif self.world_size == 1:
             loss = clip_loss(image_features, text_features, logit_scale, logit_bias)
+        else:
+            loss = self._across(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _across(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
+        group = _world(type(self).__name__, self.rank, self.world_size)
+        if not self.local_loss:
+            reduce = "mean" if self.gather_with_grad else "sum"
+            return clip_loss(image, text, scale, bias, group=group, reduce=reduce)
+        of_rank = clip_loss_of_rank if self.gather_with_grad else _without_other_ranks
+        return of_rank(image, text, scale, bias, group)
 
     def get_logits(
         self,
@@ -72,9 +96,10 @@ class ClipLoss(nn.Module):
 class SigLipLoss(nn.Module):
     """`open_clip.loss.SigLipLoss` over `mmkernels.siglip_loss`: same arguments, same result, no N x N logits.
 
-    One process for now: `world_size` above 1 raises ValueError, so `dist_impl`, how open_clip exchanges texts between
-    processes ("bidir", "shift", "reduce", "gather"), changes nothing; nor does `chunk_size`, by how many rows newer
-    versions cut their logits. Of subclasses, as for `ClipLoss`.
+    With `world_size` above 1, over the pairs of all ranks of the default group, with open_clip's value (the mean over
+    this rank's images) and gradients (for DDP to average). `dist_impl`, how open_clip exchanges texts ("bidir",
+    "shift", "reduce", "gather"), gives the same numbers by all of them, and ours gathers; `chunk_size`, by how many
+    rows newer versions cut their logits, changes nothing. Of subclasses, as for `ClipLoss`.
     """
 
     def __init__(
@@ -86,7 +111,6 @@ class SigLipLoss(nn.Module):
         chunk_size: int = 0,
     ) -> None:
         super().__init__()
-        _check_world_size(type(self).__name__, world_size)
         accepted = ("bidir", "shift", "reduce", "gather")
         if dist_impl is not None and dist_impl not in accepted:
             raise ValueError(f"SigLipLoss: dist_impl is {dist_impl!r}; accepted are {', '.join(map(repr, accepted))}")
@@ -110,7 +134,9 @@ class SigLipLoss(nn.Module):
             labels = self.get_ground_truth(image_features.device, image_features.dtype, len(image_features))
             loss = -F.logsigmoid(labels * logits).sum() / len(image_features)
         else:
-            loss = siglip_loss(image_features, text_features, logit_scale, 0.0 if logit_bias is None else logit_bias)
+            call = image_features, text_features, logit_scale, 0.0 if logit_bias is None else logit_bias
+            group = None if self.world_size == 1 else _world(type(self).__name__, self.rank, self.world_size)
+            loss = siglip_loss(*call) if group is None else siglip_loss_of_rank(*call, group)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def get_logits(
@@ -133,12 +159,32 @@ class SigLipLoss(nn.Module):
 def _has_own(loss: nn.Module, cls: type) -> bool:
     """Whether a subclass, or the loss itself, says what the logits or labels are."""
     names = ("get_logits", "get_ground_truth")
-    return any(name in vars(loss) or getattr(type(loss), name) is not getattr(cls, name) for name in names)
-
-
-def _check_world_size(name: str, world_size: int) -> None:
-    if world_size != 1:
+    own = any(name in vars(loss) or getattr(type(loss), name) is not getattr(cls, name) for name in names)
+    if own and loss.world_size > 1:
         raise ValueError(
-            f"{name}: world_size is {world_size}; this version computes the loss of one process only. Use open_clip's "
-            f"{name} across processes, or world_size=1 for each process's own pairs"
+            f"{type(loss).__name__}: it has a get_logits or get_ground_truth of its own, and world_size is "
+            f"{loss.world_size}; what those mean across processes is open_clip's to know: use its {cls.__name__}"
         )
+    return own
+
+
+def _world(name: str, rank: int, world_size: int) -> dist.ProcessGroup:
+    """The default group, which has to be what the module was told."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(f"{name}: world_size is {world_size}, but torch.distributed is not initialised")
+    found = dist.get_rank(), dist.get_world_size()
+    if found != (rank, world_size):
+        raise ValueError(
+            f"{name}: it was made for rank {rank} of {world_size}, and this process is rank {found[0]} of {found[1]}"
+        )
+    return dist.group.WORLD
+
+
+def _without_other_ranks(image: Tensor, text: Tensor, scale, bias, group: dist.ProcessGroup) -> Tensor:
+    """The mean of two losses of this rank: of its images over all texts, of its texts over all images, as constants."""
+    comm, losses = Comm("ClipLoss", group), []
+    for own, other, what in ((image, text, "texts"), (text, image, "images")):
+        every = list(comm.all_gather(other.detach(), [len(other)] * comm.size, what).chunk(comm.size))
+        every.insert(0, every.pop(comm.rank))  # this rank's are its rows' own; the others belong to nobody
+        losses.append(clip_loss(own, torch.cat(every), scale, bias, direction="image_to_text"))
+    return sum(losses) / 2

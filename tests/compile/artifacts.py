@@ -76,7 +76,7 @@ class Features:
         scale, ids = torch.empty((), device="meta"), torch.empty(1003, dtype=torch.int32, device="meta")
         pairing = Pairing(0, 0, 1003, self.same, *([] if self.same is None else [ids] * 4))
         if self.loss.startswith("siglip"):
-            return getattr(contrastive, self.loss)(x, x, scale, scale, pairing)
+            return getattr(contrastive, self.loss)(x, x, scale, scale, pairing, 1003)
         getattr(contrastive, self.loss)(x, x, scale, pairing, Shares.of(pairing, "both"), self.label_smoothing)
 
     @property

@@ -182,7 +182,8 @@ def result_of(case: Case, means: Tensor, ds: Tensor) -> Result:
     d_image, d_text = ds @ case.text.float(), ds.T @ case.image.float()
     if case.label_smoothing:
         sums, scale = FeatureSums.of(case.image, case.text, case.pairing), torch.tensor(case.scale)
-        less = sums.take_off(scale, case.pairing, case.shares, case.label_smoothing, d_image, d_text)
+        sizes = case.images, case.num_texts
+        less = sums.take_off(scale, case.shares, case.label_smoothing, sizes, case.pairing.counted, d_image, d_text)
         d_scale = (d_scale - less).float()
     bias = {"logit_bias": d_bias} if case.op == "siglip_loss" else {}
     return Result(loss, d_image.to(case.dtype), d_text.to(case.dtype), d_scale, **bias)

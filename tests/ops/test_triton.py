@@ -99,6 +99,6 @@ def test_workspace_does_not_grow_with_the_square_of_the_batch(monkeypatch, loss)
     features, scalar = torch.empty(n, width, device="meta"), torch.empty((), device="meta")
     with Largest() as largest:
         pairing = Pairing.of(n, n, None, None, "positives")
-        rest = (pairing, Shares.of(pairing, "both"), 0.1) if loss.startswith("clip") else (scalar, pairing)
+        rest = (pairing, Shares.of(pairing, "both"), 0.1) if loss.startswith("clip") else (scalar, pairing, n)
         getattr(contrastive, loss)(features, features, scalar, *rest)
     assert largest.bytes <= contrastive.WORKSPACE

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,14 @@ from torch import Tensor
 
 from ... import backends
 from .. import _checks
-from . import op
+from . import distributed, op
 from .pairing import DIRECTIONS, SAME
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group = ProcessGroup | DeviceMesh | tuple[DeviceMesh, str]
 
 __all__ = ["clip_loss", "siglip_loss"]
 
@@ -28,6 +37,9 @@ def clip_loss(
     text_ids: Tensor | None = None,
     same: str = "positives",
     direction: str = "both",
+    group: Group | None = None,
+    reduce: str = "mean",
+    sizes: str | Sequence[int] | Sequence[tuple[int, int]] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The symmetric cross-entropy of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020) over pairs.
@@ -60,6 +72,16 @@ def clip_loss(
             label_smoothing.
         direction: "both"; "image_to_text": the images' losses alone (InfoNCE, https://arxiv.org/abs/1807.03748);
             "text_to_image".
+        group: None: this process's images and texts alone. A ProcessGroup of torch.distributed, a one-dimensional
+            DeviceMesh or (DeviceMesh, name of a dimension): those of all its ranks, each of which calls with its own.
+            The loss is the mean over all of them, the same on every rank; ids are compared across ranks, and without
+            ids a rank's own row i and row i belong together. Every rank must call, with the same options.
+        reduce: with a group, what the training loop does with the ranks' gradients: "mean" (DDP, FSDP average them),
+            "sum". Either way what comes of it is the gradient of the loss. Those of logit_scale and logit_bias are
+            the same on every rank as they are.
+        sizes: with a group, how many images and texts each rank has: a number, or a pair of numbers, for each; or
+            "exchange": the ranks ask each other, and compare their arguments. None: "exchange" on a CPU; on a GPU as
+            many as here, unchecked, since asking waits for the device.
         backend: "cuda", "triton", "cpu", "reference"; None takes the fastest that supports the call.
 
     Returns:
@@ -71,22 +93,17 @@ def clip_loss(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, dtype, shape or device; the message names it.
         BackendUnavailable: the backend asked for cannot serve the call.
+        DistributedError: an exchange between the ranks failed; the message names it, and who did not answer. Where
+            arguments are compared, a rank's wrong argument is a ValueError on all of them.
     """
-    name = "clip_loss"
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{name}: label_smoothing is {label_smoothing}; it must be between 0 and 1")
-    _checks.one_of(name, "direction", direction, DIRECTIONS)
-    image, text = _features(name, image_features, text_features, normalize)
-    _check_ids(name, image_ids, text_ids, same, image, text)
-    if label_smoothing and image_ids is not None and same == "ignored":
-        raise ValueError(
-            f"{name}: label_smoothing is {label_smoothing} with same='ignored'; it spreads over pairs that are not "
-            "ignored, which nothing here counts. Set it to 0"
-        )
-    scale = _scalar(name, "logit_scale", logit_scale, image)
-    bias = None if logit_bias is None else _scalar(name, "logit_bias", logit_bias, image)
-    backend = backends.requested(backend)
-    return op.clip_loss(image, text, scale, bias, image_ids, text_ids, same, direction, float(label_smoothing), backend)
+    arguments = partial(
+        _clip_arguments, image_features, text_features, logit_scale, logit_bias, label_smoothing, normalize, image_ids,
+        text_ids, same, direction, backend,
+    )  # fmt: skip
+    if group is None:
+        return op.clip_loss(*arguments())
+    across = distributed.arguments("clip_loss", group, reduce, sizes, False, image_features, arguments)
+    return op.clip_loss_across(*across)
 
 
 def siglip_loss(
@@ -99,6 +116,9 @@ def siglip_loss(
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     same: str = "positives",
+    group: Group | None = None,
+    reduce: str = "mean",
+    sizes: str | Sequence[int] | Sequence[tuple[int, int]] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343) over pairs.
@@ -109,12 +129,55 @@ def siglip_loss(
 
     Args, returned value and errors are those of `clip_loss`; logit_bias counts here and has a gradient.
     """
-    name = "siglip_loss"
-    image, text = _features(name, image_features, text_features, normalize)
+    arguments = partial(
+        _siglip_arguments, image_features, text_features, logit_scale, logit_bias, normalize, image_ids, text_ids, same,
+        backend,
+    )  # fmt: skip
+    if group is None:
+        return op.siglip_loss(*arguments())
+    across = distributed.arguments("siglip_loss", group, reduce, sizes, False, image_features, arguments)
+    return op.siglip_loss_across(*across)
+
+
+def clip_loss_of_rank(image: Tensor, text: Tensor, scale: Tensor | float, bias, group: Group) -> Tensor:
+    """`clip_loss` across ranks, gradients and all, but for its value: the mean over this rank's images and texts."""
+    options = 0.0, False, None, None, "positives", "both", None
+    arguments = partial(_clip_arguments, image, text, scale, bias, *options)
+    return op.clip_loss_across(*distributed.arguments("clip_loss", group, "mean", None, True, image, arguments))
+
+
+def siglip_loss_of_rank(image: Tensor, text: Tensor, scale: Tensor | float, bias, group: Group) -> Tensor:
+    """`siglip_loss` across ranks, but for its value: the mean over this rank's images."""
+    arguments = partial(_siglip_arguments, image, text, scale, bias, False, None, None, "positives", None)
+    return op.siglip_loss_across(*distributed.arguments("siglip_loss", group, "mean", None, True, image, arguments))
+
+
+def _clip_arguments(
+    image, text, scale, bias, label_smoothing, normalize, image_ids, text_ids, same, direction, backend
+) -> tuple:  # fmt: skip
+    name = "clip_loss"
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{name}: label_smoothing is {label_smoothing}; it must be between 0 and 1")
+    _checks.one_of(name, "direction", direction, DIRECTIONS)
+    image, text = _features(name, image, text, normalize)
     _check_ids(name, image_ids, text_ids, same, image, text)
-    scale = _scalar(name, "logit_scale", logit_scale, image)
-    bias = _scalar(name, "logit_bias", logit_bias, image)
-    return op.siglip_loss(image, text, scale, bias, image_ids, text_ids, same, backends.requested(backend))
+    if label_smoothing and image_ids is not None and same == "ignored":
+        raise ValueError(
+            f"{name}: label_smoothing is {label_smoothing} with same='ignored'; it spreads over pairs that are not "
+            "ignored, which nothing here counts. Set it to 0"
+        )
+    scale = _scalar(name, "logit_scale", scale, image)
+    bias = None if bias is None else _scalar(name, "logit_bias", bias, image)
+    options = same, direction, float(label_smoothing), backends.requested(backend)
+    return image, text, scale, bias, image_ids, text_ids, *options
+
+
+def _siglip_arguments(image, text, scale, bias, normalize, image_ids, text_ids, same, backend) -> tuple:
+    name = "siglip_loss"
+    image, text = _features(name, image, text, normalize)
+    _check_ids(name, image_ids, text_ids, same, image, text)
+    scale, bias = _scalar(name, "logit_scale", scale, image), _scalar(name, "logit_bias", bias, image)
+    return image, text, scale, bias, image_ids, text_ids, same, backends.requested(backend)
 
 
 def _features(name: str, image: Tensor, text: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:

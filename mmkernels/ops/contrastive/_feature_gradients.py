@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .pairing import Pairing
+
 DS_SCALE = 2.0**15  # |count dS| <= 1: without it float16 would lose the small probabilities
 
 
@@ -40,6 +42,13 @@ def feature_gradients(
         d_text_sum = part if d_text_sum is None else d_text_sum.add_(part)
     torch.mul(d_text_sum[:, :width], factor, out=d_text)
     return d_image, d_text
+
+
+def own_slopes(pairing: Pairing, rows: Tensor, columns: Tensor) -> Tensor:
+    """(N,) count dS of own pairs by the weights of images and texts, 0 of images without one."""
+    own = torch.zeros_like(rows[3])
+    own[pairing.own_images] = -(rows[3, pairing.own_images] + columns[3, pairing.own_texts])
+    return own
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -32,16 +32,45 @@ def clip_loss_with_grads(
     return loss, d_image, d_text, _full_like(scale, d_scale)
 
 
-def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing) -> Tensor:
-    loss, _, _ = _siglip_loss(image, text, scale, bias, pairing, None, None)
+def clip_statistics(
+    image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing, rows: Tensor, columns: Tensor
+) -> None:
+    _core.clip_statistics(
+        rectangle=_rectangle(image, text, scale, pairing), rows=rows.data_ptr(), columns=columns.data_ptr()
+    )
+
+
+def clip_gradients(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    pairing: Pairing,
+    rows: Tensor,
+    columns: Tensor,
+    count: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_image, d_text = _grad_like(image), _grad_like(text)
+    d_scale = _core.clip_gradients(
+        rectangle=_rectangle(image, text, scale, pairing),
+        rows=rows.data_ptr(),
+        columns=columns.data_ptr(),
+        count=float(count),
+        d_image=matrix(d_image),
+        d_text=matrix(d_text),
+    )
+    return d_image, d_text, torch.full((), d_scale, dtype=torch.float64)
+
+
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float) -> Tensor:
+    loss, _, _ = _siglip_loss(image, text, scale, bias, pairing, count, None, None)
     return _loss(loss)
 
 
 def siglip_loss_with_grads(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float
 ) -> tuple[Tensor, ...]:
     d_image, d_text = _grad_like(image), _grad_like(text)
-    loss, d_scale, d_bias = _siglip_loss(image, text, scale, bias, pairing, matrix(d_image), matrix(d_text))
+    loss, d_scale, d_bias = _siglip_loss(image, text, scale, bias, pairing, count, matrix(d_image), matrix(d_text))
     return _loss(loss), d_image, d_text, _full_like(scale, d_scale), _full_like(bias, d_bias)
 
 
@@ -56,18 +85,18 @@ def _clip_loss(image, text, scale, pairing, shares, label_smoothing, d_image, d_
         d_text=None if d_text is None else matrix(d_text),
     )
     if label_smoothing:
-        sums = FeatureSums.of(image, text, pairing)
-        loss -= sums.loss(scale, shares, label_smoothing, len(image), len(text)).item()
+        sums, sizes = FeatureSums.of(image, text, pairing), (len(image), len(text))
+        loss -= sums.loss(scale, shares, label_smoothing, *sizes).item()
         if d_image is not None:
-            d_scale -= sums.take_off(scale, pairing, shares, label_smoothing, d_image, d_text).item()
+            d_scale -= sums.take_off(scale, shares, label_smoothing, sizes, pairing.counted, d_image, d_text).item()
     return _loss(loss), d_scale
 
 
-def _siglip_loss(image, text, scale, bias, pairing, d_image, d_text) -> tuple[float, float, float]:
+def _siglip_loss(image, text, scale, bias, pairing, count, d_image, d_text) -> tuple[float, float, float]:
     return _core.siglip_loss(
         rectangle=_rectangle(image, text, scale, pairing),
         bias=bias.item(),
-        count=len(image),
+        count=count,
         d_image=d_image,
         d_text=d_text,
     )

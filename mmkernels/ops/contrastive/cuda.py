@@ -16,7 +16,7 @@ from ... import _cuda
 from .._address import address
 from .._aligned_rows import aligned_rows
 from .._cuda_tensors import launch, unsupported_tensor
-from ._feature_gradients import feature_gradients
+from ._feature_gradients import feature_gradients, own_slopes
 from .pairing import Pairing, Shares
 from .smoothing import FeatureSums
 
@@ -46,27 +46,46 @@ def clip_loss_with_grads(
     call = _Call.of(pairing, image, text, scale)
     feature_sums = FeatureSums.of(image, text, pairing) if label_smoothing else None
     loss, rows, columns, own = _clip_weights(call, shares, label_smoothing, feature_sums)
-
-    def with_weights(to: _cuda.LogitRows) -> _cuda.ClipGradient:
-        return _cuda.ClipGradient(to=to, rows=rows.data_ptr(), columns=columns.data_ptr(), own=own.data_ptr())
-
-    d_image, d_text, (d_scale,) = call.gradients("clip_gradient", with_weights, shares.count, 1, image.shape[1])
+    d_image, d_text, (d_scale,) = call.clip_gradients(rows, columns, own, shares.count, image.shape[1])
     if feature_sums is not None:
-        d_scale = d_scale - feature_sums.take_off(scale, pairing, shares, label_smoothing, d_image, d_text)
+        sizes = len(image), len(text)
+        less = feature_sums.take_off(scale, shares, label_smoothing, sizes, pairing.counted, d_image, d_text)
+        d_scale = d_scale - less
     return loss, d_image, d_text, _like(scale, d_scale)
 
 
-def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing) -> Tensor:
+def clip_statistics(
+    image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing, rows: Tensor, columns: Tensor
+) -> None:
+    _Call.of(pairing, image, text, scale).clip_statistics(rows, columns, add=True)
+
+
+def clip_gradients(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    pairing: Pairing,
+    rows: Tensor,
+    columns: Tensor,
+    count: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call.of(pairing, image, text, scale)
+    own = own_slopes(pairing, rows, columns)
+    d_image, d_text, (d_scale,) = call.clip_gradients(rows, columns, own, count, image.shape[1])
+    return d_image, d_text, d_scale.double()
+
+
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float) -> Tensor:
     call, sums = _Call.of(pairing, image, text, scale, bias), _Sums(image, 1)
-    call.launch_rows("siglip", _as_it_is, None, 0, len(image), len(image), sums)
+    call.launch_rows("siglip", _as_it_is, None, 0, len(image), count, sums)
     return sums.means.reshape(())
 
 
 def siglip_loss_with_grads(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float
 ) -> tuple[Tensor, ...]:
     call = _Call.of(pairing, image, text, scale, bias)
-    found = call.gradients("siglip", _as_it_is, len(image), 3, image.shape[1])
+    found = call.gradients("siglip", _as_it_is, count, 3, image.shape[1])
     d_image, d_text, (loss, d_scale, d_bias) = found
     return loss.clone(), d_image, d_text, _like(scale, d_scale), _like(bias, d_bias)
 
@@ -151,6 +170,14 @@ class _Call:
             workspace_bytes=size,
         )
         self.launch("clip_statistics", statistics)
+
+    def clip_gradients(
+        self, rows: Tensor, columns: Tensor, own: Tensor, count: float, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def with_weights(to: _cuda.LogitRows) -> _cuda.ClipGradient:
+            return _cuda.ClipGradient(to=to, rows=rows.data_ptr(), columns=columns.data_ptr(), own=own.data_ptr())
+
+        return self.gradients("clip_gradient", with_weights, count, 1, width)
 
     def launch_rows(
         self, name: str, wrap: Wrap, ds: Tensor | None, row0: int, rows: int, count: float, sums: _Sums

@@ -11,12 +11,15 @@ between forward and backward: 8 N D bytes in all.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ... import backends
 from .._autograd import OnceDifferentiable, Op, is_forward_mode, looped
 from .._registration import register
+from . import distributed
 from .pairing import Pairing, Shares
 
 
@@ -42,12 +45,12 @@ def _clip_with_grads(image, text, scale, image_ids, text_ids, same, direction, l
 
 def _siglip(image, text, scale, bias, image_ids, text_ids, same, backend):
     pairing = _pairing(image, text, image_ids, text_ids, same)
-    return _kernels(image, text, pairing, backend).siglip_loss(image, text, scale, bias, pairing)
+    return _kernels(image, text, pairing, backend).siglip_loss(image, text, scale, bias, pairing, len(image))
 
 
 def _siglip_with_grads(image, text, scale, bias, image_ids, text_ids, same, backend):
     pairing = _pairing(image, text, image_ids, text_ids, same)
-    return _kernels(image, text, pairing, backend).siglip_loss_with_grads(image, text, scale, bias, pairing)
+    return _kernels(image, text, pairing, backend).siglip_loss_with_grads(image, text, scale, bias, pairing, len(image))
 
 
 def _pairing(image, text, image_ids, text_ids, same) -> Pairing:
@@ -78,6 +81,41 @@ _siglip_op = register(f"siglip_loss({_SIGLIP}) -> Tensor", _siglip, lambda image
 _siglip_grads_op = register(
     f"siglip_loss_with_grads({_SIGLIP}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _siglip_with_grads,
+    lambda image, text, scale, bias, *args: (_loss_like(image), *_grads_like(image, text, scale, bias)),
+)
+
+
+# ---- across the ranks of a group, which goes by its name, as in torch's own collectives: opaque to torch.compile
+
+
+def _clip_across(image, text, scale, image_ids, text_ids, *options, with_grads=False):
+    return distributed.clip_loss(image, text, scale, image_ids, text_ids, distributed.Options(*options), with_grads)
+
+
+def _siglip_across(image, text, scale, bias, image_ids, text_ids, same, *options, with_grads=False):
+    options = distributed.Options(same, "both", 0.0, *options)
+    return distributed.siglip_loss(image, text, scale, bias, image_ids, text_ids, options, with_grads)
+
+
+_ACROSS = ", str group, str reduce, str sizes, bool local"
+_clip_across_op = register(
+    f"clip_loss_across({_CLIP}{_ACROSS}) -> Tensor",
+    lambda *args: _clip_across(*args)[0],
+    lambda image, *args: _loss_like(image),
+)
+_clip_across_grads_op = register(
+    f"clip_loss_across_with_grads({_CLIP}{_ACROSS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    partial(_clip_across, with_grads=True),
+    lambda image, text, scale, *args: (_loss_like(image), *_grads_like(image, text, scale)),
+)
+_siglip_across_op = register(
+    f"siglip_loss_across({_SIGLIP}{_ACROSS}) -> Tensor",
+    lambda *args: _siglip_across(*args)[0],
+    lambda image, *args: _loss_like(image),
+)
+_siglip_across_grads_op = register(
+    f"siglip_loss_across_with_grads({_SIGLIP}{_ACROSS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    partial(_siglip_across, with_grads=True),
     lambda image, text, scale, bias, *args: (_loss_like(image), *_grads_like(image, text, scale, bias)),
 )
 
@@ -134,6 +172,36 @@ class _SigLipLoss(_Loss):
     vmap = looped(_siglip_grads_op)
 
 
+def _refused_across(*_):
+    raise NotImplementedError(
+        "mmkernels: a contrastive loss across ranks has a backward pass, no forward mode and no vmap: the ranks would "
+        "have to agree on tangents; give group=None for this process's pairs alone"
+    )
+
+
+class _ClipLossAcross(_Loss):
+    @staticmethod
+    def forward(image, text, scale, bias, *args):
+        loss, *grads = _clip_across_grads_op(image, text, scale, *args)
+        return loss, *grads, *([] if bias is None else [torch.zeros_like(bias)])
+
+    @staticmethod
+    def without_gradient(image, text, scale, bias, *args):
+        return (_clip_across_op(image, text, scale, *args),)
+
+    jvp = vmap = staticmethod(_refused_across)
+
+
+class _SigLipLossAcross(_Loss):
+    forward = staticmethod(_siglip_across_grads_op)
+
+    @staticmethod
+    def without_gradient(*args):
+        return (_siglip_across_op(*args),)
+
+    jvp = vmap = staticmethod(_refused_across)
+
+
 def _scaled(d_loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """tensors: what the loss depends on, and then its gradients by each."""
     count = len(tensors) // 2
@@ -150,5 +218,13 @@ def clip_loss(image, text, scale, bias, *args) -> Tensor:
     return _ClipLoss.call((image, text, scale, bias), image, text, scale, bias, *args)[0]
 
 
+def clip_loss_across(image, text, scale, bias, *args) -> Tensor:
+    return _ClipLossAcross.call((image, text, scale, bias), image, text, scale, bias, *args)[0]
+
+
 def siglip_loss(image, text, scale, bias, *args) -> Tensor:
     return _SigLipLoss.call((image, text, scale, bias), image, text, scale, bias, *args)[0]
+
+
+def siglip_loss_across(image, text, scale, bias, *args) -> Tensor:
+    return _SigLipLossAcross.call((image, text, scale, bias), image, text, scale, bias, *args)[0]

@@ -58,6 +58,13 @@ class Pairing:
     def own_texts(self) -> slice:
         return slice(self.first + self.offset, self.last + self.offset)
 
+    @property
+    def counted(self) -> tuple[slice | Tensor, slice | Tensor]:
+        """The images and the texts that have a positive."""
+        if not self.by_ids:
+            return self.own_images, self.own_texts
+        return self.image_counts > 0, self.text_counts > 0
+
     def chunks(self, num_images: int, num_texts: int, step: int) -> Iterator[tuple[int, int]]:
         """(first, count) of at most `step` images at a time. Either all of a chunk have an own text, or none has one,
         where one without would meet a text at the offset."""

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pairing import Pairing, Shares
+from .weights import LOWEST
 
 
 def unsupported(image: Tensor, text: Tensor, has_ids: bool = False) -> str | None:
@@ -51,21 +52,61 @@ def clip_loss_with_grads(
     return loss, *_feature_grads(d_logits, image, text, scale), _scale_grad(d_logits, _products(image, text), scale)
 
 
-def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing) -> Tensor:
+def clip_statistics(
+    image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing, rows: Tensor, columns: Tensor
+) -> None:
+    """Brings statistics (weights.py) of images (3, N) and of texts (3, M) up to date, in place."""
+    q = _products(image, text) * torch.where(scale.detach().reshape(()) < 0, -1, 1)
+    positives, hidden = pairing.positives(*q.shape, q.device), pairing.hidden(*q.shape, q.device)
+    for side, dim, counts in ((rows, 1, pairing.image_counts), (columns, 0, pairing.text_counts)):
+        alone = positives if counts is None else positives & (counts == 1).unsqueeze(dim)
+        others = q.masked_fill(alone if hidden is None else alone | hidden, LOWEST)
+        maximum = torch.maximum(side[0], others.amax(dim))
+        fade, factor = side[0] - maximum, _wide(scale).abs().reshape(())
+        exponentials = (factor * (others - maximum.unsqueeze(dim))).exp().masked_fill(others == LOWEST, 0)
+        side[1] = side[1] * (factor * fade).exp() + exponentials.sum(dim)
+        side[2] += q.masked_fill(~positives, 0).sum(dim)
+        side[0] = maximum
+
+
+def clip_gradients(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    pairing: Pairing,
+    rows: Tensor,
+    columns: Tensor,
+    count: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_image, d_text, d_scale as float64) of the weights (weights.py) of images (4, N) and of texts (4, M)."""
+    products = _products(image, text)
+    q, factor = products * torch.where(scale.detach().reshape(()) < 0, -1, 1), _wide(scale).abs().reshape(())
+    positives, hidden = pairing.positives(*q.shape, q.device), pairing.hidden(*q.shape, q.device)
+    d_logits = torch.zeros_like(q)
+    for side, dim in ((rows, 1), (columns, 0)):
+        maximum, weight, positive_weight, target = (x.unsqueeze(dim) for x in side)
+        exponentials = (factor * (q - maximum).clamp(max=0)).exp()  # above 0: a single positive, of no weight
+        d_logits += torch.where(positives, exponentials * positive_weight - target, exponentials * weight)
+    d_logits = (d_logits if hidden is None else d_logits.masked_fill(hidden, 0)) / count
+    d_logits = d_logits.to(q.dtype)
+    return *_feature_grads(d_logits, image, text, scale), (d_logits * products).sum(dtype=torch.float64)
+
+
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float) -> Tensor:
     logits = _wide(scale) * _products(image, text) + _wide(bias)
     losses = _counted(-F.logsigmoid(_signs(logits, pairing) * logits), pairing)
-    return (losses.sum() / len(image)).reshape(())
+    return (losses.sum() / count).reshape(())
 
 
 def siglip_loss_with_grads(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float
 ) -> tuple[Tensor, ...]:
     products = _products(image, text)
     logits = _wide(scale) * products + _wide(bias)
     signs = _signs(logits, pairing)
-    d_logits = _counted(-signs * torch.sigmoid(-signs * logits) / len(image), pairing)
+    d_logits = _counted(-signs * torch.sigmoid(-signs * logits) / count, pairing)
     d_bias = d_logits.sum().to(_wide(bias).dtype).reshape(bias.shape)
-    loss = siglip_loss(image, text, scale, bias, pairing)
+    loss = siglip_loss(image, text, scale, bias, pairing, count)
     return loss, *_feature_grads(d_logits, image, text, scale), _scale_grad(d_logits, products, scale), d_bias
 
 

@@ -46,13 +46,23 @@ class FeatureSums:
         return self.counted_images @ self.texts, self.images @ self.counted_texts
 
     def take_off(
-        self, scale: Tensor, pairing: Pairing, shares: Shares, label_smoothing: float, d_image: Tensor, d_text: Tensor
+        self,
+        scale: Tensor,
+        shares: Shares,
+        label_smoothing: float,
+        sizes: tuple[int, int],
+        counted: tuple[slice | Tensor, slice | Tensor],
+        d_image: Tensor,
+        d_text: Tensor,
     ) -> Tensor:
-        """From the gradients of both features, in place; returns what that of the scale is less by, float64."""
-        of_row, of_column = _of_each(shares, label_smoothing, len(d_image), len(d_text))
+        """From the gradients of both features, in place; returns what that of the scale is less by, float64.
+
+        sizes: N and M. counted: of the rows of d_image and of d_text those that have a positive, a mask or a slice.
+        """
+        of_row, of_column = _of_each(shares, label_smoothing, *sizes)
         scale = scale.detach().to(torch.float64).reshape(())
-        _take_off_counted(d_image, scale * of_row * self.texts, pairing.image_counts, pairing.own_images)
-        _take_off_counted(d_text, scale * of_column * self.images, pairing.text_counts, pairing.own_texts)
+        _take_off(d_image, scale * of_row * self.texts, counted[0])
+        _take_off(d_text, scale * of_column * self.images, counted[1])
         d_image -= (scale * of_column * self.counted_texts).to(d_image.dtype)
         d_text -= (scale * of_row * self.counted_images).to(d_text.dtype)
         by_rows, by_columns = self.products()
@@ -71,9 +81,9 @@ def _of_each(shares: Shares, label_smoothing: float, num_images: int, num_texts:
     return factor * shares.row / num_texts, factor * shares.column / num_images
 
 
-def _take_off_counted(gradient: Tensor, row: Tensor, counts: Tensor | None, own: slice) -> None:
+def _take_off(gradient: Tensor, row: Tensor, counted: slice | Tensor) -> None:
     row = row.to(gradient.dtype)
-    if counts is None:
-        gradient[own] -= row
+    if isinstance(counted, slice):
+        gradient[counted] -= row
     else:
-        gradient -= row * (counts[:, None] > 0)
+        gradient -= row * counted[:, None]

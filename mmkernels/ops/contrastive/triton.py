@@ -36,7 +36,7 @@ Memory held: O(N D), and a workspace of WORKSPACE bytes, whatever N.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
@@ -45,7 +45,7 @@ from torch import Tensor
 from .. import _triton
 from .._aligned_rows import aligned_rows
 from .._triton import STRIPS, Tile, launch
-from ._feature_gradients import feature_gradients
+from ._feature_gradients import feature_gradients, own_slopes
 from ._triton_kernels import clip_grad, clip_stats, clip_weights, fold_stats, siglip
 from .pairing import Pairing, Shares
 from .smoothing import FeatureSums
@@ -90,24 +90,40 @@ def clip_loss(
 def clip_loss_with_grads(
     image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing, shares: Shares, label_smoothing: float
 ) -> tuple[Tensor, ...]:
-    width = image.shape[1]
     feature_sums = FeatureSums.of(image, text, pairing) if label_smoothing else None
-    image, text = aligned_rows(image), aligned_rows(text)
-    loss, *weights = _clip_weights(image, text, scale, pairing, shares, label_smoothing, feature_sums)
-    tile = _tile(image, CLIP, pairing)
-
-    def write_rows(ds: Tensor, sums: Tensor, row0: int, rows: int) -> None:
-        args = *weights, ds, sums, ds.stride(0) // 8
-        _launch_tiles(clip_grad, tile, image, text, pairing, row0, rows, scale, *args)
-
-    d_image, d_text, sums = _gradients(write_rows, 1, tile, image, text, scale, pairing, shares.count, width)
+    loss, *weights = _clip_weights(
+        aligned_rows(image), aligned_rows(text), scale, pairing, shares, label_smoothing, feature_sums
+    )
+    d_image, d_text, sums = _clip_gradients(image, text, scale, pairing, weights, shares.count)
     d_scale = sums[0] / shares.count
     if feature_sums is not None:
-        d_scale = d_scale - feature_sums.take_off(scale, pairing, shares, label_smoothing, d_image, d_text)
+        sizes = len(image), len(text)
+        less = feature_sums.take_off(scale, shares, label_smoothing, sizes, pairing.counted, d_image, d_text)
+        d_scale = d_scale - less
     return loss, d_image, d_text, _like(scale, d_scale)
 
 
-def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing) -> Tensor:
+def clip_statistics(
+    image: Tensor, text: Tensor, scale: Tensor, pairing: Pairing, rows: Tensor, columns: Tensor
+) -> None:
+    _clip_statistics(aligned_rows(image), aligned_rows(text), scale, pairing, rows, columns, add=True)
+
+
+def clip_gradients(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    pairing: Pairing,
+    rows: Tensor,
+    columns: Tensor,
+    count: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    own = None if pairing.by_ids else own_slopes(pairing, rows, columns)
+    d_image, d_text, sums = _clip_gradients(image, text, scale, pairing, (rows, columns, own), count)
+    return d_image, d_text, sums[0] / count
+
+
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float) -> Tensor:
     image, text = aligned_rows(image), aligned_rows(text)
     n, m, tile = len(image), len(text), _tile(image, SIGLIP, pairing)
     total = torch.zeros((), dtype=torch.float64, device=image.device)
@@ -115,21 +131,21 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairin
         sums = image.new_empty(_tiles(rows, m, tile), dtype=torch.float32)
         _launch_tiles(siglip, tile, image, text, pairing, row0, rows, scale, bias, None, sums, 0)
         total += sums.sum(dtype=torch.float64)
-    return (total / n).float()
+    return (total / count).float()
 
 
 def siglip_loss_with_grads(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float
 ) -> tuple[Tensor, ...]:
-    n, width = image.shape
+    width = image.shape[1]
     image, text = aligned_rows(image), aligned_rows(text)
     tile = _tile(image, SIGLIP, pairing)
 
     def write_rows(ds: Tensor, sums: Tensor, row0: int, rows: int) -> None:
         _launch_tiles(siglip, tile, image, text, pairing, row0, rows, scale, bias, ds, sums, ds.stride(0) // 8)
 
-    d_image, d_text, sums = _gradients(write_rows, 3, tile, image, text, scale, pairing, n, width)
-    return (sums[0] / n).float(), d_image, d_text, _like(scale, sums[1] / n), _like(bias, sums[2] / n)
+    d_image, d_text, sums = _gradients(write_rows, 3, tile, image, text, scale, pairing, count, width)
+    return (sums[0] / count).float(), d_image, d_text, _like(scale, sums[1] / count), _like(bias, sums[2] / count)
 
 
 def _clip_weights(
@@ -160,6 +176,26 @@ def _clip_weights(
     block = 512 if pairing.by_ids else 1024
     launch(clip_weights, 1, *args, *places, label_smoothing, SAME=SAME[pairing.same], BLOCK=block)
     return loss, *weights
+
+
+def _clip_gradients(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    pairing: Pairing,
+    weights: Sequence[Tensor | None],
+    count: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of both features, and the sum of count dS p."""
+    width = image.shape[1]
+    image, text = aligned_rows(image), aligned_rows(text)
+    tile = _tile(image, CLIP, pairing)
+
+    def write_rows(ds: Tensor, sums: Tensor, row0: int, rows: int) -> None:
+        args = *weights, ds, sums, ds.stride(0) // 8
+        _launch_tiles(clip_grad, tile, image, text, pairing, row0, rows, scale, *args)
+
+    return _gradients(write_rows, 1, tile, image, text, scale, pairing, count, width)
 
 
 def _clip_statistics(
