@@ -105,7 +105,11 @@ class Whole:
         leaves = leaves[: 4 if self.loss == "siglip_loss" else 3]
         if self.same:
             call |= dict(image_ids=self.ids[0][rows], text_ids=self.ids[1][columns], same=self.same)
-        loss = (siglip_loss if self.loss == "siglip_loss" else clip_loss)(*leaves, **self.options, **call)
+        call |= self.options
+        loss = (siglip_loss if self.loss == "siglip_loss" else clip_loss)(*leaves, **call)
+        with torch.no_grad():
+            alone = (siglip_loss if self.loss == "siglip_loss" else clip_loss)(*leaves, **call)
+        torch.testing.assert_close(alone, loss.detach())
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
