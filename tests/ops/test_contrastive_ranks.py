@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torchvision_stub import make_importable
 
 import mmkernels.nn
-from mmkernels import DistributedError, clip_loss, siglip_loss
+from mmkernels import BackendUnavailable, DistributedError, clip_loss, siglip_loss
 from mmkernels.check.contrastive import plain_clip_loss, plain_siglip_loss
 from mmkernels.ops.contrastive import distributed
 
@@ -234,6 +234,8 @@ def check_a_wrong_argument(rank: int, ranks: int) -> None:
             clip_loss(image, text, 10.0, group=dist.group.WORLD, **options)
     with pytest.raises(ValueError, match="whether gradients are wanted differs between the ranks"):
         clip_loss(image.requires_grad_(rank == 0), text, 10.0, group=dist.group.WORLD)
+    with pytest.raises(ValueError if rank else BackendUnavailable, match="backend 'cuda' cannot serve this call"):
+        clip_loss(image, text, 10.0, group=dist.group.WORLD, backend=None if rank else "cuda")
     with pytest.raises(ValueError, match=r"sizes is \[4\]; it must hold a positive number"):
         clip_loss(image, text, 10.0, group=dist.group.WORLD, sizes=[4])
 

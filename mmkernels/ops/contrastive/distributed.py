@@ -64,8 +64,11 @@ def arguments(
     process_group = resolve(op, group)
     try:
         _checks.one_of(op, "reduce", reduce, REDUCES)
-        return *own(), process_group.group_name, reduce, _in_words(op, sizes, process_group.size()), local
-    except (TypeError, ValueError) as problem:
+        words, call = _in_words(op, sizes, process_group.size()), own()
+        if not torch.compiler.is_compiling():  # what cannot be served is refused before anyone waits for it
+            backends.select("contrastive", call[-1], call[0], call[1], call[4] is not None)
+        return *call, process_group.group_name, reduce, words, local
+    except (TypeError, ValueError, backends.BackendUnavailable) as problem:
         device = image.device if isinstance(image, Tensor) else torch.device("cpu")
         if exchanges_sizes("" if sizes is None else "exchange" if sizes == "exchange" else "given", device):
             Comm(op, process_group).agree(dict.fromkeys(_HEADER, 0), (0, 0), problem, device)
@@ -141,6 +144,7 @@ class Problem:
             self.labels, counts = label(*gathered)
             self.counts = counts if self.by_ids else self.counts
         self.pieces = self._pieces()
+        self._kept: Tensor | None = None
 
     @property
     def by_ids(self) -> bool:
@@ -162,7 +166,10 @@ class Problem:
         return Shares.of_counts(paired, paired, self.options.direction)
 
     def gathered(self) -> Iterator[tuple[Piece, Tensor]]:
-        """Each piece with its texts, while those of the next are on their way."""
+        """Each piece with its texts, while those of the next are on their way. A single piece is kept."""
+        if self._kept is not None:
+            yield self.pieces[0], self._kept
+            return
         rank = self.comm.rank
         waiting = None
         for piece, following in zip(self.pieces, (*self.pieces[1:], None), strict=True):
@@ -171,6 +178,7 @@ class Problem:
             if following is not None:
                 part = self.text[following.cuts[rank]]
                 waiting = self.comm.start_all_gather(part, following.sizes, "texts")
+            self._kept = texts if len(self.pieces) == 1 else None
             yield piece, texts
 
     def gradients(self, rectangle: Callable[[Piece, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
