@@ -285,7 +285,9 @@ def test_cases_of_a_loss_and_of_a_device_have_names_of_their_own():
         assert len(set(names)) == len(names)
     assert {case.name for case in Request(ops=("clip_loss",)).selected()} == {
         "1024x512",
+        "2048x6144x512",
         "4096x512",
+        "4096x512, captions",
         "4096x768",
         "8192x512",
     }
