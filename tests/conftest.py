@@ -21,6 +21,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != "test_install.py")  # minutes of builds, on one worker
+
+
 def pytest_report_header() -> str:
     return f"inputs drawn with MMKERNELS_TEST_SEED={SEED}"
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cuda/contrastive/call.h"
@@ -96,23 +97,35 @@ inline Touched touched(const SpanAttentionBackward& call) {
 
 inline Touched touched(const Pairs& pairs) {
     Touched found;
-    for (const Features& x : {pairs.image, pairs.text}) {
-        const int64_t extent = pairs.count == 0 ? 0 : (pairs.count - 1) * x.stride + pairs.width;
-        found.reads(static_cast<const uint16_t*>(x.data), extent);
-    }
+    const auto reads = [&](const Features& x, int64_t count) {
+        found.reads(static_cast<const uint16_t*>(x.data), count == 0 ? 0 : (count - 1) * x.stride + pairs.width);
+    };
+    reads(pairs.image, pairs.images);
+    reads(pairs.text, pairs.texts);
     found.reads(pairs.scale, 1);
     if (pairs.bias != nullptr) found.reads(pairs.bias, 1);
     return found;
 }
 
-inline Touched touched(const ClipForward& call) {
+inline Touched touched(const ClipStatistics& call) {
     Touched found = touched(call.pairs);
-    if (call.products != nullptr) found.reads(call.products, 1);
-    found.writes(call.rows, int64_t{2} * call.pairs.count);
-    found.writes(call.columns, int64_t{2} * call.pairs.count);
-    found.writes(call.diagonal, call.pairs.count);
-    found.writes(call.loss, 1);
+    for (const auto& [statistics, count] :
+         {std::pair(call.rows, call.pairs.images), {call.columns, call.pairs.texts}}) {
+        if (call.add) found.reads(statistics, int64_t{3} * count);
+        found.writes(statistics, int64_t{3} * count);
+    }
     found.writes(static_cast<const char*>(call.workspace), static_cast<int64_t>(call.workspace_bytes));
+    return found;
+}
+
+inline Touched touched(const ClipWeights& call) {
+    Touched found;
+    found.reads(call.pairs.scale, 1);
+    found.reads(call.rows, int64_t{3} * call.pairs.images);
+    found.reads(call.columns, int64_t{3} * call.pairs.texts);
+    if (call.products != nullptr) found.reads(call.products, 2);
+    found.writes(call.own, call.pairs.images);
+    found.writes(call.loss, 1);
     return found;
 }
 
@@ -131,9 +144,9 @@ inline Touched touched(const LogitRows& call, int sums) {
 
 inline Touched touched(const ClipGradient& call) {
     Touched found = touched(call.to, 1);
-    found.reads(call.rows, int64_t{2} * call.to.pairs.count);
-    found.reads(call.columns, int64_t{2} * call.to.pairs.count);
-    found.reads(call.diagonal, call.to.pairs.count);
+    found.reads(call.rows, int64_t{2} * call.to.pairs.images);
+    found.reads(call.columns, int64_t{2} * call.to.pairs.texts);
+    found.reads(call.own, call.to.pairs.images);
     return found;
 }
 

@@ -40,5 +40,5 @@ def models(model: nn.Module, x: Tensor) -> nn.Module:
         print(mmkernels.explain(mmkernels.rotary_embed, x, x, x))
     try:
         return mmkernels.restore(model)
-    except mmkernels.BackendUnavailable as error:
+    except (mmkernels.BackendUnavailable, mmkernels.DistributedError) as error:
         raise SystemExit(str(error)) from error

@@ -85,7 +85,7 @@ struct ClipStatisticsPass {
     }
 
     MMK_DEVICE void take_own(float (&d)[kHeld], const Tile& tile, const Bounds& bounds) const {
-        if (!tile.crosses(call.pairs)) return;
+        if (!tile.crosses_own_pairs()) return;
 #pragma unroll
         for (int i = 0; i < kHeld; i++) {
             const int right = i / 4 * 8 + i % 2, j = i / 2 % 2;

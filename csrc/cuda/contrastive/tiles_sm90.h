@@ -24,18 +24,16 @@ enum Barrier { kAhead = 1, kLeft, kJoined, kGroup };  // kGroup + i: of warpgrou
 // ---- tiles
 
 struct Tile {
-    int m, n;  // its number in either direction
-    int row0, column0;
+    int m, n;                // its number in either direction
+    int row0, column0, own;  // own: the column, counted from column0 on, at the offset from row0
 
     template <class Call>
     MMK_DEVICE bool whole(const Call& call) const {
         return row0 + kTileRows <= call.row0 + call.row_count && column0 + kTileColumns <= call.pairs.texts;
     }
-    MMK_DEVICE bool crosses(const Pairs& pairs) const {
-        return crosses_own_pairs(pairs, row0, kTileRows, column0, kTileColumns);
-    }
+    MMK_DEVICE bool crosses_own_pairs() const { return own < kTileColumns && own > -kTileRows; }
     // Every pair is there, and none belongs together.
-    MMK_DEVICE bool plain(const GradientTiles& call) const { return whole(call) && !crosses(call.pairs); }
+    MMK_DEVICE bool plain(const GradientTiles& call) const { return whole(call) && !crosses_own_pairs(); }
 };
 
 // Where a thread that multiplies stands. It holds, in d[i], row `row` + 8 (i / 2 % 2) of the tile and column `column`
@@ -64,22 +62,24 @@ struct Bounds {
         const int row = tile.row0 + place.row, column = tile.column0 + place.column;
 #pragma unroll
         for (int j = 0; j < 2; j++) ends[j] = row + 8 * j < end_row ? pairs.texts - column : 0;
-        own = row + pairs.offset - column;
+        own = tile.own + place.row - place.column;
     }
 };
 
 struct Walk {
-    int tiles_m, tiles_n, first_row;
+    int tiles_m, tiles_n, first_row, offset;
 
     MMK_DEVICE Walk(const Pairs& pairs, int row0, int row_count)
         : tiles_m((row_count + kTileRows - 1) / kTileRows),
           tiles_n((pairs.texts + kTileColumns - 1) / kTileColumns),
-          first_row(row0) {}
+          first_row(row0),
+          offset(pairs.offset) {}
     MMK_DEVICE int size() const { return tiles_m * tiles_n; }
     MMK_DEVICE int number_of(const Tile& tile) const { return tile.m * tiles_n + tile.n; }
     MMK_DEVICE Tile at(int index) const {
         const TileAt at = grouped_tile<kWalkedRows>(index, tiles_m, tiles_n);
-        return {at.row, at.column, first_row + at.row * kTileRows, at.column * kTileColumns};
+        const int row0 = first_row + at.row * kTileRows, column0 = at.column * kTileColumns;
+        return {at.row, at.column, row0, column0, row0 + offset - column0};
     }
 };
 
