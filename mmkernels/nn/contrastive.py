@@ -183,6 +183,8 @@ def _world(name: str, rank: int, world_size: int) -> dist.ProcessGroup:
 def _without_other_ranks(image: Tensor, text: Tensor, scale, bias, group: dist.ProcessGroup) -> Tensor:
     """The mean of two losses of this rank: of its images over all texts, of its texts over all images, as constants."""
     comm, losses = Comm("ClipLoss", group), []
+    if image.device.type == "cpu":  # a GPU would be waited for at every step: there they are taken to be equal
+        comm.agree({"the number of pairs": len(image)}, (), None, image.device)
     for own, other, what in ((image, text, "texts"), (text, image, "images")):
         every = list(comm.all_gather(other.detach(), [len(other)] * comm.size, what).chunk(comm.size))
         every.insert(0, every.pop(comm.rank))  # this rank's are its rows' own; the others belong to nobody

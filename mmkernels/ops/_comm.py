@@ -165,7 +165,7 @@ class Comm:
 
     def _leave_word(self, error: Exception) -> None:
         """Of this rank's own error, before it is raised, for whoever waits for it."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # without the store the others are told less; the error is raised anyway
             self._store().set(self._key("raised", self.rank), f"{type(error).__name__}: {error}"[:500])
 
     def _word_of(self, rank: int) -> str:
@@ -183,7 +183,7 @@ class Comm:
             while missing and time.monotonic() < deadline:
                 missing = [rank for rank in missing if not store.check([self._key("alive", rank)])]
                 time.sleep(0.1)
-        except Exception as error:
+        except Exception as error:  # of any kind, by the store's: it is said, and must not hide what failed first
             said = str(error).strip().splitlines()[0][:80]
             return f"The store does not answer either ({said}): the process that holds it, rank 0, is likely gone"
         if missing:

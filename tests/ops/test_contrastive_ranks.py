@@ -236,6 +236,9 @@ def check_a_wrong_argument(rank: int, ranks: int) -> None:
         clip_loss(image.requires_grad_(rank == 0), text, 10.0, group=dist.group.WORLD)
     with pytest.raises(ValueError if rank else BackendUnavailable, match="backend 'cuda' cannot serve this call"):
         clip_loss(image, text, 10.0, group=dist.group.WORLD, backend=None if rank else "cuda")
+    local = mmkernels.nn.ClipLoss(local_loss=True, rank=rank, world_size=ranks)
+    with pytest.raises(ValueError, match="ClipLoss: the number of pairs differs between the ranks"):
+        local(image[: 4 - rank], text[: 4 - rank], 10.0)
     with pytest.raises(ValueError, match=r"sizes is \[4\]; it must hold a positive number"):
         clip_loss(image, text, 10.0, group=dist.group.WORLD, sizes=[4])
 
