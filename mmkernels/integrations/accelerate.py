@@ -21,7 +21,7 @@ from .report import Entry, Report
 from .swap import is_wrapped, plain_class, served_kinds, swap, swap_of, undo
 
 KINDS = ("patch embedding", "attention", "loss")
-_LIBRARIES = ("transformers", "timm")  # that have a finder of their own
+_LIBRARIES = ("transformers", "timm", "open_clip")  # that have a finder of their own
 
 
 def accelerate(
@@ -29,8 +29,9 @@ def accelerate(
 ) -> Report:
     """Swap the hot paths inside `model` for mmkernels', in place: same parameters, same state_dict, same hooks.
 
-    Knows the models of transformers (through its attention interface), timm and open_clip, and torch's own modules:
-    convolutions that embed patches, attention, contrastive losses. What spans cannot express, such as dropout on
+    Knows the models of transformers (through its attention interface), timm and open_clip, the losses of both that
+    train on pairs (open_clip's is a module of its own: accelerate that), and torch's own modules: convolutions that
+    embed patches, attention. What spans cannot express, such as dropout on
     attention weights, still runs, by the model's own code; the report of a second call counts such calls. Only this
     model is changed: not its config, nor any other model.
 

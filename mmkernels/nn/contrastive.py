@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends
 from .._warnings import warn
 from ..ops._comm import Comm
 from ..ops.contrastive import clip_loss, clip_loss_of_rank, siglip_loss, siglip_loss_of_rank
@@ -65,18 +66,18 @@ class ClipLoss(nn.Module):
             labels = self.get_ground_truth(image_features.device, logits[0].shape[0])
             loss = sum(F.cross_entropy(x, labels) for x in logits) / 2
         elif self.world_size == 1:
-            loss = clip_loss(image_features, text_features, logit_scale, logit_bias)
+            loss = clip_loss(image_features, text_features, logit_scale, logit_bias, backend=backends.of_module(self))
         else:
             loss = self._across(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _across(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
-        group = _world(type(self).__name__, self.rank, self.world_size)
+        group, backend = _world(type(self).__name__, self.rank, self.world_size), backends.of_module(self)
         if not self.local_loss:
             reduce = "mean" if self.gather_with_grad else "sum"
-            return clip_loss(image, text, scale, bias, group=group, reduce=reduce)
+            return clip_loss(image, text, scale, bias, group=group, reduce=reduce, backend=backend)
         of_rank = clip_loss_of_rank if self.gather_with_grad else _without_other_ranks
-        return of_rank(image, text, scale, bias, group)
+        return of_rank(image, text, scale, bias, group, backend)
 
     def get_logits(
         self,
@@ -135,8 +136,9 @@ class SigLipLoss(nn.Module):
             loss = -F.logsigmoid(labels * logits).sum() / len(image_features)
         else:
             call = image_features, text_features, logit_scale, 0.0 if logit_bias is None else logit_bias
+            backend = backends.of_module(self)
             group = None if self.world_size == 1 else _world(type(self).__name__, self.rank, self.world_size)
-            loss = siglip_loss(*call) if group is None else siglip_loss_of_rank(*call, group)
+            loss = siglip_loss(*call, backend=backend) if group is None else siglip_loss_of_rank(*call, group, backend)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def get_logits(
@@ -180,7 +182,9 @@ def _world(name: str, rank: int, world_size: int) -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def _without_other_ranks(image: Tensor, text: Tensor, scale, bias, group: dist.ProcessGroup) -> Tensor:
+def _without_other_ranks(
+    image: Tensor, text: Tensor, scale, bias, group: dist.ProcessGroup, backend: str | None
+) -> Tensor:
     """The mean of two losses of this rank: of its images over all texts, of its texts over all images, as constants."""
     comm, losses = Comm("ClipLoss", group), []
     if image.device.type == "cpu":  # a GPU would be waited for at every step: there they are taken to be equal
@@ -188,5 +192,5 @@ def _without_other_ranks(image: Tensor, text: Tensor, scale, bias, group: dist.P
     for own, other, what in ((image, text, "texts"), (text, image, "images")):
         every = list(comm.all_gather(other.detach(), [len(other)] * comm.size, what).chunk(comm.size))
         every.insert(0, every.pop(comm.rank))  # this rank's are its rows' own; the others belong to nobody
-        losses.append(clip_loss(own, torch.cat(every), scale, bias, direction="image_to_text"))
+        losses.append(clip_loss(own, torch.cat(every), scale, bias, direction="image_to_text", backend=backend))
     return sum(losses) / 2

@@ -139,16 +139,20 @@ def siglip_loss(
     return op.siglip_loss_across(*across)
 
 
-def clip_loss_of_rank(image: Tensor, text: Tensor, scale: Tensor | float, bias, group: Group) -> Tensor:
+def clip_loss_of_rank(
+    image: Tensor, text: Tensor, scale: Tensor | float, bias, group: Group, backend: str | None
+) -> Tensor:
     """`clip_loss` across ranks, gradients and all, but for its value: the mean over this rank's images and texts."""
-    options = 0.0, False, None, None, "positives", "both", None
+    options = 0.0, False, None, None, "positives", "both", backend
     arguments = partial(_clip_arguments, image, text, scale, bias, *options)
     return op.clip_loss_across(*distributed.arguments("clip_loss", group, "mean", None, True, image, arguments))
 
 
-def siglip_loss_of_rank(image: Tensor, text: Tensor, scale: Tensor | float, bias, group: Group) -> Tensor:
+def siglip_loss_of_rank(
+    image: Tensor, text: Tensor, scale: Tensor | float, bias, group: Group, backend: str | None
+) -> Tensor:
     """`siglip_loss` across ranks, but for its value: the mean over this rank's images."""
-    arguments = partial(_siglip_arguments, image, text, scale, bias, False, None, None, "positives", None)
+    arguments = partial(_siglip_arguments, image, text, scale, bias, False, None, None, "positives", backend)
     return op.siglip_loss_across(*distributed.arguments("siglip_loss", group, "mean", None, True, image, arguments))
 
 
