@@ -12,6 +12,8 @@
 #   sanitize          sanitize-memcheck, sanitize-racecheck and sanitize-synccheck, each a phase of its own: the CUDA
 #                     kernels on small cases under compute-sanitizer, where that is
 #   test              the tests that run on the device
+#   ranks             the contrastive losses across NCCL's ranks: two of them, and a bench of 2 and 4, as far as there
+#                     are GPUs; NCCL refuses two ranks on one, where a group of a single rank is compared instead
 #   bench             bench-bfloat16 and bench-float32, for span attention bench-span_attention-bfloat16 and
 #                     bench-span_attention-float32, each a phase of its own
 #   summary           what passed and the tables, from the files the other phases left
@@ -32,7 +34,7 @@ phases=()
 checks=(check-clip_loss check-siglip_loss check-patch_embed check-rotary_embed check-span_attention)
 benches=(bench-bfloat16 bench-float32 bench-span_attention-bfloat16 bench-span_attention-float32)
 sanitizes=(sanitize-memcheck sanitize-racecheck sanitize-synccheck)
-everything=(install info "${checks[@]}" "${sanitizes[@]}" test "${benches[@]}" summary)
+everything=(install info "${checks[@]}" "${sanitizes[@]}" test ranks "${benches[@]}" summary)
 
 usage() {
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
@@ -47,7 +49,7 @@ while (($#)); do
         bench) phases+=("${benches[@]}") ;;
         sanitize) phases+=("${sanitizes[@]}") ;;
         all) phases=() ;;
-        install | info | test | summary) phases+=("$1") ;;
+        install | info | test | ranks | summary) phases+=("$1") ;;
         check-* | bench-* | sanitize-*)
             [[ " ${checks[*]} ${benches[*]} ${sanitizes[*]} " == *" $1 "* ]] || usage
             phases+=("$1") ;;
@@ -184,6 +186,18 @@ run_tests() {
         --ignore "$repo/tests/compile" --ignore "$repo/tests/core" -k "$chosen" --junitxml "$out/tests.xml"
 }
 
+run_ranks() {
+    local gpus counts=()
+    bounded "$python" -m pytest "$repo/tests/ops/test_contrastive_ranks.py" -c "$repo/pyproject.toml" --rootdir "$repo" \
+        -p no:cacheprovider -k "$([[ $device == cuda ]] && echo nccl || echo one_process)" -rs
+    gpus=$([[ $device == cpu ]] && echo 2 || nvidia-smi --list-gpus | wc -l)
+    ((gpus < 2)) || counts+=(2)
+    ((gpus < 4)) || counts+=(4)
+    ((${#counts[@]})) || { echo "one GPU: nothing across GPUs was compared or measured"; return; }
+    bounded "$python" -m mmkernels bench --device "$device" "${quick[@]}" --ranks "$(IFS=,; echo "${counts[*]}")" \
+        --json "$out/ranks.json"
+}
+
 bench() { # [OP-]DTYPE
     local dtype=${1##*-} ops=(--op clip_loss --op siglip_loss --op patch_embed --op rotary_embed)
     [[ $1 == "$dtype" ]] || ops=(--op "${1%-*}")
@@ -229,6 +243,7 @@ phase() { # NAME
         check-*) check "${1#check-}" ;;
         sanitize-*) sanitize "${1#sanitize-}" ;;
         test) run_tests ;;
+        ranks) run_ranks ;;
         bench-*) bench "${1#bench-}" ;;
         summary) summarize | tee "$out/summary.txt" ;;
     esac

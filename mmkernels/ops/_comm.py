@@ -18,8 +18,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# The same by two names: torch 2.13 warns of the older one, which is all that earlier ones have.
+# The same by two names: torch 2.13 warns of the older ones, which are all that earlier ones have.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 PATIENCE = 5.0  # seconds for which a rank whose exchange failed waits for the others to sign that they are there
 
@@ -121,9 +122,12 @@ class Comm:
     def start_sum_of_rows(self, x: Tensor, sizes: Sequence[int], what: str) -> Callable[[], Tensor]:
         """Begins to add up this rank's rows of every rank's x, whose rows are those of rank 0, of rank 1, ...
 
-        Every part travels as it is, and they are added in the order of the ranks: the same bits with any backend, and
-        no rounding on the way.
+        On a CPU, and where ranks have uneven numbers of rows, every part travels as it is, and they are added in the
+        order of the ranks: the same bits with any library. Between nodes of GPUs that would take each part over one
+        network card; NCCL's reduction adds inside a node first, and leaves over all of its cards.
         """
+        if x.is_cuda and min(sizes) == max(sizes):
+            return self._start_reduce_scatter(x, sizes, what)
         mine, doing = sizes[self.rank], f"returning {what} to"
         x, out = x.contiguous(), x.new_empty(self.size * mine, *x.shape[1:])
         with self.doing(doing):
@@ -137,6 +141,18 @@ class Comm:
             for other in others:
                 total += other
             return total
+
+        return wait
+
+    def _start_reduce_scatter(self, x: Tensor, sizes: Sequence[int], what: str) -> Callable[[], Tensor]:
+        x, out, doing = x.contiguous(), x.new_empty(sizes[self.rank], *x.shape[1:]), f"returning {what} to"
+        with self.doing(doing):
+            work = _reduce_scatter(out, x, group=self.group, async_op=True)
+
+        def wait(sent: Tensor = x) -> Tensor:  # which must live until then
+            with self.doing(doing):
+                work.wait()
+            return out
 
         return wait
 

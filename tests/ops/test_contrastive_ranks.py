@@ -6,10 +6,8 @@ import itertools
 import os
 import random
 import signal
-import sys
 import time
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,34 +15,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
-from torchvision_stub import make_importable
 
 import mmkernels.nn
-from mmkernels import BackendUnavailable, DistributedError, clip_loss, siglip_loss
+from mmkernels import BackendUnavailable, DistributedError, accelerate, clip_loss, siglip_loss
 from mmkernels.check.contrastive import plain_clip_loss, plain_siglip_loss
+from mmkernels.ops._comm import Comm
 from mmkernels.ops.contrastive import distributed
 
 SEED = int(os.environ["MMKERNELS_TEST_SEED"])  # conftest's
 SCALE, BIAS = 9.0, -2.0
-
-
-def start(rank: int, ranks: int, folder: str, work, seconds: float, args: tuple) -> None:
-    make_importable()
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=seconds)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timeout)
-    try:
-        work(rank, ranks, *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def on_ranks(ranks: int, folder, work, *args, seconds: float = 120) -> None:
-    root = str(Path(__file__).parents[2])  # where the processes find this module by the name that it has here,
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path, root])  # and last, since the package they try is the one installed
-        mp.spawn(start, (ranks, str(folder), work, seconds, args), nprocs=ranks)
 
 
 # ---- one process, in float64
@@ -97,37 +78,40 @@ class Whole:
         starts = [sum(x[:rank]) for x in zip(*self.sizes, strict=True)]
         return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes[rank], strict=True))
 
-    def found(self, rank: int, dtype: torch.dtype, **call) -> list[torch.Tensor]:
+    def found(self, rank: int, dtype: torch.dtype, device: str, **call) -> list[torch.Tensor]:
         rows, columns = self.of_rank(rank)
         leaves = [self.image[rows], self.text[columns], torch.tensor(SCALE), torch.tensor(BIAS)]
         wide = torch.promote_types(dtype, torch.float32)
-        leaves = [x.to(dtype if x.dim() else wide).requires_grad_() for x in leaves]
+        leaves = [x.to(device, dtype if x.dim() else wide).requires_grad_() for x in leaves]
         leaves = leaves[: 4 if self.loss == "siglip_loss" else 3]
         if self.same:
-            call |= dict(image_ids=self.ids[0][rows], text_ids=self.ids[1][columns], same=self.same)
+            call |= dict(image_ids=self.ids[0][rows].to(device), text_ids=self.ids[1][columns].to(device))
+            call["same"] = self.same
         call |= self.options
         loss = (siglip_loss if self.loss == "siglip_loss" else clip_loss)(*leaves, **call)
         with torch.no_grad():
             alone = (siglip_loss if self.loss == "siglip_loss" else clip_loss)(*leaves, **call)
         torch.testing.assert_close(alone, loss.detach())
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        return [x.cpu() for x in (loss.detach(), *torch.autograd.grad(loss, leaves))]
 
 
-def check_against_one_process(rank: int, ranks: int, seed: int) -> None:
+def check_against_one_process(rank: int, ranks: int, seed: int, device: str = "cpu") -> None:
     rng = random.Random(seed)  # the same on every rank, as torch's
     torch.manual_seed(seed)
-    groups = [dist.group.WORLD, mesh := init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",)), (mesh, "dp")]
+    groups = [dist.group.WORLD, mesh := init_device_mesh(device, (ranks,), mesh_dim_names=("dp",)), (mesh, "dp")]
+    kinds = [(torch.float32, None)] if device == "cuda" else [(torch.float64, "reference"), (torch.float32, "cpu")]
     for case in range(60):
         whole, reduce = Whole(rng, ranks), rng.choice(distributed.REDUCES)
-        dtype, backend = rng.choice([(torch.float64, "reference"), (torch.float32, "cpu")])
+        dtype, backend = rng.choice(kinds)
         distributed.GATHERED_BYTES = rng.choice([2**30, 700, 100])  # one piece, several, one of each text
-        sizes = rng.choice([None, "exchange", whole.sizes])
+        asked = device == "cpu" or len(set(whole.sizes)) == 1  # a GPU's ranks are taken to be even
+        sizes = rng.choice([None if asked else "exchange", "exchange", whole.sizes])
         call = dict(group=groups[case % 3], reduce=reduce, sizes=sizes, backend=backend)
         truth, rows = whole.truth(), whole.of_rank(rank)
         factor = ranks if reduce == "mean" else 1
         expected = [truth[0], *(factor * x[r] for x, r in zip(truth[1:3], rows, strict=True)), *truth[3:]]
         for name, value, exact in zip(
-            ("loss", "image", "text", "scale", "bias"), whole.found(rank, dtype, **call), expected, strict=False
+            ("loss", "image", "text", "scale", "bias"), whole.found(rank, dtype, device, **call), expected, strict=False
         ):
             error = (value - exact).abs().max().item()
             limit = 1e-11 if dtype == torch.float64 else 2e-5
@@ -138,6 +122,28 @@ def check_against_one_process(rank: int, ranks: int, seed: int) -> None:
 def test_ranks_are_one_process(tmp_path, ranks):
     """Even and uneven ranks, more texts than images, ids, directions, smoothing, in pieces: drawn from the seed."""
     on_ranks(ranks, tmp_path, check_against_one_process, SEED)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_are_one_process_over_nccl_on_gpus(tmp_path, ranks):
+    """NCCL refuses two ranks on one device: a group of one is all that a single GPU can show."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    on_ranks(ranks, tmp_path, check_against_one_process, SEED, "cuda", library="nccl", seconds=300)
+
+
+def check_reduce_scatter(rank: int, ranks: int, seed: int) -> None:
+    """How GPUs' gradients return, over gloo."""
+    torch.manual_seed(seed)
+    comm, sizes = Comm("clip_loss", dist.group.WORLD), [3] * ranks
+    parts = torch.randn(ranks, 3 * ranks, 2).double()  # of all ranks
+    ways = (comm.start_sum_of_rows, comm._start_reduce_scatter)
+    for found in (way(parts[rank], sizes, "gradients")() for way in ways):
+        torch.testing.assert_close(found, parts.sum(0)[3 * rank : 3 * rank + 3])
+
+
+def test_gradients_return_by_reduce_scatter_too(tmp_path):
+    on_ranks(3, tmp_path, check_reduce_scatter, SEED)
 
 
 # ---- open_clip's modules, on the same ranks
@@ -154,13 +160,15 @@ def check_open_clip(rank: int, ranks: int, seed: int) -> None:
     features = [x[5 * rank : 5 * rank + 5] for x in features]
     for name, mode in [*(("ClipLoss", x) for x in CLIP_MODES), *(("SigLipLoss", x) for x in SIGLIP_MODES)]:
         found = []
-        for module in (open_clip.loss, mmkernels.nn):
+        for module in (open_clip.loss, mmkernels.nn, None):  # None: open_clip's, accelerated
             leaves = [x.clone().requires_grad_() for x in (*features, torch.tensor(SCALE), torch.tensor(BIAS))]
             leaves = leaves[: 4 if name == "SigLipLoss" else 3]
             leaves[2:] = [x.detach().double().requires_grad_() for x in leaves[2:]]
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                loss = getattr(module, name)(rank=rank, world_size=ranks, **mode)
+                loss = getattr(module or open_clip.loss, name)(rank=rank, world_size=ranks, **mode)
+            if module is None:
+                accelerate(loss, verbose=False)
             if module is mmkernels.nn:
                 wrong = mode == dict(local_loss=True, gather_with_grad=False)
                 assert [str(x.message) for x in said if "does not train" in str(x.message)][1:] == []
@@ -171,13 +179,41 @@ def check_open_clip(rank: int, ranks: int, seed: int) -> None:
             for x in scalars:  # open_clip's are of the rank's own value: DDP averages them
                 dist.all_reduce(x.div_(ranks))
             found.append([value.detach(), *gradients[:2], *scalars])
-        for ours, theirs in zip(*found[::-1], strict=True):
-            assert (ours - theirs).abs().max() <= 1e-12, (name, mode)
+        for theirs, *ours in zip(*found, strict=True):
+            assert all((x - theirs).abs().max() <= 1e-12 for x in ours), (name, mode)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_modules_are_open_clips_in_every_mode(tmp_path, ranks):
     on_ranks(ranks, tmp_path, check_open_clip, SEED)
+
+
+def check_bfloat16(rank: int, ranks: int, seed: int) -> None:
+    """Rounded once, at the end; open_clip's own are rounded with every logit and on their way."""
+    import open_clip.loss
+
+    torch.manual_seed(seed)
+    whole = [F.normalize(torch.randn(48 * ranks, 64), dim=1).bfloat16() for _ in range(2)]
+    part = slice(48 * rank, 48 * rank + 48)
+    for name, plain, mode in (
+        ("ClipLoss", plain_clip_loss, CLIP_MODES[3]),
+        *(("SigLipLoss", plain_siglip_loss, mode) for mode in SIGLIP_MODES),
+    ):
+        scalars = [torch.tensor(SCALE), torch.tensor(BIAS)][: 2 if name == "SigLipLoss" else 1]
+        exact = [x.double().requires_grad_() for x in whole]
+        truth = torch.autograd.grad(plain(*exact, *(x.double() for x in scalars)), exact)
+        errors = []
+        for module in (mmkernels.nn, open_clip.loss):
+            leaves = [x[part].clone().requires_grad_() for x in whole]
+            loss = getattr(module, name)(rank=rank, world_size=ranks, **mode)(*leaves, *scalars)
+            found = torch.autograd.grad(loss, leaves)
+            errors.append([(x / ranks - y[part]).norm() / y[part].norm() for x, y in zip(found, truth, strict=True)])
+        for ours, theirs in zip(*errors, strict=True):
+            assert ours < 0.8 * theirs and ours < 2**-8, (name, mode, errors)
+
+
+def test_bfloat16_is_closer_to_the_truth_than_open_clips(tmp_path):
+    on_ranks(2, tmp_path, check_bfloat16, SEED)
 
 
 def check_ddp_and_compile(rank: int, ranks: int, seed: int) -> None:
