@@ -114,6 +114,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", metavar="NAME", action="append", help="only this case, as the table names it")
     models = f"a whole model instead, plain and accelerated: {', '.join(MODELS)}"
     parser.add_argument("--model", metavar="NAME", action="append", choices=MODELS, help=models)
+    ranks = "the contrastive losses across processes instead: on so many ranks, such as 2,4"
+    parser.add_argument("--ranks", metavar="N[,N...]", type=_ranks, help=ranks)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="in this dtype (float32 and bfloat16)")
     parser.add_argument(
         "--pass",
@@ -132,6 +134,16 @@ def _add_json(parser: argparse.ArgumentParser, text: str) -> None:
     option = parser.add_argument("--json", metavar="FILE", type=_writable, help=text)
     if shtab:
         option.complete = shtab.FILE
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(map(int, text.split(",")))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks, from 2 on, nor several as 2,4")
+    return counts
 
 
 def _writable(path: str) -> str:
@@ -235,6 +247,7 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     from .bench import CASES, PASSES, Request, run
     from .bench import DTYPES as USUAL
     from .bench.machine import environment
+    from .bench.ranks_report import print_ranks
     from .bench.report import print_report, write_json
     from .bench.runner import expected_seconds
 
@@ -247,7 +260,10 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
         quick=options.quick,
         seed=options.seed,
     )
-    if options.model:
+    if options.ranks:
+        (measure, count), seconds = _across_ranks(options, request), None
+        print_report = print_ranks
+    elif options.model:
         measure = _of_models(options, request)
         count, seconds = _count(len(options.model), "model"), None
     elif request.selected():
@@ -266,6 +282,27 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         write_json(options.json, report)
     return INTERRUPTED if report.interrupted else RIGHT if report.passed else WRONG
+
+
+def _across_ranks(options: argparse.Namespace, request) -> tuple[Callable, str]:
+    from .bench import ranks
+
+    if options.model or set(options.op or ()) - set(ranks.OPS_ACROSS):
+        options.error(f"argument --ranks: what runs across processes is {' and '.join(ranks.OPS_ACROSS)}")
+    if "fwd" in (options.passes or ()):
+        options.error("argument --pass: across processes forward and backward are measured together")
+    cases = ranks.selected(request)
+    if not cases:
+        _no_such_case(options, ", ".join(options.case), ranks.SQUARE)
+    uneven = [f"{case.pairs} on {count}" for case in cases for count in options.ranks if case.pairs % count]
+    if uneven:
+        options.error(f"argument --ranks: open_clip knows even ranks only; not {', '.join(dict.fromkeys(uneven))}")
+    if request.device == "cuda" and max(options.ranks) > torch.cuda.device_count():
+        options.error(
+            f"argument --ranks: NCCL wants a GPU for each rank, and {torch.cuda.device_count()} are here; "
+            "--device cpu measures over gloo"
+        )
+    return functools.partial(ranks.run, request, options.ranks), _count(len(cases) * len(options.ranks), "case")
 
 
 def _of_models(options: argparse.Namespace, request) -> Callable:

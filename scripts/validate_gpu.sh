@@ -190,7 +190,8 @@ run_ranks() {
     local gpus counts=()
     bounded "$python" -m pytest "$repo/tests/ops/test_contrastive_ranks.py" -c "$repo/pyproject.toml" --rootdir "$repo" \
         -p no:cacheprovider -k "$([[ $device == cuda ]] && echo nccl || echo one_process)" -rs
-    gpus=$([[ $device == cpu ]] && echo 2 || nvidia-smi --list-gpus | wc -l)
+    gpus=2
+    [[ $device == cpu ]] || gpus=$(nvidia-smi --list-gpus | wc -l)
     ((gpus < 2)) || counts+=(2)
     ((gpus < 4)) || counts+=(4)
     ((${#counts[@]})) || { echo "one GPU: nothing across GPUs was compared or measured"; return; }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,10 @@ from .op import PASSES, Function, Measured, Peer, Truth, Values
 
 
 def _peers(op: Op, call: Call) -> list[Peer]:
-    published = None if _is_paired_otherwise(call) else _open_clip(op.name)
-    return [Peer("open_clip's arithmetic", op.plain) if published is None else Peer("open_clip", published)]
+    losses = None if _is_paired_otherwise(call) else open_clip_losses()
+    if losses is None:
+        return [Peer("open_clip's arithmetic", op.plain)]
+    return [Peer("open_clip", as_function({"clip_loss": losses.ClipLoss, "siglip_loss": losses.SigLipLoss}[op.name]()))]
 
 
 def _is_paired_otherwise(call: Call) -> bool:
@@ -32,8 +36,8 @@ def _is_paired_otherwise(call: Call) -> bool:
 
 
 @functools.cache
-def _open_clip(op: str) -> Function | None:
-    """open_clip's own loss where it is installed.
+def open_clip_losses() -> ModuleType | None:
+    """open_clip's own losses where it is installed.
 
     Its file is loaded by itself: the package imports torchvision for its transforms, which fails beside a torch built
     for the CPU only, and the losses need none of it.
@@ -50,7 +54,11 @@ def _open_clip(op: str) -> Function | None:
         spec.loader.exec_module(module)
     except (ImportError, OSError):
         return None
-    loss = {"clip_loss": module.ClipLoss, "siglip_loss": module.SigLipLoss}[op]()
+    return module
+
+
+def as_function(loss: Callable[..., Tensor]) -> Function:
+    """One of open_clip's losses, by the names of our arguments."""
     return lambda image_features, text_features, logit_scale, logit_bias=None: loss(
         image_features, text_features, logit_scale, logit_bias
     )
@@ -98,6 +106,7 @@ class LossCase:
     devices: tuple[str, ...] = ("cpu", "cuda")  # measured there unless others are asked for
     compiled: tuple[str, ...] = ()  # devices where torch.compile of a peer is one too; each takes half a minute
     quick: bool = False
+    across_ranks: bool = False  # measured there unless others are asked for
     passes: tuple[str, ...] = PASSES
 
     @property
@@ -150,9 +159,10 @@ def _losses(op: str) -> list[LossCase]:
         LossCase(op, 1024, 512),
         LossCase(op, 2048, 512, texts=6144),
         LossCase(op, 4096, 512, captions=True),
-        LossCase(op, 4096, 512, compiled=("cpu",)),
+        LossCase(op, 4096, 512, compiled=("cpu",), across_ranks=True),
         LossCase(op, 4096, 768, devices=("cpu",)),
         LossCase(op, 8192, 512),
+        LossCase(op, 16384, 512, devices=(), across_ranks=True),
         LossCase(op, 32768, 512, devices=("cuda",)),  # on a CPU only by name: its eager peers need tens of gigabytes
         LossCase(op, 32768, 768, devices=("cuda",), compiled=("cuda",)),
     ]

@@ -30,7 +30,7 @@ def print_report(console: Console, report: Report) -> None:
     groups = [list(group) for _, group in groupby(report.results, key=lambda result: [result[key] for key in GROUP])]
     for op in dict.fromkeys(group[0]["op"] for group in groups):
         console.print(_table(op, [group for group in groups if group[0]["op"] == op], report.env.get("ceilings", ())))
-    _print_footer(console, report)
+    print_footer(console, report)
 
 
 def _table(op: str, groups: list[list[dict]], ceilings: Iterable[dict]) -> Table:
@@ -91,7 +91,7 @@ def _megabytes(result: dict) -> str:
     return "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:.0f}"
 
 
-def _print_footer(console: Console, report: Report) -> None:
+def print_footer(console: Console, report: Report) -> None:
     peaks = report.peaks
     rates = ", ".join(
         f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items() if name not in ("copy", "source")
@@ -110,5 +110,5 @@ def _print_footer(console: Console, report: Report) -> None:
         say(console, f"[yellow]{count} spread by more than half:[/] this machine was busy")
     for record in report.unmeasured:
         colour = "bold red" if record["is_ours"] else "yellow"
-        what = " ".join(record[key] for key in (*GROUP, "impl"))
+        what = " ".join(str(record[key]) for key in (*GROUP, "ranks", "impl") if key in record)
         say(console, f"[{colour}]no figure:[/] {escape(what)}: {escape(record['reason'])}")

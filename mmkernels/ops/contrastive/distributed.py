@@ -9,9 +9,10 @@ of them in all, and of each rank's rows only:
     SigLIP   step 3 alone
 
 The texts come in pieces, each a K-th of every rank's, as soon as all of them at a time would take more than
-GATHERED_BYTES with their gradients; CLIP then gathers them twice. Work a rank: CLIP 8 n_r M D operations, SigLIP 6.
+GATHERED_BYTES with their gradients. CLIP then gathers them twice; SigLIP once, as before, and so in up to FREE_PIECES
+earlier. Work a rank: CLIP 8 n_r M D operations, SigLIP 6.
 Bytes that a rank hands on: (W - 1) m_r D (b + w), b a feature's and w = 4 or 8 a gradient's, and b more for CLIP in
-pieces; 12 M for the statistics of columns; ids and scalars.
+pieces; 24 M (W - 1) / W for the statistics of columns; ids and scalars.
 
 The loss is the mean over all ranks' pairs, on every rank. "mean" hands each rank W times its part of the gradient, for
 a training loop that averages the ranks' gradients afterwards (DDP, FSDP); "sum" its part, for one that adds them up.
@@ -38,6 +39,7 @@ from .weights import no_statistics, weigh
 
 REDUCES = ("mean", "sum")
 GATHERED_BYTES = 2**30  # of texts and their gradients at a time
+FREE_PIECES, FREE_BYTES = 4, 2**26  # so many at most, of so many bytes, where pieces cost nothing but their start
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HEADER = (
@@ -118,6 +120,15 @@ class Piece:
     @property
     def sizes(self) -> list[int]:
         return [cut.stop - cut.start for cut in self.cuts]
+
+
+def count_pieces(op: str, texts: int, width: int, most_of_a_rank: int, dtype: torch.dtype) -> int:
+    """In how many the texts of all ranks come."""
+    needed = texts * width * (dtype.itemsize + 2 * torch.promote_types(dtype, torch.float32).itemsize)
+    count = -(-needed // GATHERED_BYTES)
+    if op == "siglip_loss":
+        count = max(count, min(-(-needed // FREE_BYTES), FREE_PIECES))
+    return min(count, most_of_a_rank)
 
 
 class Problem:
@@ -237,9 +248,8 @@ class Problem:
         )
 
     def _pieces(self) -> list[Piece]:
-        wide = torch.promote_types(self.text.dtype, torch.float32).itemsize
-        needed = self.num_texts * self.text.shape[1] * (self.text.element_size() + 2 * wide)
-        count = min(-(-needed // GATHERED_BYTES), max(self.texts))
+        size = self.num_texts, self.text.shape[1]
+        count = count_pieces(self.comm.op, *size, max(self.texts), self.text.dtype)
         return [self._piece(k, count) for k in range(count)]
 
     def _piece(self, k: int, count: int) -> Piece:
