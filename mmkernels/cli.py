@@ -114,7 +114,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", metavar="NAME", action="append", help="only this case, as the table names it")
     models = f"a whole model instead, plain and accelerated: {', '.join(MODELS)}"
     parser.add_argument("--model", metavar="NAME", action="append", choices=MODELS, help=models)
-    ranks = "the contrastive losses across processes instead: on so many ranks, such as 2,4"
+    ranks = "losses across processes instead: on so many ranks, such as 2,4"
     parser.add_argument("--ranks", metavar="N[,N...]", type=_ranks, help=ranks)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="in this dtype (float32 and bfloat16)")
     parser.add_argument(
@@ -285,7 +285,7 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
 
 
 def _across_ranks(options: argparse.Namespace, request) -> tuple[Callable, str]:
-    from .bench import ranks
+    from .bench import contrastive_ranks as ranks
 
     if options.model or set(options.op or ()) - set(ranks.OPS_ACROSS):
         options.error(f"argument --ranks: what runs across processes is {' and '.join(ranks.OPS_ACROSS)}")

@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 from mmkernels import cli
-from mmkernels.bench import CASES, Request, ranks
+from mmkernels.bench import CASES, Request
+from mmkernels.bench import contrastive_ranks as ranks
 from mmkernels.bench.machine import environment
 from mmkernels.bench.ranks_report import print_ranks
 from mmkernels.ops.contrastive import distributed

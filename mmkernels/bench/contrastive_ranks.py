@@ -1,7 +1,7 @@
 """Measuring the contrastive losses across the processes of a group: ours, and open_clip's in their best modes.
 
-Each case starts its ranks anew (rank_worker.py): on a CPU gloo's, which share this machine's threads, and where Linux
-allows it on a loopback of their own, whose counter tells what they sent; on GPUs NCCL's, one rank each.
+Each case starts its ranks anew (contrastive_rank.py): on a CPU gloo's, which share this machine's threads, and where
+Linux allows it on a loopback of their own, whose counter tells what they sent; on GPUs NCCL's, one rank each.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _on_ranks(case: LossCase, dtype: torch.dtype, ranks: int, request: Request) 
     task |= {"threads": max(torch.get_num_threads() // ranks, 1)}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "task.json").write_text(json.dumps(task))
-        command = [*own_network, sys.executable, "-m", "mmkernels.bench.rank_worker", folder]
+        command = [*own_network, sys.executable, "-m", "mmkernels.bench.contrastive_rank", folder]
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
             said = child.communicate()[1]

@@ -1,7 +1,7 @@
-"""`python -m mmkernels.bench.rank_worker FOLDER`: the ranks of one case.
+"""`python -m mmkernels.bench.contrastive_rank FOLDER`: the ranks of one case.
 
-What to measure stands in FOLDER/task.json, and each rank leaves what it found in FOLDER/<rank>.pt. ranks.py starts
-this, in a network of its own where it can.
+What to measure stands in FOLDER/task.json, and each rank leaves what it found in FOLDER/<rank>.pt. It is started by
+contrastive_ranks.py, in a network of its own where that is possible.
 
 Every implementation computes the gradients of the loss over all ranks' pairs, each rank those of its own rows, and of
 the scalars. The wall clock and the CPU seconds are the slowest rank's, and memory is what a rank's own process grew by.
