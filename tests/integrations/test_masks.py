@@ -300,3 +300,29 @@ def test_no_mask_where_sdpa_has_none():
             theirs = masking_utils.sdpa_mask(**sizes, allow_is_bidirectional_skip=skip, allow_is_causal_skip=False)
             for make in (span_mask, additive_span_mask):
                 assert (make(**sizes, allow_is_bidirectional_skip=skip) is None) == (theirs is None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tables_are_looked_up_where_a_packed_query_stands(seed):
+    """Not by its position in the document, with which transformers asks the function that it remaps (Gemma 3's sliding
+    layers): the mask of a pack is those of its documents alone, also where images meet at a boundary."""
+    draw = random.Random(seed)
+    length, window = 24, draw.randint(2, 9)
+    places, ids = positions(draw, 1, length), block_ids(draw, 1, length, True)
+    sequences = masking_utils.find_packed_sequence_indices(places)
+    sequences = torch.zeros_like(places) if sequences is None else sequences
+    sliding = masking_utils.sliding_window_causal_mask_function(window)
+    given = masking_utils.or_masks(sliding, masking_utils.blockwise_overlay(ids))
+    packed_function = masking_utils.packed_sequence_compatibility_function(given, places, sequences)
+    sizes = {"batch_size": 1, "q_length": length, "kv_length": length}
+    mask = span_mask(mask_function=packed_function, **sizes)
+    assert isinstance(mask, SpanMask) and not is_dense(mask)
+
+    expected = torch.zeros(length, length, dtype=torch.bool)
+    for document in sequences.unique():
+        own = (sequences[0] == document).nonzero()[:, 0]
+        alone = masking_utils.or_masks(sliding, masking_utils.blockwise_overlay(ids[:, own]))
+        sizes = {"batch_size": 1, "q_length": len(own), "kv_length": len(own)}
+        seen = masking_utils.sdpa_mask(mask_function=alone, use_vmap=True, **sizes)[0, 0]
+        expected[own[:, None], own] = seen
+    assert torch.equal(mask.dense()[0, 0], expected)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def _mask(
             return SpanMask(None, padding, q_length, kv_length, kind, refusal)
     q = torch.arange(q_length, device=device)[None] + q_offset
     try:
-        runs = evaluate(mask_function, q)
+        runs = evaluate(mask_function, Queries(q, q))
     except NotRecognised:
         return dense(**kwargs | {"allow_is_causal_skip": False})
     if padding is not None and not tracing:  # which would ask how many runs there are: attention joins them there
@@ -154,13 +155,23 @@ def _refusal(config: PreTrainedConfig | None) -> str | None:
     )
 
 
-def evaluate(function: Callable, q: Tensor) -> Runs:
-    """The keys that `function` allows to queries at the absolute positions q, (B or 1, Q)."""
+class Queries(NamedTuple):
+    """Of each query, int64 (B or 1, Q): the position that a mask function is asked with, which in a packed row counts
+    from the document's start, and the place in the row. Tables of data (block ids, padding) have a number a place, and
+    are looked up there, whatever transformers does: it asks Gemma 3's images for the positions of their documents."""
+
+    position: Tensor
+    place: Tensor
+
+
+def evaluate(function: Callable, q: Queries) -> Runs:
+    """The keys that `function` allows, as positions."""
     # By identity first: torch.compile cannot read the cells of a closure, and follows this.
+    position = q.position[None]
     if function is masking_utils.causal_mask_function:
-        return Runs(torch.zeros_like(q[None]), q[None] + 1, True)
+        return Runs(torch.zeros_like(position), position + 1, True)
     if function is masking_utils.bidirectional_mask_function:
-        return Runs(torch.zeros_like(q[None]), torch.full_like(q[None], FAR), True)
+        return Runs(torch.zeros_like(position), torch.full_like(position, FAR), True)
     if torch.compiler.is_compiling() or getattr(function, "__module__", None) != masking_utils.__name__:
         raise NotRecognised(function)
     rule = _RULES.get(_name(function))
@@ -174,7 +185,7 @@ def _name(function: Callable) -> str:
     return getattr(function, "__qualname__", "").split(".")[0]
 
 
-def _and(q: Tensor, mask_functions: tuple[Callable, ...]) -> Runs:
+def _and(q: Queries, mask_functions: tuple[Callable, ...]) -> Runs:
     names = [_name(function) for function in mask_functions]
     found = None
     for name, function in zip(names, mask_functions, strict=True):
@@ -190,37 +201,39 @@ def _and(q: Tensor, mask_functions: tuple[Callable, ...]) -> Runs:
     return found
 
 
-def _remapped(q: Tensor, function: Callable) -> Runs:
+def _remapped(q: Queries, function: Callable) -> Runs:
     cells = dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
-    positions = cells["position_ids"].to(q.device)
-    positions = positions.gather(1, q.expand(len(positions), -1))
-    runs = evaluate(cells["mask_function"], positions)
-    return runs.shift((q - positions)[None], own=runs.own)
+    positions = cells["position_ids"].to(q.place.device)
+    positions = positions.gather(1, q.place.expand(len(positions), -1))
+    runs = evaluate(cells["mask_function"], Queries(positions, q.place))
+    return runs.shift((q.position - positions)[None], own=runs.own)
 
 
-def _or(q: Tensor, mask_functions: tuple[Callable, ...]) -> Runs:
+def _or(q: Queries, mask_functions: tuple[Callable, ...]) -> Runs:
     found = evaluate(mask_functions[0], q)
     for function in mask_functions[1:]:
         found = found | evaluate(function, q)
     return found
 
 
-def _sliding(q: Tensor, sliding_window: int) -> Runs:
-    return Runs((q[None] - sliding_window + 1).clamp(min=0), torch.full_like(q[None], FAR), True)
+def _sliding(q: Queries, sliding_window: int) -> Runs:
+    position = q.position[None]
+    return Runs((position - sliding_window + 1).clamp(min=0), torch.full_like(position, FAR), True)
 
 
-def _sliding_both_ways(q: Tensor, sliding_window: int) -> Runs:
-    return Runs((q[None] - sliding_window).clamp(min=0), q[None] + sliding_window + 1, True)
+def _sliding_both_ways(q: Queries, sliding_window: int) -> Runs:
+    position = q.position[None]
+    return Runs((position - sliding_window).clamp(min=0), position + sliding_window + 1, True)
 
 
-def _chunked(q: Tensor, chunk_size: int, left_padding: Tensor) -> Runs:
-    padding = left_padding.to(q.device)[:, None]
-    lo = torch.div(q - padding, chunk_size, rounding_mode="floor") * chunk_size + padding
+def _chunked(q: Queries, chunk_size: int, left_padding: Tensor) -> Runs:
+    padding = left_padding.to(q.place.device)[:, None]
+    lo = torch.div(q.position - padding, chunk_size, rounding_mode="floor") * chunk_size + padding
     return Runs(lo.clamp(min=0)[None], (lo + chunk_size)[None], True)
 
 
-def _offset(q: Tensor, mask_function: Callable, q_offset: int | Tensor, kv_offset: int) -> Runs:
-    return evaluate(mask_function, q + q_offset).shift(-kv_offset)
+def _offset(q: Queries, mask_function: Callable, q_offset: int | Tensor, kv_offset: int) -> Runs:
+    return evaluate(mask_function, Queries(q.position + q_offset, q.place + q_offset)).shift(-kv_offset)
 
 
 def _key_runs(mask: Tensor) -> Runs:
@@ -231,12 +244,20 @@ def _key_runs(mask: Tensor) -> Runs:
     return Runs(*(x.transpose(0, 1).long() for x in _layouts.runs_of(mask, runs)))
 
 
-def _blocks(q: Tensor, block_sequence_ids: Tensor) -> Runs:
-    return _same_id(block_sequence_ids.to(q.device), q, least=0)
+def _blocks(q: Queries, block_sequence_ids: Tensor) -> Runs:
+    return _as_positions(q, _same_id(block_sequence_ids.to(q.place.device), q.place, least=0))
 
 
-def _packed(q: Tensor, packed_sequence_mask: Tensor) -> Runs:
-    return _same_id(packed_sequence_mask.to(q.device), q, least=None)
+def _packed(q: Queries, packed_sequence_mask: Tensor) -> Runs:
+    return _as_positions(q, _same_id(packed_sequence_mask.to(q.place.device), q.place, least=None))
+
+
+def _padding(q: Queries, padding_mask: Tensor) -> Runs:
+    return _as_positions(q, _key_runs(padding_mask.bool()))
+
+
+def _as_positions(q: Queries, places: Runs) -> Runs:
+    return places if q.position is q.place else places.shift((q.position - q.place)[None], own=places.own)
 
 
 _RULES = {
@@ -247,7 +268,7 @@ _RULES = {
     "chunked_overlay": _chunked,
     "blockwise_overlay": _blocks,
     "packed_sequence_mask_function": _packed,
-    "padding_mask_function": lambda q, padding_mask: _key_runs(padding_mask.bool()),
+    "padding_mask_function": _padding,
     "add_offsets_to_mask_function": _offset,
 }
 
