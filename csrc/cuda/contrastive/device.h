@@ -18,6 +18,10 @@ struct Logits {
         if (factor < 0x1p-100f) factor = 0x1p-100f;
     }
     MMK_DEVICE float exp(float q, float maximum) const { return exp2_approx((q - maximum) * factor); }
+    // Of a positive: one that lies above the maximum is the only one of its row, and of no weight.
+    MMK_DEVICE float exp_up_to_1(float q, float maximum) const {
+        return exp2_approx(fminf((q - maximum) * factor, 0.0f));
+    }
     // exp(-|a - b|)
     MMK_DEVICE float fade(float a, float b) const { return exp2_approx(-fabsf(a - b) * factor); }
 };
@@ -53,6 +57,35 @@ MMK_DEVICE Statistic merged(const Statistic& a, const Statistic& b, const Logits
     const float fade = logits.fade(a.maximum, b.maximum);
     const bool a_higher = a.maximum >= b.maximum;
     return {fmaxf(a.maximum, b.maximum), (a_higher ? a.sum : b.sum) + (a_higher ? b.sum : a.sum) * fade};
+}
+
+// What stands for the id of an image, and of a text, that is not there: neither's, nor that of the other.
+constexpr int kNoImage = -1, kNoText = -2;
+
+// The ids of images and texts in order, up to where they end.
+MMK_DEVICE int id_at(const int32_t* ids, int i, int end, int none) { return i < end ? ids[i] : none; }
+
+// The same of those that have one positive, which stays out of their sum.
+MMK_DEVICE int alone_at(const int32_t* ids, const int32_t* counts, int i, int end, int none) {
+    return i < end && counts[i] == 1 ? ids[i] : none;
+}
+
+// Of a row or a column, what dS of its positives is made of: weight exp(S - maximum) - target.
+struct PositiveWeight {
+    float maximum, weight, target;
+
+    // Of the weights (4, count) of all.
+    MMK_DEVICE PositiveWeight(const float* weights, int i, int count)
+        : maximum(weights[i]), weight(weights[int64_t{2} * count + i]), target(weights[int64_t{3} * count + i]) {}
+    MMK_DEVICE float of(float q, const Logits& logits) const {
+        return logits.exp_up_to_1(q, maximum) * weight - target;
+    }
+};
+
+// count dS of image i and text j, which belong together; their q.
+MMK_DEVICE float positive_slope(const float* rows, const float* columns, const Pairs& pairs, int i, int j, float q,
+                                const Logits& logits) {
+    return PositiveWeight(rows, i, pairs.images).of(q, logits) + PositiveWeight(columns, j, pairs.texts).of(q, logits);
 }
 
 // Whether own pairs may lie among the `rows` from i on and the `columns` from j on.
