@@ -62,12 +62,14 @@ MMK_DEVICE Statistic merged(const Statistic& a, const Statistic& b, const Logits
 // What stands for the id of an image, and of a text, that is not there: neither's, nor that of the other.
 constexpr int kNoImage = -1, kNoText = -2;
 
-// The ids of images and texts in order, up to where they end.
-MMK_DEVICE int id_at(const int32_t* ids, int i, int end, int none) { return i < end ? ids[i] : none; }
-
-// The same of those that have one positive, which stays out of their sum.
-MMK_DEVICE int alone_at(const int32_t* ids, const int32_t* counts, int i, int end, int none) {
-    return i < end && counts[i] == 1 ? ids[i] : none;
+// The id of one of the first `end`. kAlone: only if it has one positive, which stays out of its sum.
+template <bool kAlone>
+MMK_DEVICE int image_id(const Pairs& pairs, int i, int end) {
+    return i < end && (!kAlone || pairs.image_counts[i] == 1) ? pairs.image_ids[i] : kNoImage;
+}
+template <bool kAlone>
+MMK_DEVICE int text_id(const Pairs& pairs, int j, int end) {
+    return j < end && (!kAlone || pairs.text_counts[j] == 1) ? pairs.text_ids[j] : kNoText;
 }
 
 // Of a row or a column, what dS of its positives is made of: weight exp(S - maximum) - target.

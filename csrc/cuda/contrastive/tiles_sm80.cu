@@ -173,7 +173,9 @@ struct Tile {
 
 // ---- ids
 
-// Of the tile's rows and columns, in shared memory: a thread has too many of them for its registers.
+// Of the tile's rows and columns, in shared memory: a thread has too many of them for its registers. kAlone: of those
+// that have one positive.
+template <bool kAlone>
 struct Ids {
     int image[kTile], text[kTile];
 
@@ -181,22 +183,8 @@ struct Ids {
     MMK_DEVICE void load(const Pairs& pairs, const Tile& tile) {
         static_assert(kThreads == kTile);
         const int x = static_cast<int>(threadIdx.x);
-        image[x] = id_at(pairs.image_ids + tile.i0, x, tile.rows, kNoImage);
-        text[x] = id_at(pairs.text_ids + tile.j0, x, tile.columns, kNoText);
-    }
-    MMK_DEVICE bool same(const Place& place, int row, int column) const {
-        return image[place.row + row] == text[place.column + column];
-    }
-};
-
-// The same of those alone that have one positive, which stays out of their sum.
-struct IdsAlone {
-    int image[kTile], text[kTile];
-
-    MMK_DEVICE void load(const Pairs& pairs, const Tile& tile) {
-        const int x = static_cast<int>(threadIdx.x);
-        image[x] = alone_at(pairs.image_ids + tile.i0, pairs.image_counts + tile.i0, x, tile.rows, kNoImage);
-        text[x] = alone_at(pairs.text_ids + tile.j0, pairs.text_counts + tile.j0, x, tile.columns, kNoText);
+        image[x] = image_id<kAlone>(pairs, tile.i0 + x, tile.i0 + tile.rows);
+        text[x] = text_id<kAlone>(pairs, tile.j0 + x, tile.j0 + tile.columns);
     }
 };
 
@@ -237,8 +225,8 @@ struct Found {
 };
 struct FoundByIds : Found {
     float row_positives[2 * kTile], column_positives[2 * kTile];
-    Ids ids;
-    IdsAlone alone;
+    Ids<false> ids;
+    Ids<true> alone;
 };
 static_assert(sizeof(FoundByIds) <= kSharedBytes);
 
@@ -273,7 +261,7 @@ __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const Stat
     }
     if constexpr (kSame == Same::kIgnored) {
         products.each([&](float& s, int row, int column) {
-            if (found.ids.same(place, row, column)) s = kLowest;
+            if (found.ids.image[place.row + row] == found.ids.text[place.column + column]) s = kLowest;
         });
     }
 
@@ -459,7 +447,7 @@ MMK_DEVICE void store_sums(const float (&x)[kSums], int used, const GradientTile
 
 // kPlain: every pair is there and none belongs together by its place, as in nearly every tile.
 template <bool kPlain, Same kSame, class T, class Loss>
-MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, const Ids& ids, Loss& loss,
+MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, const Ids<false>& ids, Loss& loss,
                            Slopes<T>& slopes) {
     // A loop that may end early is one that ptxas does not mix all turns of, and spill; by a shuffle, or it would know.
     const int columns = __shfl_sync(kAllLanes, tile.columns - tile.place.warp % 2 * kHalf, 0);
@@ -475,7 +463,8 @@ MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, const 
             for (int j = 0; j < 2; j++) {
                 const bool inside = kPlain || tile.inside(row, column + j);
                 const bool own = !kPlain && tile.positive(row, column + j);
-                const bool same = kSame != Same::kNothing && ids.same(tile.place, row, column + j);
+                const bool same = kSame != Same::kNothing && ids.image[tile.place.row + row] ==
+                                                                 ids.text[tile.place.column + column + j];
                 const bool counted = inside && (kSame != Same::kIgnored || own || !same);
                 const Pair pair{products.s[i / 2][n][i % 2 * 2 + j], counted, kSame == Same::kPositive ? same : own};
                 const float d = loss.slope(pair, i, j);
@@ -490,12 +479,12 @@ template <class T, Same kSame, class Loss>
 __global__ __launch_bounds__(kThreads, 2) void gradient_kernel(const GradientTiles p) {
     MMK_DYNAMIC_SHARED(shared);
     constexpr size_t kSumsBytes = sizeof(float) * Loss::kSums * kThreads / kWarp;
-    static_assert(Slopes<T>::kBytes + kSumsBytes + sizeof(Ids) <= kSharedBytes);
+    static_assert(Slopes<T>::kBytes + kSumsBytes + sizeof(Ids<false>) <= kSharedBytes);
     const Tile tile(p.pairs, p.row0, p.row_count);
     Products<T> products;
     products.compute(p.pairs, tile.i0, tile.j0, reinterpret_cast<T*>(shared), tile.place);
 
-    Ids& ids = *reinterpret_cast<Ids*>(shared + Slopes<T>::kBytes + kSumsBytes);
+    Ids<false>& ids = *reinterpret_cast<Ids<false>*>(shared + Slopes<T>::kBytes + kSumsBytes);
     if constexpr (kSame != Same::kNothing) {
         ids.load(p.pairs, tile);
         __syncthreads();

@@ -47,23 +47,58 @@ MMK_DEVICE void share_out(Statistic (&x)[kColumns], int lane, const Logits& logi
     }
 }
 
-template <class T>
+// The same of sums.
+template <int kHalf, int kColumns>
+MMK_DEVICE void share_out(float (&x)[kColumns], int lane) {
+    constexpr int kKept = kColumns / 8 * kHalf;
+    const bool upper = (lane & 4 * kHalf) != 0;
+#pragma unroll
+    for (int i = 0; i < kKept; i++) {
+        const float kept = upper ? x[i + kKept] : x[i], given = upper ? x[i] : x[i + kKept];
+        x[i] = kept + __shfl_xor_sync(kAllLanes, given, 4 * kHalf);
+    }
+}
+
+template <class T, Same kSame>
 struct ClipStatisticsPass {
     using Call = StatisticsTiles;
-    static constexpr int kSharedBytes = kConsumerWarps * kTileColumns * static_cast<int>(sizeof(Statistic));
+    static constexpr bool kIds = kSame != Same::kNothing, kPositives = kSame == Same::kPositive;
+    static constexpr int kNumbers = kConsumerWarps * kTileColumns;  // of each warp and column one
+    static constexpr int kFoundBytes = kNumbers * static_cast<int>(sizeof(Statistic));
+    static constexpr int kIdsBytes = Ids<false>::kBytes, kAloneBytes = Ids<true>::kBytes;
+    static constexpr int kSharedBytes = kFoundBytes + (kIds ? kIdsBytes : 0) +
+                                        (kPositives ? kAloneBytes + kNumbers * static_cast<int>(sizeof(float)) : 0);
     static constexpr int kColumns = 64;  // found at a time
 
     const Call& call;
     const Place& place;
     Statistic* found;  // [warp][column]: over the warp's rows
+    Ids<false> ids;
+    Ids<true> alone;
+    float* positives;  // [warp][column], too
     Logits logits;
 
     MMK_DEVICE ClipStatisticsPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap*)
-        : call(call), place(place), found(reinterpret_cast<Statistic*>(shared)), logits(*call.pairs.scale) {}
+        : call(call),
+          place(place),
+          found(reinterpret_cast<Statistic*>(shared)),
+          ids(shared + kFoundBytes, place),
+          alone(shared + kFoundBytes + kIdsBytes, place),
+          positives(reinterpret_cast<float*>(shared + kFoundBytes + kIdsBytes + kAloneBytes)),
+          logits(*call.pairs.scale) {}
 
-    MMK_DEVICE void prepare(const Tile&) {}
+    MMK_DEVICE void prepare(const Tile& tile) {
+        if constexpr (kIds) ids.load(call, tile, place);
+        if constexpr (kPositives) alone.load(call, tile, place);
+    }
 
     MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
+        if constexpr (kIds) {
+            named_barrier_sync(kGroup + place.group, kWarpgroup);  // nobody reads those of the tile before
+            ids.put(place);
+            if constexpr (kPositives) alone.put(place);
+            named_barrier_sync(kGroup + place.group, kWarpgroup);
+        }
         const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs);
 #pragma unroll
         for (int i = 0; i < kHeld; i++) d[i] *= logits.sign;
@@ -74,11 +109,15 @@ struct ClipStatisticsPass {
                 if (i / 4 * 8 + i % 2 >= bounds.ends[i / 2 % 2]) d[i] = kLowest;
             }
         }
-        take_own(d, tile, bounds);
+        if constexpr (!kPositives) take_own(d, tile, bounds);
+        if constexpr (kSame == Same::kIgnored) ignore_same(d);
         store_rows(d, tile, walk, bounds);
         before_leaving(place, first_tile);
 #pragma unroll
-        for (int strip = 0; strip < kTileColumns / kColumns; strip++) find_columns(d, strip);
+        for (int strip = 0; strip < kTileColumns / kColumns; strip++) {
+            find_columns(d, strip);
+            if constexpr (kPositives) find_positives(d, strip);
+        }
         if (!leave(place)) return;
         store_columns(tile, walk);
         after_joining(last_tile);
@@ -97,6 +136,34 @@ struct ClipStatisticsPass {
         }
     }
 
+    MMK_DEVICE void ignore_same(float (&d)[kHeld]) const {
+#pragma unroll
+        for (int i = 0; i < kHeld; i += 4) {
+            const int2 columns = ids.at(i / 4 * 8, place);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (columns.x == ids.row[j]) d[i + 2 * j] = kLowest;
+                if (columns.y == ids.row[j]) d[i + 2 * j + 1] = kLowest;
+            }
+        }
+    }
+
+    // What d[i] and d[i + 1], of row j, are among the others of their row, or of their columns, and among the positives.
+    MMK_DEVICE float2 of_row(const float (&d)[kHeld], int i, int j) const {
+        if constexpr (!kPositives) return {d[i], d[i + 1]};
+        const int2 columns = ids.at(i / 4 * 8, place);
+        return {columns.x == alone.row[j] ? kLowest : d[i], columns.y == alone.row[j] ? kLowest : d[i + 1]};
+    }
+    MMK_DEVICE float2 of_columns(const float (&d)[kHeld], int i, int j) const {
+        if constexpr (!kPositives) return {d[i], d[i + 1]};
+        const int2 columns = alone.at(i / 4 * 8, place);
+        return {columns.x == ids.row[j] ? kLowest : d[i], columns.y == ids.row[j] ? kLowest : d[i + 1]};
+    }
+    MMK_DEVICE float2 of_positives(const float (&d)[kHeld], int i, int j) const {
+        const int2 columns = ids.at(i / 4 * 8, place);
+        return {columns.x == ids.row[j] ? d[i] : 0.0f, columns.y == ids.row[j] ? d[i + 1] : 0.0f};
+    }
+
     MMK_DEVICE void store_rows(const float (&d)[kHeld], const Tile& tile, const Walk& walk,
                                const Bounds& bounds) const {
         float* const parts = call.row_parts + static_cast<int64_t>(tile.n) * call.row_count;
@@ -105,18 +172,34 @@ struct ClipStatisticsPass {
         for (int j = 0; j < 2; j++) {
             float top = kLowest, sum = 0;
 #pragma unroll
-            for (int i = 0; i < kHeld; i += 4) top = fmaxf(top, fmaxf(d[i + 2 * j], d[i + 2 * j + 1]));
+            for (int i = 0; i < kHeld; i += 4) {
+                const float2 q = of_row(d, i + 2 * j, j);
+                top = fmaxf(top, fmaxf(q.x, q.y));
+            }
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
 #pragma unroll
             for (int i = 0; i < kHeld; i += 4) {
-                sum += logits.exp(d[i + 2 * j], top) + logits.exp(d[i + 2 * j + 1], top);
+                const float2 q = of_row(d, i + 2 * j, j);
+                sum += logits.exp(q.x, top) + logits.exp(q.y, top);
             }
             sum += __shfl_xor_sync(kAllLanes, sum, 1);
             sum += __shfl_xor_sync(kAllLanes, sum, 2);
+            const int64_t plane = static_cast<int64_t>(walk.tiles_n) * call.row_count;
             if (place.lane % 4 == 0 && bounds.ends[j] > 0) {
                 parts[row + 8 * j] = top;
-                parts[static_cast<int64_t>(walk.tiles_n) * call.row_count + row + 8 * j] = sum;
+                parts[plane + row + 8 * j] = sum;
+            }
+            if constexpr (kPositives) {
+                float positive = 0;
+#pragma unroll
+                for (int i = 0; i < kHeld; i += 4) {
+                    const float2 q = of_positives(d, i + 2 * j, j);
+                    positive += q.x + q.y;
+                }
+                positive += __shfl_xor_sync(kAllLanes, positive, 1);
+                positive += __shfl_xor_sync(kAllLanes, positive, 2);
+                if (place.lane % 4 == 0 && bounds.ends[j] > 0) parts[2 * plane + row + 8 * j] = positive;
             }
         }
     }
@@ -125,15 +208,32 @@ struct ClipStatisticsPass {
     MMK_DEVICE void find_columns(const float (&d)[kHeld], int strip) const {
         Statistic x[kColumns / 4];
 #pragma unroll
-        for (int i = 0; i < kColumns / 4; i++) {
-            const int first = strip * (kColumns / 2) + i / 2 * 4 + i % 2;
-            x[i] = statistic_of(d[first], d[first + 2], logits);
+        for (int i = 0; i < kColumns / 4; i += 2) {
+            const int first = strip * (kColumns / 2) + i * 2;
+            const float2 upper = of_columns(d, first, 0), lower = of_columns(d, first + 2, 1);
+            x[i] = statistic_of(upper.x, lower.x, logits);
+            x[i + 1] = statistic_of(upper.y, lower.y, logits);
         }
         share_out<4>(x, place.lane, logits);
         share_out<2>(x, place.lane, logits);
         share_out<1>(x, place.lane, logits);
         Statistic* const to = found + place.warp * kTileColumns + strip * kColumns + place.lane / 4 * 8 + place.column;
         *reinterpret_cast<float4*>(to) = float4{x[0].maximum, x[0].sum, x[1].maximum, x[1].sum};
+    }
+    MMK_DEVICE void find_positives(const float (&d)[kHeld], int strip) const {
+        float x[kColumns / 4];
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i += 2) {
+            const int first = strip * (kColumns / 2) + i * 2;
+            const float2 upper = of_positives(d, first, 0), lower = of_positives(d, first + 2, 1);
+            x[i] = upper.x + lower.x;
+            x[i + 1] = upper.y + lower.y;
+        }
+        share_out<4>(x, place.lane);
+        share_out<2>(x, place.lane);
+        share_out<1>(x, place.lane);
+        float* const to = positives + place.warp * kTileColumns + strip * kColumns + place.lane / 4 * 8 + place.column;
+        *reinterpret_cast<float2*>(to) = float2{x[0], x[1]};
     }
 
     MMK_DEVICE void store_columns(const Tile& tile, const Walk& walk) const {
@@ -146,8 +246,15 @@ struct ClipStatisticsPass {
             for (int warp = 1; warp < kConsumerWarps; warp++)
                 all = merged(all, found[warp * kTileColumns + column], logits);
             if (column >= call.pairs.texts - tile.column0) continue;
+            const int64_t plane = static_cast<int64_t>(walk.tiles_m) * call.pairs.texts;
             parts[column] = all.maximum;
-            parts[static_cast<int64_t>(walk.tiles_m) * call.pairs.texts + column] = all.sum;
+            parts[plane + column] = all.sum;
+            if constexpr (kPositives) {
+                float positive = 0;
+#pragma unroll
+                for (int warp = 0; warp < kConsumerWarps; warp++) positive += positives[warp * kTileColumns + column];
+                parts[2 * plane + column] = positive;
+            }
         }
     }
 };
@@ -166,17 +273,21 @@ MMK_DEVICE SoftmaxWeight weight_at(const float* weights, int i, int count) {
     return {weights[i], weights[int64_t{count} + i]};
 }
 
-template <class T>
+template <class T, Same kSame>
 struct ClipGradientPass {
     using Call = GradientTiles;
+    static constexpr bool kIds = kSame != Same::kNothing;
     static constexpr int kWeightsBytes = kTileColumns * static_cast<int>(sizeof(SoftmaxWeight));  // of a group
-    static constexpr int kSharedBytes = kStripsBytes + kGroups * kWeightsBytes + kConsumerWarps * 4;
+    static constexpr int kSumsBytes = kConsumerWarps * static_cast<int>(sizeof(float));
+    static constexpr int kIdsAt = kStripsBytes + kGroups * kWeightsBytes + kSumsBytes;
+    static constexpr int kSharedBytes = kIdsAt + (kIds ? Ids<false>::kBytes : 0);
 
     const Call& call;
     const Place& place;
     Strips strips;
     SoftmaxWeight* columns;  // of the tile, for this group
     float* sums;
+    Ids<false> ids;
     Logits logits;
     SoftmaxWeight row[2], column[kTileColumns / kWarpgroup];  // of the tile that is multiplied; the thread's columns
 
@@ -186,6 +297,7 @@ struct ClipGradientPass {
           strips(shared, ds, place),
           columns(reinterpret_cast<SoftmaxWeight*>(shared + kStripsBytes + place.group * kWeightsBytes)),
           sums(reinterpret_cast<float*>(shared + kStripsBytes + kGroups * kWeightsBytes)),
+          ids(shared + kIdsAt, place),
           logits(*call.pairs.scale) {}
 
     // Loads only: nothing waits for them before the products are done.
@@ -196,6 +308,7 @@ struct ClipGradientPass {
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
             column[i] = weight_at(call.columns, tile.column0 + i * kWarpgroup + place.thread, call.pairs.texts);
         }
+        if constexpr (kIds) ids.load(call, tile, place);
     }
 
     MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
@@ -204,6 +317,7 @@ struct ClipGradientPass {
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
             columns[i * kWarpgroup + place.thread] = column[i].scaled();
         }
+        if constexpr (kIds) ids.put(place);
         named_barrier_sync(kGroup + place.group, kWarpgroup);
 
         float total[1] = {0};
@@ -217,9 +331,17 @@ struct ClipGradientPass {
         sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
     }
 
+    // Of a row and a column of the tile with equal ids. Rare, if they are positives, and therefore read where it is needed.
+    MMK_DEVICE float slope_of_same(const Tile& tile, int row, int column, float q) const {
+        if constexpr (kSame == Same::kIgnored) return 0;
+        const float slope = positive_slope(call.rows, call.columns, call.pairs, tile.row0 + row, tile.column0 + column,
+                                           q, logits);
+        return slope * kGradientScale;
+    }
+
     MMK_DEVICE float own_slope(int row) const { return row < call.row0 + call.row_count ? call.own[row] : 0.0f; }
 
-    // kPlain: no mask is needed, as in nearly every tile.
+    // kPlain: no mask is needed but by ids, as in nearly every tile.
     template <bool kPlain>
     MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float& total) const {
         const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs);
@@ -235,12 +357,16 @@ struct ClipGradientPass {
                 const int right = strip * kStrip + n * 8;
                 const float4 both = *reinterpret_cast<const float4*>(columns + right + place.column);
                 const SoftmaxWeight pair[2] = {{both.x, both.y}, {both.z, both.w}};
+                const int2 id = kIds ? ids.at(right, place) : int2{};
                 float ds[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float product = d[right / 2 + i], q = product * logits.sign;
                     const int e = i % 2, j = i / 2;
                     ds[i] = weights[j].of(q, logits) + pair[e].of(q, logits);
+                    if (kIds && (e == 0 ? id.x : id.y) == ids.row[j]) {
+                        ds[i] = slope_of_same(tile, place.row + 8 * j, place.column + right + e, q);
+                    }
                     if (!kPlain && right + e == bounds.own + 8 * j) ds[i] = own[j];
                     if (!kPlain && right + e >= bounds.ends[j]) ds[i] = 0;
                     total += ds[i] * product;
@@ -255,16 +381,19 @@ struct ClipGradientPass {
 
 // ---- SigLIP
 
-template <class T, bool kWithGradient>
+template <class T, Same kSame, bool kWithGradient>
 struct SigLipPass {
     using Call = GradientTiles;
+    static constexpr bool kIds = kSame != Same::kNothing;
     static constexpr int kSums = kWithGradient ? 3 : 1;
-    static constexpr int kSharedBytes = kStripsBytes + kConsumerWarps * kSums * 4;
+    static constexpr int kIdsAt = kStripsBytes + kConsumerWarps * kSums * static_cast<int>(sizeof(float));
+    static constexpr int kSharedBytes = kIdsAt + (kIds ? Ids<false>::kBytes : 0);
 
     const Call& call;
     const Place& place;
     Strips strips;
     float* sums;
+    Ids<false> ids;
     float scale, bias;
 
     MMK_DEVICE SigLipPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap* ds)
@@ -272,12 +401,20 @@ struct SigLipPass {
           place(place),
           strips(shared, ds, place),
           sums(reinterpret_cast<float*>(shared + kStripsBytes)),
+          ids(shared + kIdsAt, place),
           scale(*call.pairs.scale),
           bias(*call.pairs.bias) {}
 
-    MMK_DEVICE void prepare(const Tile&) {}
+    MMK_DEVICE void prepare(const Tile& tile) {
+        if constexpr (kIds) ids.load(call, tile, place);
+    }
 
     MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
+        if constexpr (kIds) {
+            named_barrier_sync(kGroup + place.group, kWarpgroup);  // nobody reads those of the tile before
+            ids.put(place);
+            named_barrier_sync(kGroup + place.group, kWarpgroup);
+        }
         float total[kSums] = {};
         if (tile.plain(call)) {
             write<true>(d, tile, total);
@@ -297,14 +434,18 @@ struct SigLipPass {
 #pragma unroll
             for (int n = 0; n < kStrip / 8; n++) {
                 const int right = strip * kStrip + n * 8;
+                const int2 id = kIds ? ids.at(right, place) : int2{};
                 float ds[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float product = d[right / 2 + i], logit = product * scale + bias;
                     const int e = i % 2, j = i / 2;
-                    const bool positive = !kPlain && right + e == bounds.own + 8 * j;
+                    const bool own = !kPlain && right + e == bounds.own + 8 * j;
+                    const bool same = kIds && (e == 0 ? id.x : id.y) == ids.row[j];
+                    const bool positive = kSame == Same::kPositive ? same : own;
                     const bool inside = kPlain || right + e < bounds.ends[j];
-                    const Sigmoid pair(!inside ? kLowest : positive ? -logit : logit);  // of no pair: 0
+                    const bool counted = inside && (kSame != Same::kIgnored || own || !same);
+                    const Sigmoid pair(!counted ? kLowest : positive ? -logit : logit);  // of no pair: 0
                     total[0] += pair.loss;
                     if constexpr (kWithGradient) {
                         ds[i] = positive ? -pair.slope : pair.slope;
@@ -402,23 +543,29 @@ Error run(const char* kernel, const typename Pass::Call& call, void* ds, int64_t
 
 Error statistics_tiles(const StatisticsTiles& call, cudaStream_t stream) {
     const char* const kernel = "clip_statistics_sm90";
-    if (call.pairs.bfloat16) return run<BFloat16, ClipStatisticsPass<BFloat16>>(kernel, call, nullptr, 0, stream);
-    return run<Float16, ClipStatisticsPass<Float16>>(kernel, call, nullptr, 0, stream);
+    return run_by_same(call.pairs.same, [&](auto same) {
+        if (!call.pairs.bfloat16) return run<Float16, ClipStatisticsPass<Float16, same()>>(kernel, call, nullptr, 0, stream);
+        return run<BFloat16, ClipStatisticsPass<BFloat16, same()>>(kernel, call, nullptr, 0, stream);
+    });
 }
 
 Error gradient_tiles(const GradientTiles& call, cudaStream_t stream) {
     const char* const kernel = "clip_gradient_sm90";
-    if (call.pairs.bfloat16) {
-        return run<BFloat16, ClipGradientPass<BFloat16>>(kernel, call, call.ds, call.ds_stride, stream);
-    }
-    return run<Float16, ClipGradientPass<Float16>>(kernel, call, call.ds, call.ds_stride, stream);
+    return run_by_same(call.pairs.same, [&](auto same) {
+        if (!call.pairs.bfloat16) {
+            return run<Float16, ClipGradientPass<Float16, same()>>(kernel, call, call.ds, call.ds_stride, stream);
+        }
+        return run<BFloat16, ClipGradientPass<BFloat16, same()>>(kernel, call, call.ds, call.ds_stride, stream);
+    });
 }
 
 template <class T>
 Error siglip(const GradientTiles& call, cudaStream_t stream) {
     const char* const kernel = "siglip_sm90";
-    if (call.ds == nullptr) return run<T, SigLipPass<T, false>>(kernel, call, nullptr, 0, stream);
-    return run<T, SigLipPass<T, true>>(kernel, call, call.ds, call.ds_stride, stream);
+    return run_by_same(call.pairs.same, [&](auto same) {
+        if (call.ds == nullptr) return run<T, SigLipPass<T, same(), false>>(kernel, call, nullptr, 0, stream);
+        return run<T, SigLipPass<T, same(), true>>(kernel, call, call.ds, call.ds_stride, stream);
+    });
 }
 Error siglip(const GradientTiles& call, cudaStream_t stream) {
     return call.pairs.bfloat16 ? siglip<BFloat16>(call, stream) : siglip<Float16>(call, stream);
