@@ -27,7 +27,8 @@ struct Features {
 enum class Same { kNothing, kPositive, kIgnored };
 
 // Which pairs belong together: image i in [first, last) and text i + offset, its own, and others to none; of the latter
-// those of equal ids count nowhere where these are to be ignored. Where equal ids say it (kPositive): those, own or not.
+// those of equal ids count nowhere where these are to be ignored. Where equal ids say it (kPositive): those, own or
+// not.
 struct Pairs {
     Features image, text;
     const float *scale, *bias;  // each one number, on the device; CLIP is blind to a bias and reads none

@@ -15,8 +15,8 @@
 //   loss of the row  log r_i + f ln 2 (m_i - mean q over P_i),   w_i = v_i = 1 / 2 r_i,   t_i = (1 - e) / 2 n_i
 //
 // whereas of one v_i = 0 and t_i is half its r_i / (a_i + r_i) less e; on P_i the row's share of N dS_ij is
-// 2^(f (q_ij - m_i)) v_i - t_i. The mean is over the rows, and over the columns, that have a positive. Pairs that are to
-// be ignored are in no sum, and their dS is 0.
+// 2^(f (q_ij - m_i)) v_i - t_i. The mean is over the rows, and over the columns, that have a positive. Pairs that are
+// to be ignored are in no sum, and their dS is 0.
 //
 // Pass 1 computes p by tiles and leaves a (maximum, sum) pair of each row and each column of a tile; this file's
 // kernels fold them in a fixed order, and make the loss, the weights w and the dS_ii of them. The diagonal stays out of
@@ -347,8 +347,8 @@ size_t clip_statistics_workspace(const Pairs& pairs) {
     const auto tiles = [](int count) {
         return (static_cast<size_t>(std::max(count, 0)) + kSmallestTile - 1) / kSmallestTile;
     };
-    const size_t row_of_tiles = planes_of(pairs) * sizeof(float) * (tiles(pairs.texts) * kSmallestTile +
-                                                        static_cast<size_t>(std::max(pairs.texts, 0)));
+    const size_t row_of_tiles = planes_of(pairs) * sizeof(float) *
+                                (tiles(pairs.texts) * kSmallestTile + static_cast<size_t>(std::max(pairs.texts, 0)));
     const size_t at_once = std::max(kWorkspace / std::max(row_of_tiles, size_t{1}), size_t{2});
     return row_of_tiles * std::min(tiles(pairs.images), at_once);
 }
@@ -393,7 +393,8 @@ Error clip_weights(const ClipWeights& call, cudaStream_t stream) {
         return Error("clip_weights: with a label smoothing it takes the sums of products");
     }
     const bool by_ids = call.pairs.same == Same::kPositive;
-    if (by_ids != (call.shares != nullptr)) return Error("clip_weights: where ids say what belongs together, it takes shares on the device, and else none");
+    if (by_ids != (call.shares != nullptr))
+        return Error("clip_weights: where ids say what belongs together, it takes shares on the device, and else none");
     return launch(Launch{"clip_weights", 1, kSumThreads, 0, stream},
                   by_ids ? clip_weights_by_ids_kernel : clip_weights_kernel, call);
 }

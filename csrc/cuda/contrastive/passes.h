@@ -18,8 +18,8 @@ constexpr float kLowest = -3.4e38f;
 struct StatisticsTiles {
     Pairs pairs;
     int row0, row_count;
-    float* row_parts;             // (2, tiles along a row, row_count): the first two statistics; kPositive: all, (3, ...)
-    float* column_parts;          // (2, tiles along a column of these rows, texts)
+    float* row_parts;     // (2, tiles along a row, row_count): the first two statistics; kPositive: all, (3, ...)
+    float* column_parts;  // (2, tiles along a column of these rows, texts)
     float *row_own, *column_own;  // (images), (texts): q of own pairs, of which those of these rows are written
 };
 

@@ -276,9 +276,8 @@ __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const Stat
         });
         if (place.lane % 4 == 0) found.rows[to] = of;
         if constexpr (kSame == Same::kPositive) {
-            const float sum = sum_of<16, 1, 4>([&](int j) {
-                return id(j) == found.ids.image[place.row + row] ? s[m][j / 2][e + j % 2] : 0.0f;
-            });
+            const float sum = sum_of<16, 1, 4>(
+                [&](int j) { return id(j) == found.ids.image[place.row + row] ? s[m][j / 2][e + j % 2] : 0.0f; });
             if (place.lane % 4 == 0) found.row_positives[to] = sum;
         }
     }
@@ -463,8 +462,8 @@ MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, const 
             for (int j = 0; j < 2; j++) {
                 const bool inside = kPlain || tile.inside(row, column + j);
                 const bool own = !kPlain && tile.positive(row, column + j);
-                const bool same = kSame != Same::kNothing && ids.image[tile.place.row + row] ==
-                                                                 ids.text[tile.place.column + column + j];
+                const bool same = kSame != Same::kNothing &&
+                                  ids.image[tile.place.row + row] == ids.text[tile.place.column + column + j];
                 const bool counted = inside && (kSame != Same::kIgnored || own || !same);
                 const Pair pair{products.s[i / 2][n][i % 2 * 2 + j], counted, kSame == Same::kPositive ? same : own};
                 const float d = loss.slope(pair, i, j);

@@ -139,7 +139,7 @@ struct ClipStatisticsPass {
     MMK_DEVICE void ignore_same(float (&d)[kHeld]) const {
 #pragma unroll
         for (int i = 0; i < kHeld; i += 4) {
-            const int2 columns = ids.at(i / 4 * 8, place);
+            const int2 columns = ids.at(place.column + i / 4 * 8);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 if (columns.x == ids.row[j]) d[i + 2 * j] = kLowest;
@@ -148,19 +148,24 @@ struct ClipStatisticsPass {
         }
     }
 
-    // What d[i] and d[i + 1], of row j, are among the others of their row, or of their columns, and among the positives.
+    // What d[i] and d[i + 1], of row j, are among the others of their row, or of their columns, and among the
+    // positives.
     MMK_DEVICE float2 of_row(const float (&d)[kHeld], int i, int j) const {
         if constexpr (!kPositives) return {d[i], d[i + 1]};
-        const int2 columns = ids.at(i / 4 * 8, place);
+        const int2 columns = ids.at(place.column + i / 4 * 8);
         return {columns.x == alone.row[j] ? kLowest : d[i], columns.y == alone.row[j] ? kLowest : d[i + 1]};
     }
     MMK_DEVICE float2 of_columns(const float (&d)[kHeld], int i, int j) const {
         if constexpr (!kPositives) return {d[i], d[i + 1]};
-        const int2 columns = alone.at(i / 4 * 8, place);
+        const int2 columns = alone.at(place.column + i / 4 * 8);
         return {columns.x == ids.row[j] ? kLowest : d[i], columns.y == ids.row[j] ? kLowest : d[i + 1]};
     }
+    // What was found by ids is not to be kept, in registers that there are not, but found again.
+    MMK_DEVICE void look_again() const {
+        if constexpr (kPositives) __syncwarp();
+    }
     MMK_DEVICE float2 of_positives(const float (&d)[kHeld], int i, int j) const {
-        const int2 columns = ids.at(i / 4 * 8, place);
+        const int2 columns = ids.at(place.column + i / 4 * 8);
         return {columns.x == ids.row[j] ? d[i] : 0.0f, columns.y == ids.row[j] ? d[i + 1] : 0.0f};
     }
 
@@ -171,6 +176,7 @@ struct ClipStatisticsPass {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             float top = kLowest, sum = 0;
+            look_again();
 #pragma unroll
             for (int i = 0; i < kHeld; i += 4) {
                 const float2 q = of_row(d, i + 2 * j, j);
@@ -178,6 +184,7 @@ struct ClipStatisticsPass {
             }
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+            look_again();
 #pragma unroll
             for (int i = 0; i < kHeld; i += 4) {
                 const float2 q = of_row(d, i + 2 * j, j);
@@ -192,6 +199,7 @@ struct ClipStatisticsPass {
             }
             if constexpr (kPositives) {
                 float positive = 0;
+                look_again();
 #pragma unroll
                 for (int i = 0; i < kHeld; i += 4) {
                     const float2 q = of_positives(d, i + 2 * j, j);
@@ -207,6 +215,7 @@ struct ClipStatisticsPass {
     // Over the warp's sixteen rows; a lane ends with two columns of the strip.
     MMK_DEVICE void find_columns(const float (&d)[kHeld], int strip) const {
         Statistic x[kColumns / 4];
+        look_again();
 #pragma unroll
         for (int i = 0; i < kColumns / 4; i += 2) {
             const int first = strip * (kColumns / 2) + i * 2;
@@ -222,6 +231,7 @@ struct ClipStatisticsPass {
     }
     MMK_DEVICE void find_positives(const float (&d)[kHeld], int strip) const {
         float x[kColumns / 4];
+        look_again();
 #pragma unroll
         for (int i = 0; i < kColumns / 4; i += 2) {
             const int first = strip * (kColumns / 2) + i * 2;
@@ -331,11 +341,12 @@ struct ClipGradientPass {
         sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
     }
 
-    // Of a row and a column of the tile with equal ids. Rare, if they are positives, and therefore read where it is needed.
+    // Of a row and a column of the tile with equal ids. Rare, if they are positives, and therefore read where it is
+    // needed.
     MMK_DEVICE float slope_of_same(const Tile& tile, int row, int column, float q) const {
         if constexpr (kSame == Same::kIgnored) return 0;
-        const float slope = positive_slope(call.rows, call.columns, call.pairs, tile.row0 + row, tile.column0 + column,
-                                           q, logits);
+        const float slope =
+            positive_slope(call.rows, call.columns, call.pairs, tile.row0 + row, tile.column0 + column, q, logits);
         return slope * kGradientScale;
     }
 
@@ -346,9 +357,10 @@ struct ClipGradientPass {
     MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float& total) const {
         const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs);
         const SoftmaxWeight weights[2] = {row[0].scaled(), row[1].scaled()};
+        constexpr bool kByPlace = !kPlain && kSame != Same::kPositive;
         float own[2];
 #pragma unroll
-        for (int j = 0; j < 2 && !kPlain; j++) own[j] = own_slope(tile.row0 + place.row + 8 * j) * kGradientScale;
+        for (int j = 0; j < 2 && kByPlace; j++) own[j] = own_slope(tile.row0 + place.row + 8 * j) * kGradientScale;
 #pragma unroll
         for (int strip = 0; strip < kTileColumns / kStrip; strip++) {
             strips.begin();
@@ -357,7 +369,7 @@ struct ClipGradientPass {
                 const int right = strip * kStrip + n * 8;
                 const float4 both = *reinterpret_cast<const float4*>(columns + right + place.column);
                 const SoftmaxWeight pair[2] = {{both.x, both.y}, {both.z, both.w}};
-                const int2 id = kIds ? ids.at(right, place) : int2{};
+                const int2 id = kIds ? ids.at(place.column + right) : int2{};
                 float ds[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -367,7 +379,7 @@ struct ClipGradientPass {
                     if (kIds && (e == 0 ? id.x : id.y) == ids.row[j]) {
                         ds[i] = slope_of_same(tile, place.row + 8 * j, place.column + right + e, q);
                     }
-                    if (!kPlain && right + e == bounds.own + 8 * j) ds[i] = own[j];
+                    if (kByPlace && right + e == bounds.own + 8 * j) ds[i] = own[j];
                     if (!kPlain && right + e >= bounds.ends[j]) ds[i] = 0;
                     total += ds[i] * product;
                 }
@@ -434,7 +446,7 @@ struct SigLipPass {
 #pragma unroll
             for (int n = 0; n < kStrip / 8; n++) {
                 const int right = strip * kStrip + n * 8;
-                const int2 id = kIds ? ids.at(right, place) : int2{};
+                const int2 id = kIds ? ids.at(place.column + right) : int2{};
                 float ds[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -544,7 +556,8 @@ Error run(const char* kernel, const typename Pass::Call& call, void* ds, int64_t
 Error statistics_tiles(const StatisticsTiles& call, cudaStream_t stream) {
     const char* const kernel = "clip_statistics_sm90";
     return run_by_same(call.pairs.same, [&](auto same) {
-        if (!call.pairs.bfloat16) return run<Float16, ClipStatisticsPass<Float16, same()>>(kernel, call, nullptr, 0, stream);
+        if (!call.pairs.bfloat16)
+            return run<Float16, ClipStatisticsPass<Float16, same()>>(kernel, call, nullptr, 0, stream);
         return run<BFloat16, ClipStatisticsPass<BFloat16, same()>>(kernel, call, nullptr, 0, stream);
     });
 }

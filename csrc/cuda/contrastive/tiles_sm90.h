@@ -66,8 +66,8 @@ struct Bounds {
     }
 };
 
-// The ids of a tile: of the thread's rows, and of its columns, of which a thread needs so many that they go through shared
-// memory, each group's own. kAlone: of those that have one positive.
+// The ids of a tile: of the thread's rows, and of its columns, of which a thread needs so many that they go through
+// shared memory, each group's own. kAlone: of those that have one positive.
 template <bool kAlone>
 struct Ids {
     static constexpr int kBytes = kGroups * kTileColumns * static_cast<int>(sizeof(int));
@@ -95,10 +95,8 @@ struct Ids {
 #pragma unroll
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) columns[i * kWarpgroup + place.thread] = mine[i];
     }
-    // Of columns place.column + `right` and the next.
-    MMK_DEVICE int2 at(int right, const Place& place) const {
-        return *reinterpret_cast<const int2*>(columns + place.column + right);
-    }
+    // Of columns `column` and the next, the first one being even.
+    MMK_DEVICE int2 at(int column) const { return *reinterpret_cast<const int2*>(columns + column); }
 };
 
 struct Walk {

@@ -137,7 +137,7 @@ class Problem:
         has_ids = ids[0] is not None
         self.images, self.texts = self._sizes(has_ids, with_grads)
         self.num_images, self.num_texts = sum(self.images), sum(self.texts)
-        self.kernels = backends.select("contrastive", options.backend, image, text, has_ids)
+        self.kernels = backends.select("contrastive", options.backend, image, text)
         self.labels, self.counts = None, self._counts_of_pairs()
         if has_ids:
             gathered = (self.comm.all_gather(*x, "ids") for x in zip(ids, (self.images, self.texts), strict=True))
