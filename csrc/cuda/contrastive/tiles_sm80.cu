@@ -308,10 +308,13 @@ __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const Stat
     };
     const int64_t row = static_cast<int64_t>(tile.column_tile) * p.row_count + tile.row_tile * kTile + x;
     const int64_t column = static_cast<int64_t>(tile.row_tile) * p.pairs.texts + tile.j0 + x;
-    const int64_t row_plane = static_cast<int64_t>(tile.tiles_n) * p.row_count;
-    const int64_t column_plane = static_cast<int64_t>(tile.tiles_m) * p.pairs.texts;
-    if (x < tile.rows) store(p.row_parts + row, row_plane, found.rows, found.row_positives);
-    if (x < tile.columns) store(p.column_parts + column, column_plane, found.columns, found.column_positives);
+    if (x < tile.rows) {
+        store(p.row_parts + row, static_cast<int64_t>(tile.tiles_n) * p.row_count, found.rows, found.row_positives);
+    }
+    if (x < tile.columns) {
+        store(p.column_parts + column, static_cast<int64_t>(tile.tiles_m) * p.pairs.texts, found.columns,
+              found.column_positives);
+    }
 }
 
 // ---- the passes that write ds
