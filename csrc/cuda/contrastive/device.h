@@ -72,23 +72,17 @@ MMK_DEVICE int text_id(const Pairs& pairs, int j, int end) {
     return j < end && (!kAlone || pairs.text_counts[j] == 1) ? pairs.text_ids[j] : kNoText;
 }
 
-// Of a row or a column, what dS of its positives is made of: weight exp(S - maximum) - target.
+// What a row or a column makes of its positives in count dS, its others being weight exp(S - maximum):
+// weight exp(S - maximum) - target, both of these of their own.
 struct PositiveWeight {
-    float maximum, weight, target;
+    float weight, target;
 
     // Of the weights (4, count) of all.
-    MMK_DEVICE PositiveWeight(const float* weights, int i, int count)
-        : maximum(weights[i]), weight(weights[int64_t{2} * count + i]), target(weights[int64_t{3} * count + i]) {}
-    MMK_DEVICE float of(float q, const Logits& logits) const {
-        return logits.exp_up_to_1(q, maximum) * weight - target;
+    static MMK_DEVICE PositiveWeight at(const float* weights, int i, int count) {
+        if (i >= count) return {0.0f, 0.0f};
+        return {weights[int64_t{2} * count + i], weights[int64_t{3} * count + i]};
     }
 };
-
-// count dS of image i and text j, which belong together; their q.
-MMK_DEVICE float positive_slope(const float* rows, const float* columns, const Pairs& pairs, int i, int j, float q,
-                                const Logits& logits) {
-    return PositiveWeight(rows, i, pairs.images).of(q, logits) + PositiveWeight(columns, j, pairs.texts).of(q, logits);
-}
 
 // Whether own pairs may lie among the `rows` from i on and the `columns` from j on.
 MMK_DEVICE bool crosses_own_pairs(const Pairs& pairs, int i, int rows, int j, int columns) {

@@ -328,6 +328,7 @@ struct Pair {
 // N dS of a pair in the thread's row i and column j of these, and counts it in the sums.
 template <Same kSame>
 struct Clip {
+    static constexpr bool kPositives = kSame == Same::kPositive;
     static constexpr int kSums = 1;
     float sums[kSums] = {};
 
@@ -335,18 +336,30 @@ struct Clip {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             row_[i] = weight(p.rows, p.pairs.images, tile.i0, tile.place.row + 8 * i, tile.rows);
+#pragma unroll
+        for (int i = 0; i < 8 && kPositives; i++)
+            row_positive_[i] = PositiveWeight::at(p.rows, tile.i0 + tile.place.row + 8 * i, p.pairs.images);
     }
     MMK_DEVICE void turn_to(int n) {
-        first_column_ = tile_.j0 + tile_.place.column + 8 * n;
+        const int column = tile_.place.column + 8 * n;
 #pragma unroll
         for (int j = 0; j < 2; j++)
-            column_[j] = weight(p_.columns, p_.pairs.texts, tile_.j0, tile_.place.column + 8 * n + j, tile_.columns);
+            column_[j] = weight(p_.columns, p_.pairs.texts, tile_.j0, column + j, tile_.columns);
+#pragma unroll
+        for (int j = 0; j < 2 && kPositives; j++)
+            column_positive_[j] = PositiveWeight::at(p_.columns, tile_.j0 + column + j, p_.pairs.texts);
     }
     MMK_DEVICE float slope(const Pair& pair, int i, int j) {
         const float q = pair.product * logits_.sign;
-        float d = logits_.exp(q, column_[j].maximum) * column_[j].weight;
-        d = logits_.exp(q, row_[i].maximum) * row_[i].weight + d;
-        if (pair.positive && pair.counted) d = slope_of_positive(q, i, j);
+        float d;
+        if constexpr (kPositives) {
+            d = slope(q, pair.positive, row_[i], row_positive_[i]);
+            d += slope(q, pair.positive, column_[j], column_positive_[j]);
+        } else {
+            d = logits_.exp(q, column_[j].maximum) * column_[j].weight;
+            d = logits_.exp(q, row_[i].maximum) * row_[i].weight + d;
+            if (pair.positive && pair.counted) d = p_.own[tile_.i0 + tile_.place.row + 8 * i];
+        }
         sums[0] += pair.counted ? d * pair.product : 0.0f;
         return d;
     }
@@ -359,20 +372,16 @@ struct Clip {
         if (at >= count) return {0.0f, 0.0f};
         return {weights[first + at], weights[int64_t{all} + first + at]};
     }
-    // Rare, and therefore read where it is needed.
-    MMK_DEVICE float slope_of_positive(float q, int i, int j) const {
-        const int row = tile_.i0 + tile_.place.row + 8 * i;
-        if constexpr (kSame == Same::kPositive) {
-            return positive_slope(p_.rows, p_.columns, p_.pairs, row, first_column_ + j, q, logits_);
-        }
-        return p_.own[row];
+    MMK_DEVICE float slope(float q, bool positive, const Weight& others, const PositiveWeight& positives) const {
+        const float e = logits_.exp_up_to_1(q, others.maximum);
+        return positive ? e * positives.weight - positives.target : e * others.weight;
     }
 
     const GradientTiles& p_;
     const Tile& tile_;
     Logits logits_;
     Weight row_[8], column_[2];
-    int first_column_;
+    PositiveWeight row_positive_[8], column_positive_[2];
 };
 
 struct SigLip {

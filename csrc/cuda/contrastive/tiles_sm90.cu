@@ -276,6 +276,10 @@ struct SoftmaxWeight {
     float maximum, weight;
 
     MMK_DEVICE float of(float q, const Logits& logits) const { return logits.exp(q, maximum) * weight; }
+    MMK_DEVICE float of(float q, bool positive, const PositiveWeight& its, const Logits& logits) const {
+        const float e = logits.exp_up_to_1(q, maximum);
+        return positive ? e * its.weight - its.target : e * weight;
+    }
     MMK_DEVICE SoftmaxWeight scaled() const { return {maximum, weight * kGradientScale}; }
 };
 MMK_DEVICE SoftmaxWeight weight_at(const float* weights, int i, int count) {
@@ -286,11 +290,13 @@ MMK_DEVICE SoftmaxWeight weight_at(const float* weights, int i, int count) {
 template <class T, Same kSame>
 struct ClipGradientPass {
     using Call = GradientTiles;
-    static constexpr bool kIds = kSame != Same::kNothing;
-    static constexpr int kWeightsBytes = kTileColumns * static_cast<int>(sizeof(SoftmaxWeight));  // of a group
-    static constexpr int kSumsBytes = kConsumerWarps * static_cast<int>(sizeof(float));
-    static constexpr int kIdsAt = kStripsBytes + kGroups * kWeightsBytes + kSumsBytes;
-    static constexpr int kSharedBytes = kIdsAt + (kIds ? Ids<false>::kBytes : 0);
+    static constexpr bool kIds = kSame != Same::kNothing, kPositives = kSame == Same::kPositive;
+    static constexpr int kWeightsBytes = kTileColumns * static_cast<int>(sizeof(SoftmaxWeight));     // of a group
+    static constexpr int kPositivesBytes = kTileColumns * static_cast<int>(sizeof(PositiveWeight));  // of a group
+    static constexpr int kSumsAt = kStripsBytes + kGroups * kWeightsBytes;
+    static constexpr int kIdsAt = kSumsAt + kConsumerWarps * static_cast<int>(sizeof(float));
+    static constexpr int kPositivesAt = kIdsAt + (kIds ? Ids<false>::kBytes : 0);
+    static constexpr int kSharedBytes = kPositivesAt + (kPositives ? kGroups * kPositivesBytes : 0);
 
     const Call& call;
     const Place& place;
@@ -298,16 +304,19 @@ struct ClipGradientPass {
     SoftmaxWeight* columns;  // of the tile, for this group
     float* sums;
     Ids<false> ids;
+    PositiveWeight* column_positives;
     Logits logits;
     SoftmaxWeight row[2], column[kTileColumns / kWarpgroup];  // of the tile that is multiplied; the thread's columns
+    PositiveWeight row_positive[2], column_positive[kTileColumns / kWarpgroup];
 
     MMK_DEVICE ClipGradientPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap* ds)
         : call(call),
           place(place),
           strips(shared, ds, place),
           columns(reinterpret_cast<SoftmaxWeight*>(shared + kStripsBytes + place.group * kWeightsBytes)),
-          sums(reinterpret_cast<float*>(shared + kStripsBytes + kGroups * kWeightsBytes)),
+          sums(reinterpret_cast<float*>(shared + kSumsAt)),
           ids(shared + kIdsAt, place),
+          column_positives(reinterpret_cast<PositiveWeight*>(shared + kPositivesAt + place.group * kPositivesBytes)),
           logits(*call.pairs.scale) {}
 
     // Loads only: nothing waits for them before the products are done.
@@ -319,12 +328,25 @@ struct ClipGradientPass {
             column[i] = weight_at(call.columns, tile.column0 + i * kWarpgroup + place.thread, call.pairs.texts);
         }
         if constexpr (kIds) ids.load(call, tile, place);
+        if constexpr (kPositives) prepare_positives(tile);
+    }
+    MMK_DEVICE void prepare_positives(const Tile& tile) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            row_positive[j] = PositiveWeight::at(call.rows, tile.row0 + place.row + 8 * j, call.pairs.images);
+        }
+#pragma unroll
+        for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
+            const int at = tile.column0 + i * kWarpgroup + place.thread;
+            column_positive[i] = PositiveWeight::at(call.columns, at, call.pairs.texts);
+        }
     }
 
     MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
         named_barrier_sync(kGroup + place.group, kWarpgroup);  // nobody reads those of the tile before
 #pragma unroll
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
+            if constexpr (kPositives) column_positives[i * kWarpgroup + place.thread] = scaled(column_positive[i]);
             columns[i * kWarpgroup + place.thread] = column[i].scaled();
         }
         if constexpr (kIds) ids.put(place);
@@ -341,13 +363,8 @@ struct ClipGradientPass {
         sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
     }
 
-    // Of a row and a column of the tile with equal ids. Rare, if they are positives, and therefore read where it is
-    // needed.
-    MMK_DEVICE float slope_of_same(const Tile& tile, int row, int column, float q) const {
-        if constexpr (kSame == Same::kIgnored) return 0;
-        const float slope =
-            positive_slope(call.rows, call.columns, call.pairs, tile.row0 + row, tile.column0 + column, q, logits);
-        return slope * kGradientScale;
+    static MMK_DEVICE PositiveWeight scaled(const PositiveWeight& x) {
+        return {x.weight * kGradientScale, x.target * kGradientScale};
     }
 
     MMK_DEVICE float own_slope(int row) const { return row < call.row0 + call.row_count ? call.own[row] : 0.0f; }
@@ -357,7 +374,8 @@ struct ClipGradientPass {
     MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float& total) const {
         const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs);
         const SoftmaxWeight weights[2] = {row[0].scaled(), row[1].scaled()};
-        constexpr bool kByPlace = !kPlain && kSame != Same::kPositive;
+        const PositiveWeight row_positives[2] = {scaled(row_positive[0]), scaled(row_positive[1])};
+        constexpr bool kByPlace = !kPlain && !kPositives;
         float own[2];
 #pragma unroll
         for (int j = 0; j < 2 && kByPlace; j++) own[j] = own_slope(tile.row0 + place.row + 8 * j) * kGradientScale;
@@ -370,15 +388,24 @@ struct ClipGradientPass {
                 const float4 both = *reinterpret_cast<const float4*>(columns + right + place.column);
                 const SoftmaxWeight pair[2] = {{both.x, both.y}, {both.z, both.w}};
                 const int2 id = kIds ? ids.at(place.column + right) : int2{};
+                float4 of_pair{};
+                if constexpr (kPositives) {
+                    of_pair = *reinterpret_cast<const float4*>(column_positives + right + place.column);
+                }
+                const PositiveWeight positives[2] = {{of_pair.x, of_pair.y}, {of_pair.z, of_pair.w}};
                 float ds[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float product = d[right / 2 + i], q = product * logits.sign;
                     const int e = i % 2, j = i / 2;
-                    ds[i] = weights[j].of(q, logits) + pair[e].of(q, logits);
-                    if (kIds && (e == 0 ? id.x : id.y) == ids.row[j]) {
-                        ds[i] = slope_of_same(tile, place.row + 8 * j, place.column + right + e, q);
+                    const bool same = kIds && (e == 0 ? id.x : id.y) == ids.row[j];
+                    if constexpr (kPositives) {
+                        ds[i] = weights[j].of(q, same, row_positives[j], logits) +
+                                pair[e].of(q, same, positives[e], logits);
+                    } else {
+                        ds[i] = weights[j].of(q, logits) + pair[e].of(q, logits);
                     }
+                    if (kSame == Same::kIgnored && same) ds[i] = 0;
                     if (kByPlace && right + e == bounds.own + 8 * j) ds[i] = own[j];
                     if (!kPlain && right + e >= bounds.ends[j]) ds[i] = 0;
                     total += ds[i] * product;
