@@ -26,9 +26,8 @@ struct Features {
 // What equal ids say of an image and a text.
 enum class Same { kNothing, kPositive, kIgnored };
 
-// Which pairs belong together: image i in [first, last) and text i + offset, its own, and others to none; of the latter
-// those of equal ids count nowhere where these are to be ignored. Where equal ids say it (kPositive): those, own or
-// not.
+// Which pairs belong together: image i in [first, last) and text i + offset, its own. Where equal ids say it
+// (kPositive): those, own or not. Where these are to be ignored (kIgnored) the other pairs of equal ids count nowhere.
 struct Pairs {
     Features image, text;
     const float *scale, *bias;  // each one number, on the device; CLIP is blind to a bias and reads none

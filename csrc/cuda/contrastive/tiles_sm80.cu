@@ -10,6 +10,9 @@
 // exponentials, 16 a cycle, a sixth of the products' time at D = 768. Of the products' time, fragments keep shared
 // memory busy for half: 16 ldmatrix, 8 KiB, a warp and 64 products.
 //
+// Where ids say what belongs together, or what counts nowhere, a tile's are in shared memory, and compared for each
+// logit; a row's or a column's positives are summed as its others are, and have weights of their own in pass 2.
+//
 // Memory moved: (rows + columns) D numbers a tile, out of the L2 cache for the most part (grouped_tile); the results by
 // rows of 128 bytes.
 #include "cuda/contrastive/device.h"
