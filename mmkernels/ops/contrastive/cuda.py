@@ -77,7 +77,8 @@ def clip_gradients(
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float) -> Tensor:
     call, sums = _Call.of(pairing, image, text, scale, bias), _Sums(image, 1)
-    call.launch_rows("siglip", _as_it_is, None, 0, len(image), count, sums)
+    for row0, rows in pairing.chunks(len(image), len(text), len(image)):
+        call.launch_rows("siglip", _as_it_is, None, row0, rows, count, sums)
     return sums.means.reshape(())
 
 
