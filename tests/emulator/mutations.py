@@ -190,8 +190,8 @@ MUTATIONS = [
         ),
         (
             "what is to be ignored counts in a column",
-            "if (found.ids.image[place.row + row] == found.ids.text[place.column + column]) s = kLowest;",
-            "",
+            "found.ids.text[place.column + column]) s = kLowest;",
+            "found.ids.text[place.column + column]) s *= 1.0f;",
         ),
         (
             "what is to be ignored has a gradient",
@@ -261,7 +261,11 @@ MUTATIONS = [
         "contrastive/tiles_sm90.cu",
         "test_contrastive.py",
         ("the diagonal has the gradient of any pair", "ds[i] = own[j];", "ds[i] += 0 * own[j];"),
-        ("what is to be ignored has a gradient", "if (kSame == Same::kIgnored && same) ds[i] = 0;", ""),
+        (
+            "what is to be ignored has a gradient",
+            "Same::kIgnored && same) ds[i] = 0;",
+            "Same::kIgnored && same) ds[i] *= 1;",
+        ),
     ),
     *of(
         "contrastive/tiles_sm90.h",

@@ -66,7 +66,7 @@ def arguments(
         _checks.one_of(op, "reduce", reduce, REDUCES)
         words, call = _in_words(op, sizes, process_group.size()), own()
         if not torch.compiler.is_compiling():  # what cannot be served is refused before anyone waits for it
-            backends.select("contrastive", call[-1], call[0], call[1], call[4] is not None)
+            backends.select("contrastive", call[-1], call[0], call[1])
         return *call, process_group.group_name, reduce, words, local
     except (TypeError, ValueError, backends.BackendUnavailable) as problem:
         device = image.device if isinstance(image, Tensor) else torch.device("cpu")
