@@ -211,7 +211,7 @@ MUTATIONS = [
         ("a scale of 0 makes logits of what is none", "if (factor < 0x1p-100f) factor = 0x1p-100f;", ""),
         ("a scale below 0 turns the softmax round", "scale < 0.0f ? -1.0f : 1.0f", "1.0f"),
         ("each of several positives stays out of the sum", "pairs.image_counts[i] == 1", "pairs.image_counts[i] >= 1"),
-        ("ids are read beyond the last text", "return j < end && (!kAlone", "return (!kAlone"),
+        ("ids are read beyond the last text", "return j < end && (!kAlone", "return j <= end && (!kAlone"),
         (
             "the one positive is of infinite weight, times 0",
             "exp2_approx(fminf((q - maximum) * factor, 0.0f))",

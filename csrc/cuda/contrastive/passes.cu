@@ -176,31 +176,28 @@ __global__ __launch_bounds__(kSumThreads) void clip_weights_kernel(const ClipWei
     *p.loss = static_cast<float>(total / p.count);
 }
 
-// What the loss is made of, the positives being those that ids say.
-struct Terms {
-    double losses = 0.0, means = 0.0;  // sums over those that have a positive; of the means of q over them
+// A row or a column in the loss: its own, and the mean of q over its positives; 0 of one that has none.
+struct Term {
+    float loss, mean;
 };
 
-// A row, or a column, of `count`: `of` is where its statistics are, which become weights. positives: how many it has.
-MMK_DEVICE void weigh(float* of, int64_t count, int positives, float share, float smoothing, const Logits& logits,
-                      Terms& terms) {
+// Of one of `count`: `of` is where its statistics are, which become weights. positives: how many ids say that it has.
+MMK_DEVICE Term weigh(float* of, int64_t count, int positives, float share, float smoothing, const Logits& logits) {
     float &weight = of[count], &positive_weight = of[2 * count], &target = of[3 * count];
     const Statistic others{of[0], weight};
     const float sum = positive_weight, number = static_cast<float>(positives);
     weight = positive_weight = target = 0.0f;
-    if (positives == 0) return;
+    if (positives == 0) return {0.0f, 0.0f};
     const float mean = sum / number;
-    terms.means += mean;
     if (positives == 1) {
         const OwnPair only(mean, others, logits);
-        terms.losses += only.loss;
         weight = share * only.weight;
         target = share * (only.missed - smoothing);
-    } else {
-        terms.losses += logf(others.sum) + (others.maximum - mean) * logits.factor * static_cast<float>(kLn2);
-        weight = positive_weight = share / others.sum;
-        target = share * ((1.0f - smoothing) / number);
+        return {only.loss, mean};
     }
+    weight = positive_weight = share / others.sum;
+    target = share * ((1.0f - smoothing) / number);
+    return {logf(others.sum) + (others.maximum - mean) * logits.factor * static_cast<float>(kLn2), mean};
 }
 
 // clip_weights_kernel where ids say what belongs together.
@@ -209,15 +206,19 @@ __global__ __launch_bounds__(kSumThreads) void clip_weights_by_ids_kernel(const 
     const Logits logits(*pairs.scale);
     const double scale = *pairs.scale, smoothing = p.label_smoothing;
     const auto row_share = static_cast<float>(p.shares[0]), column_share = static_cast<float>(p.shares[1]);
-    Terms rows, columns;
+    double total = 0.0;
+    const auto add = [&](const Term& of, float share) {
+        total += share * of.loss;
+        total += smoothing * share * fabs(scale) * of.mean;
+    };
     for (int i = static_cast<int>(threadIdx.x); i < pairs.images; i += kSumThreads) {
-        weigh(p.rows + i, pairs.images, pairs.image_counts[i], row_share, p.label_smoothing, logits, rows);
+        const int positives = pairs.image_counts[i];
+        add(weigh(p.rows + i, pairs.images, positives, row_share, p.label_smoothing, logits), row_share);
     }
     for (int j = static_cast<int>(threadIdx.x); j < pairs.texts; j += kSumThreads) {
-        weigh(p.columns + j, pairs.texts, pairs.text_counts[j], column_share, p.label_smoothing, logits, columns);
+        const int positives = pairs.text_counts[j];
+        add(weigh(p.columns + j, pairs.texts, positives, column_share, p.label_smoothing, logits), column_share);
     }
-    double total = row_share * rows.losses + column_share * columns.losses;
-    total += smoothing * fabs(scale) * (row_share * rows.means + column_share * columns.means);
     total = block_sum(total);
     if (threadIdx.x != 0) return;
     if (p.products != nullptr) {
