@@ -240,7 +240,7 @@ def all_cases(rng: random.Random) -> list[Case]:
         Case("clip_loss", 140, 40, texts=190, ids="captions", scale=50.0, label_smoothing=0.1, chunk=100),
         Case("clip_loss", some, 24, texts=rng.randint(8, 99), ids="classes", direction="text_to_image", gaps=(1, 0)),
         Case("clip_loss", 290, 16, texts=rng.randint(130, 200), ids="classes", chunk=140, workspace=2**13),
-        Case("clip_loss", 135, 40, ids="captions", scale=-100.0, aligned=True),
+        Case("clip_loss", 135, 40, ids="captions", scale=-100.0, aligned=True, workspace=2**13),
         Case("clip_loss", 40, 72, ids="captions", scale=400.0, aligned=True),
         Case("clip_loss", 150, 24, texts=rng.randint(8, 50), ids="classes", same="ignored", chunk=90),
         Case("clip_loss", 140, 16, texts=300, own=(131, 0, 140), ids="captions", same="ignored", scale=40.0),
