@@ -123,10 +123,15 @@ void bind_span_attention(py::module_& module) {
 // ---- contrastive losses
 
 void bind_contrastive_calls(py::module_& module) {
+    py::enum_<Same>(module, "Same")
+        .value("nothing", Same::kNothing)
+        .value("positive", Same::kPositive)
+        .value("ignored", Same::kIgnored);
     py::class_<Pairs>(module, "Pairs", "Features, by address and row stride in elements, and their parameters.")
         .def(py::init([](uintptr_t image, int64_t image_stride, uintptr_t text, int64_t text_stride, uintptr_t scale,
                          uintptr_t bias, int images, int texts, int width, bool bfloat16, int offset, int first,
-                         int last) {
+                         int last, Same same, uintptr_t image_ids, uintptr_t text_ids, uintptr_t image_counts,
+                         uintptr_t text_counts) {
                  return Pairs{{pointer<const void>(image), image_stride},
                               {pointer<const void>(text), text_stride},
                               pointer<const float>(scale),
@@ -137,11 +142,17 @@ void bind_contrastive_calls(py::module_& module) {
                               bfloat16,
                               offset,
                               first,
-                              last};
+                              last,
+                              same,
+                              pointer<const int32_t>(image_ids),
+                              pointer<const int32_t>(text_ids),
+                              pointer<const int32_t>(image_counts),
+                              pointer<const int32_t>(text_counts)};
              }),
              py::kw_only(), py::arg("image"), py::arg("image_stride"), py::arg("text"), py::arg("text_stride"),
              py::arg("scale"), py::arg("bias"), py::arg("images"), py::arg("texts"), py::arg("width"),
-             py::arg("bfloat16"), py::arg("offset"), py::arg("first"), py::arg("last"));
+             py::arg("bfloat16"), py::arg("offset"), py::arg("first"), py::arg("last"), py::arg("same"),
+             py::arg("image_ids"), py::arg("text_ids"), py::arg("image_counts"), py::arg("text_counts"));
     py::class_<ClipStatistics>(module, "ClipStatistics", "A call: see contrastive/call.h.")
         .def(py::init([](const Pairs& pairs, uintptr_t rows, uintptr_t columns, bool add, uintptr_t workspace,
                          size_t workspace_bytes) {
@@ -152,12 +163,14 @@ void bind_contrastive_calls(py::module_& module) {
              py::arg("workspace_bytes"));
     py::class_<ClipWeights>(module, "ClipWeights", "A call: see contrastive/call.h.")
         .def(py::init([](const Pairs& pairs, float label_smoothing, float row_share, float column_share, double count,
-                         uintptr_t products, uintptr_t rows, uintptr_t columns, uintptr_t own, uintptr_t loss) {
+                         uintptr_t shares, uintptr_t products, uintptr_t rows, uintptr_t columns, uintptr_t own,
+                         uintptr_t loss) {
                  return ClipWeights{pairs,
                                     label_smoothing,
                                     row_share,
                                     column_share,
                                     count,
+                                    pointer<const double>(shares),
                                     pointer<const double>(products),
                                     pointer<float>(rows),
                                     pointer<float>(columns),
@@ -165,8 +178,8 @@ void bind_contrastive_calls(py::module_& module) {
                                     pointer<float>(loss)};
              }),
              py::kw_only(), py::arg("pairs"), py::arg("label_smoothing"), py::arg("row_share"), py::arg("column_share"),
-             py::arg("count"), py::arg("products"), py::arg("rows"), py::arg("columns"), py::arg("own"),
-             py::arg("loss"));
+             py::arg("count"), py::arg("shares"), py::arg("products"), py::arg("rows"), py::arg("columns"),
+             py::arg("own"), py::arg("loss"));
     py::class_<LogitRows>(module, "LogitRows", "Rows of the logits: see contrastive/call.h.")
         .def(py::init([](const Pairs& pairs, int row0, int row_count, uintptr_t ds, int64_t ds_stride, double count,
                          uintptr_t totals, uintptr_t means, uintptr_t workspace, size_t workspace_bytes) {
@@ -194,7 +207,7 @@ void bind_contrastive_calls(py::module_& module) {
 
 void bind_contrastive(py::module_& module) {
     bind_contrastive_calls(module);
-    module.def("clip_statistics_workspace", &clip_statistics_workspace, py::arg("images"), py::arg("texts"), "Bytes.");
+    module.def("clip_statistics_workspace", &clip_statistics_workspace, py::arg("pairs"), "Bytes.");
     module.def("gradient_workspace", &gradient_workspace, py::arg("texts"), py::arg("row_count"), "Bytes.");
     def_launcher(module, "clip_statistics", clip_statistics, "Fills rows and columns, or adds to them.");
     def_launcher(module, "clip_weights", clip_weights, "Turns rows and columns into weights; fills own and loss.");

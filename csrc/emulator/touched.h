@@ -95,6 +95,14 @@ inline Touched touched(const SpanAttentionBackward& call) {
 
 // ---- contrastive losses
 
+inline void read_counts(Touched& found, const Pairs& pairs) {
+    if (pairs.image_counts != nullptr) found.reads(pairs.image_counts, pairs.images);
+    if (pairs.text_counts != nullptr) found.reads(pairs.text_counts, pairs.texts);
+}
+
+// Planes of the weights of images and of texts.
+inline int64_t weights_of(const Pairs& pairs) { return pairs.same == Same::kPositive ? 4 : 2; }
+
 inline Touched touched(const Pairs& pairs) {
     Touched found;
     const auto reads = [&](const Features& x, int64_t count) {
@@ -104,6 +112,9 @@ inline Touched touched(const Pairs& pairs) {
     reads(pairs.text, pairs.texts);
     found.reads(pairs.scale, 1);
     if (pairs.bias != nullptr) found.reads(pairs.bias, 1);
+    read_counts(found, pairs);
+    if (pairs.image_ids != nullptr) found.reads(pairs.image_ids, pairs.images);
+    if (pairs.text_ids != nullptr) found.reads(pairs.text_ids, pairs.texts);
     return found;
 }
 
@@ -121,10 +132,15 @@ inline Touched touched(const ClipStatistics& call) {
 inline Touched touched(const ClipWeights& call) {
     Touched found;
     found.reads(call.pairs.scale, 1);
-    found.reads(call.rows, int64_t{3} * call.pairs.images);
-    found.reads(call.columns, int64_t{3} * call.pairs.texts);
+    read_counts(found, call.pairs);
+    for (const auto& [statistics, count] :
+         {std::pair(call.rows, int64_t{call.pairs.images}), {call.columns, int64_t{call.pairs.texts}}}) {
+        found.reads(statistics, 3 * count);
+        if (call.pairs.same == Same::kPositive) found.writes(statistics + 3 * count, count);
+    }
+    if (call.shares != nullptr) found.reads(call.shares, 3);
     if (call.products != nullptr) found.reads(call.products, 2);
-    found.writes(call.own, call.pairs.images);
+    if (call.own != nullptr) found.writes(call.own, call.pairs.images);
     found.writes(call.loss, 1);
     return found;
 }
@@ -144,9 +160,9 @@ inline Touched touched(const LogitRows& call, int sums) {
 
 inline Touched touched(const ClipGradient& call) {
     Touched found = touched(call.to, 1);
-    found.reads(call.rows, int64_t{2} * call.to.pairs.images);
-    found.reads(call.columns, int64_t{2} * call.to.pairs.texts);
-    found.reads(call.own, call.to.pairs.images);
+    found.reads(call.rows, weights_of(call.to.pairs) * call.to.pairs.images);
+    found.reads(call.columns, weights_of(call.to.pairs) * call.to.pairs.texts);
+    if (call.own != nullptr) found.reads(call.own, call.to.pairs.images);
     return found;
 }
 

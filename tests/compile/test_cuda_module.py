@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 # Kernels that multiply no matrices.
-WITHOUT_PRODUCTS = {"fold_statistics", "clip_weights", "add_tile_sums", "patch_weight_sum", "span_attention_prepare"}
+WITHOUT_PRODUCTS = {"fold_statistics", "clip_weights", "clip_weights_by_ids", "add_tile_sums"}
+WITHOUT_PRODUCTS |= {"patch_weight_sum", "span_attention_prepare"}
 
 LOCAL_MEMORY = ("LDL", "STL")
 HOPPER = "sm_90a"  # *_sm90.cu, and nothing else
@@ -95,6 +96,14 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
     for architecture in general:
         names = {kernel.name for kernel in kernels if kernel.architecture == architecture}
         assert names == {kernel.name for kernel in kernels if kernel.architecture == min(general)}, architecture
+
+
+def test_losses_have_kernels_for_all_that_ids_may_say(kernels):
+    """As many for each value of Same, so that a call without ids runs code that compares none."""
+    for architecture in {kernel.architecture for kernel in kernels}:
+        names = [kernel.name for kernel in kernels if kernel.architecture == architecture]
+        counts = [sum(f"Same){same}" in name for name in names) for same in range(3)]
+        assert counts[0] > 0 and counts == counts[:1] * 3, f"{architecture}: {counts}"
 
 
 def call_of_attention(queries: int, head_size: int):

@@ -19,7 +19,7 @@ struct Place {  // of a matrix: `offset` numbers after an address that is a mult
     int64_t extent, offset, stride;
 };
 struct Header {
-    int64_t siglip, with_gradients, bfloat16, images, texts, width, offset, first, last;
+    int64_t siglip, with_gradients, bfloat16, images, texts, width, offset, first, last, same;
     Place image, text;
     int64_t ds_stride, chunk;  // rows of ds at a time
     int64_t workspace_bytes;   // of the statistics; 0: as many as they ask for
@@ -45,6 +45,29 @@ static std::vector<uint16_t> read_matrix(FILE* file, const Place& place) {
     }
     return numbers;
 }
+
+// Ids of images and texts, and of how many positives each is; empty without.
+struct Ids {
+    std::vector<int32_t> image, text, image_counts, text_counts;
+
+    Ids(FILE* file, const Header& h) {
+        const auto same = static_cast<Same>(h.same);
+        if (same == Same::kNothing) return;
+        read(image, file, h.images);
+        read(text, file, h.texts);
+        if (same != Same::kPositive) return;
+        read(image_counts, file, h.images);
+        read(text_counts, file, h.texts);
+    }
+
+  private:
+    static void read(std::vector<int32_t>& numbers, FILE* file, int64_t count) {
+        numbers.resize(static_cast<size_t>(count));
+        if (fread(numbers.data(), sizeof(int32_t), numbers.size(), file) == numbers.size()) return;
+        printf("FAILED: the file of cases ends early\n");
+        exit(1);
+    }
+};
 
 template <class T>
 static void watch(const std::vector<T>& numbers, bool initialised) {
@@ -73,32 +96,43 @@ struct Results {
 
 static Error run_passes(const Passes& passes, const Header& h, const Pairs& pairs, Results& results) {
     const auto images = static_cast<size_t>(h.images), texts = static_cast<size_t>(h.texts);
-    std::vector<float> rows(3 * images), columns(3 * texts), own(images);
+    const bool by_ids = pairs.same == Same::kPositive;
+    const size_t planes = by_ids ? 4 : 3;
+    std::vector<float> rows(planes * images), columns(planes * texts), own(by_ids ? 0 : images);
     std::vector<double> totals(3);
     for (const auto* made : {&rows, &columns, &own, &results.means}) watch(*made, false);
+    const std::vector<double> shares{h.row_share, h.column_share, h.count};
+    watch(shares, true);
     watch(results.ds, false);
     watch(totals, false);
     const auto smoothing = static_cast<float>(h.label_smoothing);
-    const auto row_share = static_cast<float>(h.row_share), column_share = static_cast<float>(h.column_share);
+    const auto row_share = static_cast<float>(by_ids ? 0 : h.row_share);  // by ids the device alone knows it
+    const auto column_share = static_cast<float>(by_ids ? 0 : h.column_share);
     if (!h.siglip) {
-        const size_t bytes = h.workspace_bytes != 0 ? static_cast<size_t>(h.workspace_bytes)
-                                                    : clip_statistics_workspace(pairs.images, pairs.texts);
+        const size_t bytes =
+            h.workspace_bytes != 0 ? static_cast<size_t>(h.workspace_bytes) : clip_statistics_workspace(pairs);
         std::vector<char> workspace(bytes);
         watch(workspace, false);
         const ClipStatistics statistics{pairs, rows.data(), columns.data(), false, workspace.data(), bytes};
         if (Error error = passes.clip_statistics(statistics, nullptr)) return error;
-        const ClipWeights weights{pairs,       smoothing,
-                                  row_share,   column_share,
-                                  h.count,     smoothing != 0 ? h.products : nullptr,
-                                  rows.data(), columns.data(),
-                                  own.data(),  results.means.data()};
+        const ClipWeights weights{pairs,
+                                  smoothing,
+                                  row_share,
+                                  column_share,
+                                  h.count,
+                                  by_ids ? shares.data() : nullptr,
+                                  smoothing != 0 ? h.products : nullptr,
+                                  rows.data(),
+                                  columns.data(),
+                                  own.data(),
+                                  results.means.data()};
         if (Error error = clip_weights(weights, nullptr)) return error;
     }
     if (!h.siglip && !h.with_gradients) return {};
     for (int64_t row0 = 0, chunk; row0 < h.images || row0 == 0; row0 += std::max<int64_t>(chunk, 1)) {
         chunk = std::min(h.images - row0, h.chunk);
         for (const int64_t edge : {h.first, h.last}) {
-            if (row0 < edge) chunk = std::min(chunk, edge - row0);
+            if (!by_ids && row0 < edge) chunk = std::min(chunk, edge - row0);
         }
         std::vector<char> workspace(gradient_workspace(pairs.texts, static_cast<int>(chunk)));
         watch(workspace, false);
@@ -134,6 +168,8 @@ static bool take_turns(const std::vector<int>& commits, int64_t width) {
 
 static void run_case(const Passes& passes, FILE* from, FILE* to, const Header& h) {
     const auto image = read_matrix(from, h.image), text = read_matrix(from, h.text);
+    const Ids ids(from, h);
+    const auto given = [](const std::vector<int32_t>& x) { return x.empty() ? nullptr : x.data(); };
     const std::vector<float> scale(1, static_cast<float>(h.scale)), bias(1, static_cast<float>(h.bias));
     const Pairs pairs{{image.data() + h.image.offset, h.image.stride},
                       {text.data() + h.text.offset, h.text.stride},
@@ -145,14 +181,20 @@ static void run_case(const Passes& passes, FILE* from, FILE* to, const Header& h
                       h.bfloat16 != 0,
                       static_cast<int>(h.offset),
                       static_cast<int>(h.first),
-                      static_cast<int>(h.last)};
+                      static_cast<int>(h.last),
+                      static_cast<Same>(h.same),
+                      given(ids.image),
+                      given(ids.text),
+                      given(ids.image_counts),
+                      given(ids.text_counts)};
     if (!passes.serves(pairs)) return fail("is not served");
     std::vector<Results> all;
     for (const auto order : {emulator::Order::kLowestFirst, emulator::Order::kHighestFirst, emulator::Order::kRandom}) {
         emulator::options() = {order, 1};
         all.emplace_back(h);
-        for (const auto* given : {&image, &text}) watch(*given, true);
-        for (const auto* given : {&scale, &bias}) watch(*given, true);
+        for (const auto* x : {&image, &text}) watch(*x, true);
+        for (const auto* x : {&scale, &bias}) watch(*x, true);
+        for (const auto* x : {&ids.image, &ids.text, &ids.image_counts, &ids.text_counts}) watch(*x, true);
         emulator::counters().wgmma_commits.clear();
         try {
             if (const Error error = run_passes(passes, h, pairs, all.back())) fail(error.message());

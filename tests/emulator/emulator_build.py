@@ -74,7 +74,7 @@ def link_module(build: str, objects: list[Path], into: Path, module: Path) -> Pa
 
 
 def run_emulated(build: str, module: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
-    """`python -m mmkernels ...` with this module as its mmkernels._cuda."""
+    """`python -m ...` with this module as its mmkernels._cuda."""
     if build == "asan":  # python itself knows nothing of it
         libraries = (f"lib{name}.so" for name in ("asan", "ubsan", "stdc++"))
         paths = (subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in libraries)

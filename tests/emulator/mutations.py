@@ -166,7 +166,7 @@ MUTATIONS = [
             "tile.inside(row, 0 * column)) s =",
         ),
         ("features are read beyond their width", "i < present && k0 < left)", "i < present)"),
-        ("sums are stored beyond the rows", "if (x < tile.rows) store", "store"),
+        ("sums are stored beyond the rows", "if (x < tile.rows) {", "{"),
         ("every text lies beside its image", "shift = j0 - i0 - pairs.offset;", "shift = j0 - i0;"),
         (
             "the diagonal is left in the sums",
@@ -175,9 +175,30 @@ MUTATIONS = [
         ),
         (
             "the diagonal has the gradient of any pair",
-            "if (pair.positive && pair.inside) d = p_.",
+            "if (pair.positive && pair.counted) d = p_.",
             "if (false) d = p_.",
         ),
+        (
+            "ids are those of other rows",
+            "image_id<kAlone>(pairs, tile.i0 + x, tile.i0 + tile.rows)",
+            "image_id<kAlone>(pairs, x, tile.rows)",
+        ),
+        (
+            "the one positive is left in the sum of its row",
+            "id(j) == found.alone.image[place.row + row] ? kLowest : x",
+            "id(j) == kNoImage ? kLowest : x",
+        ),
+        (
+            "what is to be ignored counts in a column",
+            "found.ids.text[place.column + column]) s = kLowest;",
+            "found.ids.text[place.column + column]) s *= 1.0f;",
+        ),
+        (
+            "what is to be ignored has a gradient",
+            "kSame != Same::kIgnored || own || !same",
+            "kSame != Same::kIgnored || own || same",
+        ),
+        ("positives of one half of a row alone", "positives[x] + positives[kTile + x]", "positives[x]"),
     ),
     *of(
         "contrastive/device.h",
@@ -189,6 +210,13 @@ MUTATIONS = [
         ),
         ("a scale of 0 makes logits of what is none", "if (factor < 0x1p-100f) factor = 0x1p-100f;", ""),
         ("a scale below 0 turns the softmax round", "scale < 0.0f ? -1.0f : 1.0f", "1.0f"),
+        ("each of several positives stays out of the sum", "pairs.image_counts[i] == 1", "pairs.image_counts[i] >= 1"),
+        ("ids are read beyond the last text", "return j < end && (!kAlone", "return j <= end && (!kAlone"),
+        (
+            "the one positive is of infinite weight, times 0",
+            "exp2_approx(fminf((q - maximum) * factor, 0.0f))",
+            "exp2_approx((q - maximum) * factor)",
+        ),
     ),
     *of(
         "contrastive/passes.cu",
@@ -204,16 +232,40 @@ MUTATIONS = [
         ("an image without a text has a loss", "of_row = p.own[i] = 0.0f;", "p.own[i] = 0.0f;"),
         ("a text without an image has a loss", ">= pairs.last) p.columns[texts + j] = 0.0f;", ">= pairs.last) {}"),
         ("an image's text is taken for another's", "rows.pairs.offset = kNowhere;", "(void)0;"),
+        ("several positives are taken for one", "if (positives == 1) {", "if (positives >= 1) {"),
+        ("the sum over positives is taken for their mean", "mean = sum / number;", "mean = sum;"),
+        ("positives of the rows before are forgotten", "fold.first ? 0.0f : positive;", "0.0f;"),
+        ("positives are smoothed as if they had one alone", "(1.0f - smoothing) / number)", "1.0f / number)"),
     ),
     *of(
-        "contrastive/tiles_sm90.cu",
+        "contrastive/statistics_sm90.h",
         "test_contrastive.py",
         (
             "the diagonal is left in the sums",
             "+ right] = d[i];\n                d[i] = kLowest;",
             "+ right] = d[i];",
         ),
+        (
+            "the one positive is left in the sum of its column",
+            "columns.x == ids.row[j] ? kLowest : d[i],",
+            "d[i],",
+        ),
+        ("what is to be ignored counts in a sum", "if (columns.y == ids.row[j]) d[i + 2 * j + 1] = kLowest;", ""),
+        (
+            "ids are used before they are there",
+            "alone.put(place);\n            named_barrier_sync",
+            "alone.put(place);\n            if (false) named_barrier_sync",
+        ),
+    ),
+    *of(
+        "contrastive/tiles_sm90.cu",
+        "test_contrastive.py",
         ("the diagonal has the gradient of any pair", "ds[i] = own[j];", "ds[i] += 0 * own[j];"),
+        (
+            "what is to be ignored has a gradient",
+            "Same::kIgnored && same) ds[i] = 0;",
+            "Same::kIgnored && same) ds[i] *= 1;",
+        ),
     ),
     *of(
         "contrastive/tiles_sm90.h",
@@ -226,7 +278,12 @@ MUTATIONS = [
             "mbarrier_arrive_expect(full, kImageBytes)",
         ),
         ("registers not fenced before a product", "wgmma_fence();", ""),
-        ("every text lies beside its image", "own = row + pairs.offset - column;", "own = row - column;"),
+        ("every text lies beside its image", "row0 + offset - column0}", "row0 - column0}"),
+        (
+            "ids are those of the row before",
+            "tile.row0 + place.row + 8 * j, end)",
+            "tile.row0 + place.row + 7 * j, end)",
+        ),
     ),
     *of(
         "patch_embed/product.h",

@@ -34,6 +34,8 @@ class Case:
     width: int
     texts: int = -1  # as many as images
     own: tuple[int, int, int] = (0, 0, -1)  # offset, first and last of the own pairs; -1: to the last
+    ids: str = ""  # "captions": some of them several times; "classes": few, and one that no text has
+    same: str = "positives"
     direction: str = "both"
     scale: float = 14.3
     bias: float = -10.0  # SigLIP's
@@ -48,10 +50,13 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     image: Tensor = None
     text: Tensor = None
+    image_ids: Tensor | None = None
+    text_ids: Tensor | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.op}, {self.images} x {self.num_texts} x {self.width}, scale {self.scale:g}"
+        ids = f", {self.ids} are {self.same}" if self.ids else ""
+        return f"{self.op}, {self.images} x {self.num_texts} x {self.width}, scale {self.scale:g}{ids}"
 
     @property
     def num_texts(self) -> int:
@@ -60,7 +65,9 @@ class Case:
     @property
     def pairing(self) -> Pairing:
         offset, first, last = self.own
-        return Pairing(offset, first, min(self.images, self.num_texts - offset) if last < 0 else last)
+        last = min(self.images, self.num_texts - offset) if last < 0 else last
+        pairing = Pairing.of(self.images, self.num_texts, self.image_ids, self.text_ids, self.same)
+        return replace(pairing, offset=offset, first=first, last=last)
 
     @property
     def shares(self) -> Shares:
@@ -68,7 +75,7 @@ class Case:
 
     @property
     def count(self) -> float:
-        return self.images if self.op == "siglip_loss" else self.shares.count
+        return self.images if self.op == "siglip_loss" else float(self.shares.count)
 
     @property
     def ds_stride(self) -> int:
@@ -78,7 +85,15 @@ class Case:
         image, text = (torch.randn(count, self.width) for count in (self.images, self.num_texts))
         text = image + 0.2 * text if self.aligned else text
         image, text = (F.normalize(x, dim=1).to(self.dtype) for x in (image, text))
-        return replace(self, image=image, text=text)
+        image_ids, text_ids = self._draw_ids() if self.ids else (None, None)
+        return replace(self, image=image, text=text, image_ids=image_ids, text_ids=text_ids)
+
+    def _draw_ids(self) -> tuple[Tensor, Tensor]:
+        if self.ids == "classes":
+            return torch.randint(-1, 3, (self.images,)), torch.randint(0, 4, (self.num_texts,))
+        most = max(self.images, self.num_texts)
+        captions = torch.randint(0, 3 * most, (most,))
+        return captions[: self.images], captions[: self.num_texts]
 
 
 @dataclass
@@ -94,12 +109,15 @@ class Result:
 
 
 def plain_result(case: Case) -> Result:
-    """Eager PyTorch and autograd."""
+    """Eager PyTorch and autograd. Beside ids, its own pairs are the first ones, to which texts are turned."""
+    turn = case.own[0] if case.ids else 0
     names = ["image_features", "text_features", "logit_scale", *(["logit_bias"] if case.op == "siglip_loss" else [])]
-    values = [case.image, case.text, torch.tensor(case.scale), torch.tensor(case.bias)]
+    values = [case.image, case.text.roll(-turn, 0), torch.tensor(case.scale), torch.tensor(case.bias)]
     inputs = {name: value.clone().requires_grad_() for name, value in zip(names, values, strict=False)}
     options = {}
-    if case.own != (0, 0, -1):  # as plain code has it, by ids
+    if case.ids:
+        options |= {"image_ids": case.image_ids, "text_ids": case.text_ids.roll(-turn, 0), "same": case.same}
+    elif case.own != (0, 0, -1):  # as plain code has it, by ids
         offset, first, last = case.own
         ids = torch.full((case.images,), -1)
         ids[first:last] = torch.arange(first, last) + offset
@@ -108,7 +126,9 @@ def plain_result(case: Case) -> Result:
         options |= {"label_smoothing": case.label_smoothing, "direction": case.direction}
     loss = OPS[case.op].plain(**inputs, **options)
     loss.backward()
-    return Result(loss.detach(), **{name: x.grad for name, x in inputs.items()})
+    gradients = {name: x.grad for name, x in inputs.items()}
+    gradients["text_features"] = gradients["text_features"].roll(turn, 0)
+    return Result(loss.detach(), **gradients)
 
 
 # ---- what contrastive.cpp reads and writes
@@ -127,7 +147,9 @@ def packed_case(case: Case) -> bytes:
     flags = [case.op == "siglip_loss", case.with_gradients, case.dtype == torch.bfloat16]
     sizes = [case.ds_stride, case.chunk or max(case.images, 1), case.workspace]
     pairing, shares = case.pairing, case.shares
-    pairs = pairing.offset, pairing.first, pairing.last
+    ids = [x for x in (pairing.image_ids, pairing.text_ids, pairing.image_counts, pairing.text_counts) if x is not None]
+    bodies += [x.numpy().tobytes() for x in ids]
+    pairs = pairing.offset, pairing.first, pairing.last, (None, "positives", "ignored").index(pairing.same)
     header = [*flags, case.images, case.num_texts, case.width, *pairs, *places, *sizes]
     products = (x.item() for x in FeatureSums.of(case.image, case.text, pairing).products())
     numbers = case.scale, case.bias, case.label_smoothing, shares.row, shares.column, case.count, *products
@@ -215,6 +237,13 @@ def all_cases(rng: random.Random) -> list[Case]:
         Case("clip_loss", 150, 32, texts=280, own=(130, 3, 149), scale=50.0),
         Case("clip_loss", 140, 32, texts=30, own=(-101, 101, 131), direction="text_to_image", chunk=100),
         Case("clip_loss", 30, 40, texts=rng.randint(129, 150), direction="image_to_text", label_smoothing=0.3),
+        Case("clip_loss", 140, 40, texts=190, ids="captions", scale=50.0, label_smoothing=0.1, chunk=100),
+        Case("clip_loss", some, 24, texts=rng.randint(8, 99), ids="classes", direction="text_to_image", gaps=(1, 0)),
+        Case("clip_loss", 290, 16, texts=rng.randint(130, 200), ids="classes", chunk=140, workspace=2**13),
+        Case("clip_loss", 135, 40, ids="captions", scale=-100.0, aligned=True, workspace=2**13),
+        Case("clip_loss", 40, 72, ids="captions", scale=400.0, aligned=True),
+        Case("clip_loss", 150, 24, texts=rng.randint(8, 50), ids="classes", same="ignored", chunk=90),
+        Case("clip_loss", 140, 16, texts=300, own=(131, 0, 140), ids="captions", same="ignored", scale=40.0),
         Case("siglip_loss", 1, 1),
         Case("siglip_loss", 37, 165, bias=5.0, gaps=(3, 0)),
         Case("siglip_loss", 131, 64, scale=100.0, chunk=100, gaps=(0, 16)),
@@ -222,6 +251,10 @@ def all_cases(rng: random.Random) -> list[Case]:
         Case("siglip_loss", 260, 16, with_gradients=False, chunk=130),
         Case("siglip_loss", 150, 24, texts=290, own=(131, 2, 150)),
         Case("siglip_loss", 270, 40, texts=rng.randint(1, 140)),
+        Case("siglip_loss", 140, 24, texts=rng.randint(129, 160), ids="captions", chunk=100),
+        Case("siglip_loss", 150, 16, texts=290, own=(131, 0, 150), ids="classes", same="ignored"),
+        Case("siglip_loss", 40, 16, texts=150, ids="classes", with_gradients=False),
+        Case("siglip_loss", 140, 16, ids="captions", same="ignored", with_gradients=False),
     ]
 
 
@@ -231,6 +264,7 @@ def cases_for_hopper(rng: random.Random) -> list[Case]:
     return [
         *(case for case in all_cases(rng) if case.width > 0),
         Case("clip_loss", 300, 330, scale=100.0),
+        Case("clip_loss", 260, 330, texts=530, ids="captions", scale=50.0),
         Case("siglip_loss", 520, 20, chunk=200),
     ]
 

@@ -5,7 +5,7 @@ give the same bits, shows what depends on it."""
 import json
 
 import pytest
-from emulator_build import CSRC, run_emulated
+from emulator_build import CSRC, HERE, run_emulated
 
 from mmkernels.backends import HOT_PATHS
 
@@ -17,12 +17,22 @@ HOPPER = list((CSRC / "cuda").rglob("*_sm90.cu"))
 def test_every_kernel_equals_its_reference(build, module, capability, seed, tmp_path):
     """In float16 and float32 only where nothing slows the kernels down; they are the same templates."""
     file = tmp_path / "outcomes.json"
-    command = ["check", "--backend", "cuda", "--device", "cpu", "--quick", "--seed", str(seed), "--json", str(file)]
+    command = ["mmkernels", "check", "--backend", "cuda", "--device", "cpu"]
+    command += ["--quick", "--seed", str(seed), "--json", str(file)]
     command += [] if build == "plain" else ["--dtype", "bfloat16"]
     ran = run_emulated(build, module, *command, MMKERNELS_EMULATED_CAPABILITY=capability)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     outcomes = json.loads(file.read_text())["outcomes"]
     served = {outcome["op"] for outcome in outcomes if not outcome["unsupported"]}
     assert served == {name for op in OPS for name in HOT_PATHS[op]}
-    unserved = [outcome for outcome in outcomes if outcome["unsupported"] and outcome["op"] in served]
-    assert {x["dtype"] for x in unserved if "compare no ids" not in x["unsupported"]} <= {"float32"}
+    unserved = {x["dtype"] for x in outcomes if x["unsupported"] and x["op"] in served}
+    assert unserved <= {"float32"}
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_pieces_of_the_losses_are_the_whole(build, module, capability, seed):
+    """What schedules across ranks call, of rows and columns in pieces, with ids and without."""
+    file = HERE.parent / "ops" / "test_contrastive_rectangle.py"
+    options = {"MMKERNELS_EMULATED_CAPABILITY": capability, "MMKERNELS_TEST_SEED": str(seed)}
+    ran = run_emulated(build, module, "pytest", "-p", "no:cacheprovider", "-k", "cuda", str(file), **options)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -3,6 +3,7 @@ process's texts in pieces, against the loss as a whole in float64."""
 
 import importlib
 import random
+import sys
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,9 @@ from mmkernels.ops.contrastive.pairing import Pairing, Shares, label
 from mmkernels.ops.contrastive.weights import no_statistics, weigh
 
 BACKENDS = [("reference", torch.float64), ("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)]
+if getattr(sys.modules.get("mmkernels._cuda"), "emulated", False):  # tests/emulator/test_equivalence.py runs it so
+    BACKENDS = [("cuda", torch.bfloat16)]
+SLOW = ("triton", "cuda")  # interpreted, emulated
 
 
 def kernels_of(backend: str):
@@ -52,7 +56,7 @@ def counts_of(pairing: Pairing, n: int, m: int) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=str)
 def test_pieces_are_the_whole(backend, dtype, seed):
     kernels, rng = kernels_of(backend), random.Random(seed)
-    for _ in range(8 if backend == "triton" else 40):
+    for _ in range(8 if backend in SLOW else 40):
         n, m, pairing = drawn(rng)
         scale, direction = rng.choice([20.0, -20.0, 100.0]), rng.choice(["both", "image_to_text", "text_to_image"])
         image, text = (F.normalize(torch.randn(count, 20)).to(dtype) for count in (n, m))
@@ -88,7 +92,7 @@ def test_pieces_are_the_whole(backend, dtype, seed):
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=str)
 def test_siglips_pieces_add_up(backend, dtype, seed):
     kernels, rng = kernels_of(backend), random.Random(seed)
-    for _ in range(5 if backend == "triton" else 20):
+    for _ in range(5 if backend in SLOW else 20):
         n, m, pairing = drawn(rng)
         image, text = (F.normalize(torch.randn(count, 20)).to(dtype) for count in (n, m))
         cut, wide = rng.randint(1, m), torch.promote_types(dtype, torch.float32)

@@ -23,17 +23,26 @@ struct Features {
     int64_t stride;
 };
 
+// What equal ids say of an image and a text.
+enum class Same { kNothing, kPositive, kIgnored };
+
+// Which pairs belong together: image i in [first, last) and text i + offset, its own. Where equal ids say it
+// (kPositive): those, own or not. Where these are to be ignored (kIgnored) the other pairs of equal ids count nowhere.
 struct Pairs {
     Features image, text;
     const float *scale, *bias;  // each one number, on the device; CLIP is blind to a bias and reads none
     int images, texts, width;
-    bool bfloat16;            // else float16
-    int offset, first, last;  // image i in [first, last) and text i + offset belong together, others to none
+    bool bfloat16;  // else float16
+    int offset, first, last;
+    Same same;
+    const int32_t *image_ids, *text_ids;        // (images), (texts), none negative; null without
+    const int32_t *image_counts, *text_counts;  // kPositive: of how many positives, elsewhere too; else null
 };
 
 // The statistics (3, images) or (3, texts) of rows or columns: the maximum of q, which is the products of features
-// times the sign of the scale, and the sum of exponentials relative to it, both without the own pair; q of that, if
-// there is one.
+// times the sign of the scale, and the sum of exponentials relative to it, both without the one positive and what is
+// ignored; the sum of q over the positives, of rows without one anything. Several positives are in the first two, too:
+// their shares are unequal.
 struct ClipStatistics {
     Pairs pairs;
     float *rows, *columns;  // out; in, too, if `add`
@@ -41,22 +50,24 @@ struct ClipStatistics {
     void* workspace;  // of clip_statistics_workspace() bytes or any less that it accepts; 16-byte aligned
     size_t workspace_bytes;
 };
-size_t clip_statistics_workspace(int images, int texts);
+size_t clip_statistics_workspace(const Pairs& pairs);
 Error clip_statistics(const ClipStatistics& call, cudaStream_t stream);  // sm_80 and later
 
 // The loss, and weights (2, images) and (2, texts) in place of the first two statistics: the maximum m as it is, then
 // w. 2^((q - m) |scale| / ln 2) w is the share of the loss times the probability of a pair that does not belong
-// together.
+// together. Where ids say what does, (4, images) and (4, texts), two more: v and t, with which a pair that belongs
+// together has 2^(...) v - t.
 struct ClipWeights {
     Pairs pairs;
     float label_smoothing;          // without what it takes off count dS of each pair alike, which the caller sees to
     float row_share, column_share;  // of the losses of images and of texts
     double count;                   // loss = (row_share sum of the images' + column_share sum of the texts') / count
+    const double* shares;           // kPositive: these three on the device, which alone knows them; else null
     const double* products;         // two numbers on the device, the sums of the products of images, and of texts, that
-                                    // have a pair, with all others; null without smoothing
+                                    // have a positive, with all others; null without smoothing
     float *rows, *columns;          // in and out: statistics, weights
-    float* own;                     // out: count dS of the images' own pairs, 0 of those that have none
-    float* loss;                    // out, one number
+    float* own;   // out: count dS of the images' own pairs, 0 of those that have none; null with kPositive
+    float* loss;  // out, one number
 };
 Error clip_weights(const ClipWeights& call, cudaStream_t stream);
 
@@ -77,7 +88,7 @@ size_t gradient_workspace(int texts, int row_count);
 
 struct ClipGradient {
     LogitRows to;                       // means: d scale
-    const float *rows, *columns, *own;  // as clip_weights leaves them
+    const float *rows, *columns, *own;  // as clip_weights leaves them; own: null with kPositive
 };
 Error clip_gradient(const ClipGradient& call, cudaStream_t stream);
 

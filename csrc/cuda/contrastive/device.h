@@ -18,6 +18,10 @@ struct Logits {
         if (factor < 0x1p-100f) factor = 0x1p-100f;
     }
     MMK_DEVICE float exp(float q, float maximum) const { return exp2_approx((q - maximum) * factor); }
+    // Of a positive: one that lies above the maximum is the only one of its row, and of no weight.
+    MMK_DEVICE float exp_up_to_1(float q, float maximum) const {
+        return exp2_approx(fminf((q - maximum) * factor, 0.0f));
+    }
     // exp(-|a - b|)
     MMK_DEVICE float fade(float a, float b) const { return exp2_approx(-fabsf(a - b) * factor); }
 };
@@ -54,6 +58,31 @@ MMK_DEVICE Statistic merged(const Statistic& a, const Statistic& b, const Logits
     const bool a_higher = a.maximum >= b.maximum;
     return {fmaxf(a.maximum, b.maximum), (a_higher ? a.sum : b.sum) + (a_higher ? b.sum : a.sum) * fade};
 }
+
+// What stands for the id of an image, and of a text, that is not there: neither's, nor that of the other.
+constexpr int kNoImage = -1, kNoText = -2;
+
+// The id of one of the first `end`. kAlone: only if it has one positive, which stays out of its sum.
+template <bool kAlone>
+MMK_DEVICE int image_id(const Pairs& pairs, int i, int end) {
+    return i < end && (!kAlone || pairs.image_counts[i] == 1) ? pairs.image_ids[i] : kNoImage;
+}
+template <bool kAlone>
+MMK_DEVICE int text_id(const Pairs& pairs, int j, int end) {
+    return j < end && (!kAlone || pairs.text_counts[j] == 1) ? pairs.text_ids[j] : kNoText;
+}
+
+// What a row or a column makes of its positives in count dS, its others being weight exp(S - maximum):
+// weight exp(S - maximum) - target, both of these of their own.
+struct PositiveWeight {
+    float weight, target;
+
+    // Of the weights (4, count) of all.
+    static MMK_DEVICE PositiveWeight at(const float* weights, int i, int count) {
+        if (i >= count) return {0.0f, 0.0f};
+        return {weights[int64_t{2} * count + i], weights[int64_t{3} * count + i]};
+    }
+};
 
 // Whether own pairs may lie among the `rows` from i on and the `columns` from j on.
 MMK_DEVICE bool crosses_own_pairs(const Pairs& pairs, int i, int rows, int j, int columns) {

@@ -9,6 +9,15 @@
 //   dS_ii = [e (1 - 1/N) - (r_i / (a_i + r_i) + r'_i / (a'_i + r'_i)) / 2] / N
 //   dI = s dS T,  dT = s dS^T I,  ds = sum dS p
 //
+// Where ids say what belongs together, P_i are the positives of row i, n_i of them. Of one, q_ii is its q; several stay
+// in the sums, and then
+//
+//   loss of the row  log r_i + f ln 2 (m_i - mean q over P_i),   w_i = v_i = 1 / 2 r_i,   t_i = (1 - e) / 2 n_i
+//
+// whereas of one v_i = 0 and t_i is half its r_i / (a_i + r_i) less e; on P_i the row's share of N dS_ij is
+// 2^(f (q_ij - m_i)) v_i - t_i. The mean is over the rows, and over the columns, that have a positive. Pairs that are
+// to be ignored are in no sum, and their dS is 0.
+//
 // Pass 1 computes p by tiles and leaves a (maximum, sum) pair of each row and each column of a tile; this file's
 // kernels fold them in a fixed order, and make the loss, the weights w and the dS_ii of them. The diagonal stays out of
 // the sums because a small loss, and what a probability is short of 1, would drown in the rounding of its 1. The
@@ -24,8 +33,8 @@
 //
 //   loss = 1/N sum_ij log(1 + exp y_ij),   dS = -z / (1 + exp(-y)) / N,   db = sum dS
 //
-// Memory moved beyond the operands: 16 N^2 / 128 bytes of parts, written and read; 6 N^2 bytes of dS, one third written
-// here. Memory held: O(N D), and workspaces that do not grow with N^2.
+// Memory moved beyond the operands: 16 N^2 / 128 bytes of parts, 24 with positives by ids, written and read; 6 N^2
+// bytes of dS, one third written here. Memory held: O(N D), and workspaces that do not grow with N^2.
 #include <algorithm>
 #include <climits>
 
@@ -60,13 +69,14 @@ MMK_DEVICE double block_sum(double x) {
 
 // Statistics of `length` rows or columns from their parts, and from what is there already unless it is the first fold.
 struct Fold {
-    const float* parts;  // (2, tiles, length)
-    float* statistics;   // (2, plane), from the first of the rows or columns on
+    const float* parts;  // (2, tiles, length), or (3, ...) with the sums over positives
+    float* statistics;   // (2 or 3, plane), from the first of the rows or columns on
     int tiles, length;
     int64_t plane;
     bool first;
 };
 
+template <bool kPositives>
 __global__ __launch_bounds__(kFoldThreads) void fold_statistics_kernel(const Fold rows, const Fold columns,
                                                                        const float* scale) {
     const Logits logits(*scale);
@@ -92,12 +102,22 @@ __global__ __launch_bounds__(kFoldThreads) void fold_statistics_kernel(const Fol
     }
     fold.statistics[x] = total.maximum;
     fold.statistics[fold.plane + x] = total.sum;
+    if constexpr (kPositives) {
+        float& positive = fold.statistics[2 * fold.plane + x];
+        float sum = fold.first ? 0.0f : positive;
+        for (int tile = 0; tile < fold.tiles; tile++) {
+            sum += fold.parts[2 * plane + static_cast<int64_t>(tile) * fold.length + x];
+        }
+        positive = sum;
+    }
 }
 
-Error fold_statistics(const Fold& rows, const Fold& columns, const float* scale, cudaStream_t stream) {
+Error fold_statistics(const Fold& rows, const Fold& columns, const Pairs& pairs, cudaStream_t stream) {
     const auto blocks = static_cast<unsigned>(divided_up(std::max(rows.length, columns.length), kFoldThreads));
-    return launch(Launch{"fold_statistics", dim3(blocks, 2), kFoldThreads, 0, stream}, fold_statistics_kernel, rows,
-                  columns, scale);
+    const Launch at{"fold_statistics", dim3(blocks, 2), kFoldThreads, 0, stream};
+    const bool positives = pairs.same == Same::kPositive;
+    return launch(at, positives ? fold_statistics_kernel<true> : fold_statistics_kernel<false>, rows, columns,
+                  pairs.scale);
 }
 
 // What a row or a column says of its own pair, from what it says of the others.
@@ -156,6 +176,58 @@ __global__ __launch_bounds__(kSumThreads) void clip_weights_kernel(const ClipWei
     *p.loss = static_cast<float>(total / p.count);
 }
 
+// A row or a column in the loss: its own, and the mean of q over its positives; 0 of one that has none.
+struct Term {
+    float loss, mean;
+};
+
+// Of one of `count`: `of` is where its statistics are, which become weights. positives: how many ids say that it has.
+MMK_DEVICE Term weigh(float* of, int64_t count, int positives, float share, float smoothing, const Logits& logits) {
+    float &weight = of[count], &positive_weight = of[2 * count], &target = of[3 * count];
+    const Statistic others{of[0], weight};
+    const float sum = positive_weight, number = static_cast<float>(positives);
+    weight = positive_weight = target = 0.0f;
+    if (positives == 0) return {0.0f, 0.0f};
+    const float mean = sum / number;
+    if (positives == 1) {
+        const OwnPair only(mean, others, logits);
+        weight = share * only.weight;
+        target = share * (only.missed - smoothing);
+        return {only.loss, mean};
+    }
+    weight = positive_weight = share / others.sum;
+    target = share * ((1.0f - smoothing) / number);
+    return {logf(others.sum) + (others.maximum - mean) * logits.factor * static_cast<float>(kLn2), mean};
+}
+
+// clip_weights_kernel where ids say what belongs together.
+__global__ __launch_bounds__(kSumThreads) void clip_weights_by_ids_kernel(const ClipWeights p) {
+    const Pairs& pairs = p.pairs;
+    const Logits logits(*pairs.scale);
+    const double scale = *pairs.scale, smoothing = p.label_smoothing;
+    const auto row_share = static_cast<float>(p.shares[0]), column_share = static_cast<float>(p.shares[1]);
+    double total = 0.0;
+    const auto add = [&](const Term& of, float share) {
+        total += share * of.loss;
+        total += smoothing * share * fabs(scale) * of.mean;
+    };
+    for (int i = static_cast<int>(threadIdx.x); i < pairs.images; i += kSumThreads) {
+        const int positives = pairs.image_counts[i];
+        add(weigh(p.rows + i, pairs.images, positives, row_share, p.label_smoothing, logits), row_share);
+    }
+    for (int j = static_cast<int>(threadIdx.x); j < pairs.texts; j += kSumThreads) {
+        const int positives = pairs.text_counts[j];
+        add(weigh(p.columns + j, pairs.texts, positives, column_share, p.label_smoothing, logits), column_share);
+    }
+    total = block_sum(total);
+    if (threadIdx.x != 0) return;
+    if (p.products != nullptr) {
+        const double means = row_share * p.products[0] / pairs.texts + column_share * p.products[1] / pairs.images;
+        total -= smoothing * scale * means;
+    }
+    *p.loss = static_cast<float>(total / p.shares[2]);
+}
+
 // Block k adds what the tiles left of sum k to totals[k].
 struct TileSums {
     const float* sums;  // (sums, tiles)
@@ -189,6 +261,11 @@ Error checked(const char* name, const Pairs& pairs, int64_t row0, int64_t rows) 
     if (first < last && (first < 0 || last > pairs.images || first + offset < 0 || last + offset > pairs.texts)) {
         return Error(std::string(name) + ": an image's own text lies outside the texts");
     }
+    const bool has_ids = pairs.image_ids != nullptr && pairs.text_ids != nullptr;
+    const bool has_counts = pairs.image_counts != nullptr && pairs.text_counts != nullptr;
+    if (has_ids != (pairs.same != Same::kNothing) || has_counts != (pairs.same == Same::kPositive)) {
+        return Error(std::string(name) + ": ids and counts come with what they are for");
+    }
     return {};
 }
 
@@ -203,6 +280,7 @@ struct Edges {
 
     Edges(const Pairs& pairs, int64_t end) : first(0), last(end) {
         const int64_t offset = pairs.offset;
+        if (pairs.same == Same::kPositive) return;  // nothing goes by the offset
         if (pairs.first <= std::max<int64_t>(0, -offset) && pairs.last >= std::min<int64_t>(end, pairs.texts - offset))
             return;
         first = pairs.first;
@@ -229,7 +307,8 @@ Error run(const char* name, const TilePass<Tiles>& pass, const Tiles& call, cuda
         return Error(std::string(name) + ": more pairs than 32 bits number");
     }
     Tiles rows = call;
-    if (rows.row0 >= call.pairs.last || rows.row0 + rows.row_count <= call.pairs.first) rows.pairs.offset = kNowhere;
+    const bool none_own = rows.row0 >= call.pairs.last || rows.row0 + rows.row_count <= call.pairs.first;
+    if (none_own || call.pairs.same == Same::kPositive) rows.pairs.offset = kNowhere;
     return pass.run(rows, stream);
 }
 
@@ -260,15 +339,19 @@ Error gradient(const char* name, TilePass<GradientTiles> pass, const LogitRows& 
                   added);
 }
 
+// Statistics that a tile leaves of a row or of a column.
+int planes_of(const Pairs& pairs) { return pairs.same == Same::kPositive ? 3 : 2; }
+
 }  // namespace
 
-size_t clip_statistics_workspace(int images, int texts) {
+size_t clip_statistics_workspace(const Pairs& pairs) {
     const auto tiles = [](int count) {
         return (static_cast<size_t>(std::max(count, 0)) + kSmallestTile - 1) / kSmallestTile;
     };
-    const size_t row_of_tiles =
-        2 * sizeof(float) * (tiles(texts) * kSmallestTile + static_cast<size_t>(std::max(texts, 0)));
-    return row_of_tiles * std::min(tiles(images), std::max(kWorkspace / std::max(row_of_tiles, size_t{1}), size_t{2}));
+    const size_t row_of_tiles = planes_of(pairs) * sizeof(float) *
+                                (tiles(pairs.texts) * kSmallestTile + static_cast<size_t>(std::max(pairs.texts, 0)));
+    const size_t at_once = std::max(kWorkspace / std::max(row_of_tiles, size_t{1}), size_t{2});
+    return row_of_tiles * std::min(tiles(pairs.images), at_once);
 }
 
 size_t gradient_workspace(int texts, int row_count) {
@@ -281,7 +364,8 @@ Error clip_statistics_by(TilePass<StatisticsTiles> pass, const ClipStatistics& c
     if (Error error = checked("clip_statistics", pairs, 0, pairs.images)) return error;
     const int64_t images = pairs.images, texts = pairs.texts, columns = divided_up(texts, pass.columns);
     const int64_t rows_of_tile = std::min<int64_t>(pass.rows, images);
-    const int64_t bytes = int64_t{2 * sizeof(float)} * (columns * rows_of_tile + texts);  // parts of one row of tiles
+    const int64_t planes = planes_of(pairs);
+    const int64_t bytes = planes * int64_t{sizeof(float)} * (columns * rows_of_tile + texts);  // of one row of tiles
     const int64_t rows_at_once = static_cast<int64_t>(call.workspace_bytes) / bytes * pass.rows;
     if (rows_at_once == 0) {
         return Error("clip_statistics: the workspace is smaller than clip_statistics_workspace() says");
@@ -291,7 +375,7 @@ Error clip_statistics_by(TilePass<StatisticsTiles> pass, const ClipStatistics& c
         rows = edges.before(row0, std::min(rows_at_once, images - row0));
         const int64_t tiles = divided_up(rows, pass.rows);
         float* const row_parts = static_cast<float*>(call.workspace);
-        float* const column_parts = row_parts + 2 * columns * rows;
+        float* const column_parts = row_parts + planes * columns * rows;
         const int first = static_cast<int>(row0), length = static_cast<int>(rows);
         float *const row_own = call.rows + 2 * images, *const column_own = call.columns + 2 * texts;
         const StatisticsTiles parts{pairs, first, length, row_parts, column_parts, row_own, column_own};
@@ -299,7 +383,7 @@ Error clip_statistics_by(TilePass<StatisticsTiles> pass, const ClipStatistics& c
         const Fold of_rows{row_parts, call.rows + row0, static_cast<int>(columns), length, images, !call.add};
         const Fold of_columns{column_parts, call.columns, static_cast<int>(tiles),
                               pairs.texts,  texts,        !call.add && row0 == 0};
-        if (Error error = fold_statistics(of_rows, of_columns, pairs.scale, stream)) return error;
+        if (Error error = fold_statistics(of_rows, of_columns, pairs, stream)) return error;
     }
     return {};
 }
@@ -309,7 +393,11 @@ Error clip_weights(const ClipWeights& call, cudaStream_t stream) {
     if (call.label_smoothing != 0.0f && call.products == nullptr) {
         return Error("clip_weights: with a label smoothing it takes the sums of products");
     }
-    return launch(Launch{"clip_weights", 1, kSumThreads, 0, stream}, clip_weights_kernel, call);
+    const bool by_ids = call.pairs.same == Same::kPositive;
+    if (by_ids != (call.shares != nullptr))
+        return Error("clip_weights: where ids say what belongs together, it takes shares on the device, and else none");
+    return launch(Launch{"clip_weights", 1, kSumThreads, 0, stream},
+                  by_ids ? clip_weights_by_ids_kernel : clip_weights_kernel, call);
 }
 
 Error clip_gradient_by(TilePass<GradientTiles> pass, const ClipGradient& call, cudaStream_t stream) {

@@ -10,6 +10,9 @@
 // exponentials, 16 a cycle, a sixth of the products' time at D = 768. Of the products' time, fragments keep shared
 // memory busy for half: 16 ldmatrix, 8 KiB, a warp and 64 products.
 //
+// Where ids say what belongs together, or what counts nowhere, a tile's are in shared memory, and compared for each
+// logit; a row's or a column's positives are summed as its others are, and have weights of their own in pass 2.
+//
 // Memory moved: (rows + columns) D numbers a tile, out of the L2 cache for the most part (grouped_tile); the results by
 // rows of 128 bytes.
 #include "cuda/contrastive/device.h"
@@ -171,6 +174,23 @@ struct Tile {
     MMK_DEVICE bool whole() const { return rows == kTile && columns == kTile; }
 };
 
+// ---- ids
+
+// Of the tile's rows and columns, in shared memory: a thread has too many of them for its registers. kAlone: of those
+// that have one positive.
+template <bool kAlone>
+struct Ids {
+    int image[kTile], text[kTile];
+
+    // By all threads, a row and a column each; a barrier has to follow.
+    MMK_DEVICE void load(const Pairs& pairs, const Tile& tile) {
+        static_assert(kThreads == kTile);
+        const int x = static_cast<int>(threadIdx.x);
+        image[x] = image_id<kAlone>(pairs, tile.i0 + x, tile.i0 + tile.rows);
+        text[x] = text_id<kAlone>(pairs, tile.j0 + x, tile.j0 + tile.columns);
+    }
+};
+
 // ---- pass 1 of CLIP
 
 // The (maximum, sum) of eight of a thread's numbers x(0), x(1) ..., and of those of the lanes that differ from its own
@@ -191,7 +211,29 @@ MMK_DEVICE Statistic statistic(const Logits& logits, const F& x) {
     return of;
 }
 
-template <class T>
+// The sum of so many of a thread's numbers, and of those of the lanes that differ from its own in these bits.
+template <int kCount, int kFirstBit, int kEndBit, class F>
+MMK_DEVICE float sum_of(const F& x) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; i++) sum += x(i);
+#pragma unroll
+    for (int bit = kFirstBit; bit < kEndBit; bit *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
+    return sum;
+}
+
+// What the halves of rows and of columns come to, in shared memory; with ids, too.
+struct Found {
+    Statistic rows[2 * kTile], columns[2 * kTile];
+};
+struct FoundByIds : Found {
+    float row_positives[2 * kTile], column_positives[2 * kTile];
+    Ids<false> ids;
+    Ids<true> alone;
+};
+static_assert(sizeof(FoundByIds) <= kSharedBytes);
+
+template <class T, Same kSame>
 __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const StatisticsTiles p) {
     MMK_DYNAMIC_SHARED(shared);
     const Tile tile(p.pairs, p.row0, p.row_count);
@@ -199,9 +241,15 @@ __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const Stat
     Products<T> products;
     products.compute(p.pairs, tile.i0, tile.j0, reinterpret_cast<T*>(shared), place);
 
+    FoundByIds& found = *reinterpret_cast<FoundByIds*>(shared);
+    if constexpr (kSame != Same::kNothing) {
+        found.ids.load(p.pairs, tile);
+        if constexpr (kSame == Same::kPositive) found.alone.load(p.pairs, tile);
+        __syncthreads();
+    }
     const Logits logits(*p.pairs.scale);
     products.each([&](float& s, int, int) { s *= logits.sign; });
-    if (tile.crosses) {
+    if (kSame != Same::kPositive && tile.crosses) {
         products.each([&](float& s, int row, int column) {
             if (!tile.positive(row, column) || !tile.inside(row, column)) return;
             p.row_own[tile.i0 + place.row + row] = s;
@@ -214,46 +262,76 @@ __global__ __launch_bounds__(kThreads, 2) void clip_statistics_kernel(const Stat
             if (!tile.inside(row, column)) s = kLowest;
         });
     }
+    if constexpr (kSame == Same::kIgnored) {
+        products.each([&](float& s, int row, int column) {
+            if (found.ids.image[place.row + row] == found.ids.text[place.column + column]) s = kLowest;
+        });
+    }
 
-    Statistic *const of_rows = reinterpret_cast<Statistic*>(shared), *const of_columns = of_rows + 2 * kTile;
     auto& s = products.s;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        const int m = i / 2, e = i % 2 * 2;
-        const Statistic of = statistic<16, 1, 4>(logits, [&](int j) { return s[m][j / 2][e + j % 2]; });
-        if (place.lane % 4 == 0) of_rows[place.warp % 2 * kTile + place.row + 16 * m + 4 * e] = of;
+        const int m = i / 2, e = i % 2 * 2, row = 8 * i, to = place.warp % 2 * kTile + place.row + row;
+        const auto id = [&](int j) { return found.ids.text[place.column + 8 * (j / 2) + j % 2]; };
+        const Statistic of = statistic<16, 1, 4>(logits, [&](int j) {
+            const float x = s[m][j / 2][e + j % 2];
+            return kSame == Same::kPositive && id(j) == found.alone.image[place.row + row] ? kLowest : x;
+        });
+        if (place.lane % 4 == 0) found.rows[to] = of;
+        if constexpr (kSame == Same::kPositive) {
+            const float sum = sum_of<16, 1, 4>(
+                [&](int j) { return id(j) == found.ids.image[place.row + row] ? s[m][j / 2][e + j % 2] : 0.0f; });
+            if (place.lane % 4 == 0) found.row_positives[to] = sum;
+        }
     }
 #pragma unroll
     for (int j = 0; j < 16; j++) {
-        const int n = j / 2, e = j % 2;
-        const Statistic of = statistic<8, 4, 32>(logits, [&](int i) { return s[i / 2][n][e + i % 2 * 2]; });
-        if (place.lane < 4) of_columns[place.warp / 2 * kTile + place.column + 8 * n + e] = of;
+        const int n = j / 2, e = j % 2, column = 8 * n + e, to = place.warp / 2 * kTile + place.column + column;
+        const auto id = [&](int i) { return found.ids.image[place.row + 8 * i]; };
+        const Statistic of = statistic<8, 4, 32>(logits, [&](int i) {
+            const float x = s[i / 2][n][e + i % 2 * 2];
+            return kSame == Same::kPositive && id(i) == found.alone.text[place.column + column] ? kLowest : x;
+        });
+        if (place.lane < 4) found.columns[to] = of;
+        if constexpr (kSame == Same::kPositive) {
+            const float sum = sum_of<8, 4, 32>([&](int i) {
+                return id(i) == found.ids.text[place.column + column] ? s[i / 2][n][e + i % 2 * 2] : 0.0f;
+            });
+            if (place.lane < 4) found.column_positives[to] = sum;
+        }
     }
     __syncthreads();
 
     const int x = static_cast<int>(threadIdx.x);
-    const auto store = [&](float* parts, int64_t plane, const Statistic* halves) {
+    const auto store = [&](float* parts, int64_t plane, const Statistic* halves, const float* positives) {
         const Statistic of = merged(halves[x], halves[kTile + x], logits);
         parts[0] = of.maximum;
         parts[plane] = of.sum;
+        if constexpr (kSame == Same::kPositive) parts[2 * plane] = positives[x] + positives[kTile + x];
     };
     const int64_t row = static_cast<int64_t>(tile.column_tile) * p.row_count + tile.row_tile * kTile + x;
     const int64_t column = static_cast<int64_t>(tile.row_tile) * p.pairs.texts + tile.j0 + x;
-    if (x < tile.rows) store(p.row_parts + row, static_cast<int64_t>(tile.tiles_n) * p.row_count, of_rows);
-    if (x < tile.columns)
-        store(p.column_parts + column, static_cast<int64_t>(tile.tiles_m) * p.pairs.texts, of_columns);
+    if (x < tile.rows) {
+        store(p.row_parts + row, static_cast<int64_t>(tile.tiles_n) * p.row_count, found.rows, found.row_positives);
+    }
+    if (x < tile.columns) {
+        store(p.column_parts + column, static_cast<int64_t>(tile.tiles_m) * p.pairs.texts, found.columns,
+              found.column_positives);
+    }
 }
 
 // ---- the passes that write ds
 
 struct Pair {
     float product;
-    bool inside, positive;
+    bool counted, positive;  // counted: in any sum
 };
 
 // A loss has the sums that a tile leaves; turn_to(n) readies it for the thread's two columns of n; slope(pair, i, j) is
 // N dS of a pair in the thread's row i and column j of these, and counts it in the sums.
+template <Same kSame>
 struct Clip {
+    static constexpr bool kPositives = kSame == Same::kPositive;
     static constexpr int kSums = 1;
     float sums[kSums] = {};
 
@@ -261,18 +339,31 @@ struct Clip {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             row_[i] = weight(p.rows, p.pairs.images, tile.i0, tile.place.row + 8 * i, tile.rows);
+#pragma unroll
+        for (int i = 0; i < 8 && kPositives; i++)
+            row_positive_[i] = PositiveWeight::at(p.rows, tile.i0 + tile.place.row + 8 * i, p.pairs.images);
     }
     MMK_DEVICE void turn_to(int n) {
+        const int column = tile_.place.column + 8 * n;
 #pragma unroll
         for (int j = 0; j < 2; j++)
-            column_[j] = weight(p_.columns, p_.pairs.texts, tile_.j0, tile_.place.column + 8 * n + j, tile_.columns);
+            column_[j] = weight(p_.columns, p_.pairs.texts, tile_.j0, column + j, tile_.columns);
+#pragma unroll
+        for (int j = 0; j < 2 && kPositives; j++)
+            column_positive_[j] = PositiveWeight::at(p_.columns, tile_.j0 + column + j, p_.pairs.texts);
     }
     MMK_DEVICE float slope(const Pair& pair, int i, int j) {
         const float q = pair.product * logits_.sign;
-        float d = logits_.exp(q, column_[j].maximum) * column_[j].weight;
-        d = logits_.exp(q, row_[i].maximum) * row_[i].weight + d;
-        if (pair.positive && pair.inside) d = p_.own[tile_.i0 + tile_.place.row + 8 * i];
-        sums[0] += pair.inside ? d * pair.product : 0.0f;
+        float d;
+        if constexpr (kPositives) {
+            d = slope(q, pair.positive, row_[i], row_positive_[i]);
+            d += slope(q, pair.positive, column_[j], column_positive_[j]);
+        } else {
+            d = logits_.exp(q, column_[j].maximum) * column_[j].weight;
+            d = logits_.exp(q, row_[i].maximum) * row_[i].weight + d;
+            if (pair.positive && pair.counted) d = p_.own[tile_.i0 + tile_.place.row + 8 * i];
+        }
+        sums[0] += pair.counted ? d * pair.product : 0.0f;
         return d;
     }
 
@@ -284,11 +375,16 @@ struct Clip {
         if (at >= count) return {0.0f, 0.0f};
         return {weights[first + at], weights[int64_t{all} + first + at]};
     }
+    MMK_DEVICE float slope(float q, bool positive, const Weight& others, const PositiveWeight& positives) const {
+        const float e = logits_.exp_up_to_1(q, others.maximum);
+        return positive ? e * positives.weight - positives.target : e * others.weight;
+    }
 
     const GradientTiles& p_;
     const Tile& tile_;
     Logits logits_;
     Weight row_[8], column_[2];
+    PositiveWeight row_positive_[8], column_positive_[2];
 };
 
 struct SigLip {
@@ -301,9 +397,9 @@ struct SigLip {
         const float logit = pair.product * scale_ + bias_;
         const Sigmoid of(pair.positive ? -logit : logit);
         const float d = pair.positive ? -of.slope : of.slope;
-        sums[0] += pair.inside ? of.loss : 0.0f;
-        sums[1] += pair.inside ? d * pair.product : 0.0f;
-        sums[2] += pair.inside ? d : 0.0f;
+        sums[0] += pair.counted ? of.loss : 0.0f;
+        sums[1] += pair.counted ? d * pair.product : 0.0f;
+        sums[2] += pair.counted ? d : 0.0f;
         return d;
     }
 
@@ -363,9 +459,10 @@ MMK_DEVICE void store_sums(const float (&x)[kSums], int used, const GradientTile
     p.sums[static_cast<int64_t>(thread) * tile.tiles_m * tile.tiles_n + number] = (of[0] + of[1]) + (of[2] + of[3]);
 }
 
-// kPlain: every pair is there and none belongs together, as in nearly every tile.
-template <bool kPlain, class T, class Loss>
-MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, Loss& loss, Slopes<T>& slopes) {
+// kPlain: every pair is there and none belongs together by its place, as in nearly every tile.
+template <bool kPlain, Same kSame, class T, class Loss>
+MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, const Ids<false>& ids, Loss& loss,
+                           Slopes<T>& slopes) {
     // A loop that may end early is one that ptxas does not mix all turns of, and spill; by a shuffle, or it would know.
     const int columns = __shfl_sync(kAllLanes, tile.columns - tile.place.warp % 2 * kHalf, 0);
 #pragma unroll
@@ -379,30 +476,39 @@ MMK_DEVICE void put_slopes(const Products<T>& products, const Tile& tile, Loss& 
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const bool inside = kPlain || tile.inside(row, column + j);
-                const bool positive = !kPlain && tile.positive(row, column + j);
-                const Pair pair{products.s[i / 2][n][i % 2 * 2 + j], inside, positive};
+                const bool own = !kPlain && tile.positive(row, column + j);
+                const bool same = kSame != Same::kNothing &&
+                                  ids.image[tile.place.row + row] == ids.text[tile.place.column + column + j];
+                const bool counted = inside && (kSame != Same::kIgnored || own || !same);
+                const Pair pair{products.s[i / 2][n][i % 2 * 2 + j], counted, kSame == Same::kPositive ? same : own};
                 const float d = loss.slope(pair, i, j);
-                slope[j] = inside ? d : 0.0f;
+                slope[j] = counted ? d : 0.0f;
             }
             slopes.put(row, column, slope);
         }
     }
 }
 
-template <class T, class Loss>
+template <class T, Same kSame, class Loss>
 __global__ __launch_bounds__(kThreads, 2) void gradient_kernel(const GradientTiles p) {
     MMK_DYNAMIC_SHARED(shared);
-    static_assert(Slopes<T>::kBytes + sizeof(float) * Loss::kSums * kThreads / kWarp <= kSharedBytes);
+    constexpr size_t kSumsBytes = sizeof(float) * Loss::kSums * kThreads / kWarp;
+    static_assert(Slopes<T>::kBytes + kSumsBytes + sizeof(Ids<false>) <= kSharedBytes);
     const Tile tile(p.pairs, p.row0, p.row_count);
     Products<T> products;
     products.compute(p.pairs, tile.i0, tile.j0, reinterpret_cast<T*>(shared), tile.place);
 
+    Ids<false>& ids = *reinterpret_cast<Ids<false>*>(shared + Slopes<T>::kBytes + kSumsBytes);
+    if constexpr (kSame != Same::kNothing) {
+        ids.load(p.pairs, tile);
+        __syncthreads();
+    }
     Loss loss(p, tile);
     Slopes<T> slopes(shared, tile.place);
     if (tile.whole() && !tile.crosses) {
-        put_slopes<true>(products, tile, loss, slopes);
+        put_slopes<true, kSame>(products, tile, ids, loss, slopes);
     } else {
-        put_slopes<false>(products, tile, loss, slopes);
+        put_slopes<false, kSame>(products, tile, ids, loss, slopes);
     }
     if (p.ds != nullptr) slopes.store(p, tile);
     store_sums(loss.sums, p.ds != nullptr ? Loss::kSums : 1, p, tile,
@@ -421,16 +527,22 @@ Error launch_tiles(const char* name, void (*bfloat16)(Tiles), void (*float16)(Ti
 }
 
 Error statistics(const StatisticsTiles& call, cudaStream_t stream) {
-    return launch_tiles<StatisticsTiles>("clip_statistics", clip_statistics_kernel<BFloat16>,
-                                         clip_statistics_kernel<Float16>, call, stream);
+    return run_by_same(call.pairs.same, [&](auto same) {
+        return launch_tiles<StatisticsTiles>("clip_statistics", clip_statistics_kernel<BFloat16, same()>,
+                                             clip_statistics_kernel<Float16, same()>, call, stream);
+    });
 }
 Error clip(const GradientTiles& call, cudaStream_t stream) {
-    return launch_tiles<GradientTiles>("clip_gradient", gradient_kernel<BFloat16, Clip>, gradient_kernel<Float16, Clip>,
-                                       call, stream);
+    return run_by_same(call.pairs.same, [&](auto same) {
+        return launch_tiles<GradientTiles>("clip_gradient", gradient_kernel<BFloat16, same(), Clip<same()>>,
+                                           gradient_kernel<Float16, same(), Clip<same()>>, call, stream);
+    });
 }
 Error siglip_tiles(const GradientTiles& call, cudaStream_t stream) {
-    return launch_tiles<GradientTiles>("siglip", gradient_kernel<BFloat16, SigLip>, gradient_kernel<Float16, SigLip>,
-                                       call, stream);
+    return run_by_same(call.pairs.same, [&](auto same) {
+        return launch_tiles<GradientTiles>("siglip", gradient_kernel<BFloat16, same(), SigLip>,
+                                           gradient_kernel<Float16, same(), SigLip>, call, stream);
+    });
 }
 
 }  // namespace

@@ -15,142 +15,21 @@
 // twice that), so that from D = 300 (600) on products can hide the rest. They need 48 bytes a cycle and multiprocessor
 // from the L2 cache, where 16 rows of tiles are walked column by column; about 40 are known to come.
 //
+// Where ids say what belongs together, or what counts nowhere, a thread compares those of its two rows with those of a
+// tile's columns, in shared memory; the positives of rows and columns are summed beside their others in pass 1, and
+// have weights of their own in pass 2.
+//
 // Memory moved: (128 + 256) D numbers of features a tile; 8 N^2 (1/256 + 1/128) bytes of statistics, or 2 N^2 of ds.
 #include <algorithm>
 
 #include "cuda/contrastive/passes.h"
+#include "cuda/contrastive/statistics_sm90.h"
 #include "cuda/contrastive/tiles_sm90.h"
 
 namespace mmk::cuda {
 namespace {
 
 using namespace contrastive_sm90;
-
-// ---- CLIP, pass 1
-
-MMK_DEVICE Statistic statistic_of(float x, float y, const Logits& logits) {
-    return {fmaxf(x, y), 1.0f + logits.fade(x, y)};
-}
-
-// Eight lanes 4 g + t hold the same columns, each of rows of its own. Lanes l and l ^ 4 kHalf share them out; after
-// kHalf = 4, 2, 1 lane 4 g + t has the g-th eighth of the columns, of all rows.
-template <int kHalf, int kColumns>
-MMK_DEVICE void share_out(Statistic (&x)[kColumns], int lane, const Logits& logits) {
-    constexpr int kKept = kColumns / 8 * kHalf;
-    const bool upper = (lane & 4 * kHalf) != 0;
-#pragma unroll
-    for (int i = 0; i < kKept; i++) {
-        const Statistic kept = upper ? x[i + kKept] : x[i], given = upper ? x[i] : x[i + kKept];
-        const float maximum = __shfl_xor_sync(kAllLanes, given.maximum, 4 * kHalf);
-        const float sum = __shfl_xor_sync(kAllLanes, given.sum, 4 * kHalf);
-        x[i] = merged(kept, {maximum, sum}, logits);
-    }
-}
-
-template <class T>
-struct ClipStatisticsPass {
-    using Call = StatisticsTiles;
-    static constexpr int kSharedBytes = kConsumerWarps * kTileColumns * static_cast<int>(sizeof(Statistic));
-    static constexpr int kColumns = 64;  // found at a time
-
-    const Call& call;
-    const Place& place;
-    Statistic* found;  // [warp][column]: over the warp's rows
-    Logits logits;
-
-    MMK_DEVICE ClipStatisticsPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap*)
-        : call(call), place(place), found(reinterpret_cast<Statistic*>(shared)), logits(*call.pairs.scale) {}
-
-    MMK_DEVICE void prepare(const Tile&) {}
-
-    MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
-        const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs);
-#pragma unroll
-        for (int i = 0; i < kHeld; i++) d[i] *= logits.sign;
-        if (!tile.whole(call)) {
-            __syncwarp();  // keeps this a branch
-#pragma unroll
-            for (int i = 0; i < kHeld; i++) {
-                if (i / 4 * 8 + i % 2 >= bounds.ends[i / 2 % 2]) d[i] = kLowest;
-            }
-        }
-        take_own(d, tile, bounds);
-        store_rows(d, tile, walk, bounds);
-        before_leaving(place, first_tile);
-#pragma unroll
-        for (int strip = 0; strip < kTileColumns / kColumns; strip++) find_columns(d, strip);
-        if (!leave(place)) return;
-        store_columns(tile, walk);
-        after_joining(last_tile);
-    }
-
-    MMK_DEVICE void take_own(float (&d)[kHeld], const Tile& tile, const Bounds& bounds) const {
-        if (!tile.crosses_own_pairs()) return;
-#pragma unroll
-        for (int i = 0; i < kHeld; i++) {
-            const int right = i / 4 * 8 + i % 2, j = i / 2 % 2;
-            if (right == bounds.own + 8 * j && right < bounds.ends[j]) {
-                call.row_own[tile.row0 + place.row + 8 * j] = d[i];
-                call.column_own[tile.column0 + place.column + right] = d[i];
-                d[i] = kLowest;
-            }
-        }
-    }
-
-    MMK_DEVICE void store_rows(const float (&d)[kHeld], const Tile& tile, const Walk& walk,
-                               const Bounds& bounds) const {
-        float* const parts = call.row_parts + static_cast<int64_t>(tile.n) * call.row_count;
-        const int row = tile.row0 - call.row0 + place.row;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float top = kLowest, sum = 0;
-#pragma unroll
-            for (int i = 0; i < kHeld; i += 4) top = fmaxf(top, fmaxf(d[i + 2 * j], d[i + 2 * j + 1]));
-            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-#pragma unroll
-            for (int i = 0; i < kHeld; i += 4) {
-                sum += logits.exp(d[i + 2 * j], top) + logits.exp(d[i + 2 * j + 1], top);
-            }
-            sum += __shfl_xor_sync(kAllLanes, sum, 1);
-            sum += __shfl_xor_sync(kAllLanes, sum, 2);
-            if (place.lane % 4 == 0 && bounds.ends[j] > 0) {
-                parts[row + 8 * j] = top;
-                parts[static_cast<int64_t>(walk.tiles_n) * call.row_count + row + 8 * j] = sum;
-            }
-        }
-    }
-
-    // Over the warp's sixteen rows; a lane ends with two columns of the strip.
-    MMK_DEVICE void find_columns(const float (&d)[kHeld], int strip) const {
-        Statistic x[kColumns / 4];
-#pragma unroll
-        for (int i = 0; i < kColumns / 4; i++) {
-            const int first = strip * (kColumns / 2) + i / 2 * 4 + i % 2;
-            x[i] = statistic_of(d[first], d[first + 2], logits);
-        }
-        share_out<4>(x, place.lane, logits);
-        share_out<2>(x, place.lane, logits);
-        share_out<1>(x, place.lane, logits);
-        Statistic* const to = found + place.warp * kTileColumns + strip * kColumns + place.lane / 4 * 8 + place.column;
-        *reinterpret_cast<float4*>(to) = float4{x[0].maximum, x[0].sum, x[1].maximum, x[1].sum};
-    }
-
-    MMK_DEVICE void store_columns(const Tile& tile, const Walk& walk) const {
-        float* const parts = call.column_parts + static_cast<int64_t>(tile.m) * call.pairs.texts + tile.column0;
-#pragma unroll
-        for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
-            const int column = i * kWarpgroup + place.thread;
-            Statistic all = found[column];
-#pragma unroll
-            for (int warp = 1; warp < kConsumerWarps; warp++)
-                all = merged(all, found[warp * kTileColumns + column], logits);
-            if (column >= call.pairs.texts - tile.column0) continue;
-            parts[column] = all.maximum;
-            parts[static_cast<int64_t>(walk.tiles_m) * call.pairs.texts + column] = all.sum;
-        }
-    }
-};
 
 // ---- CLIP, pass 2
 
@@ -159,6 +38,10 @@ struct SoftmaxWeight {
     float maximum, weight;
 
     MMK_DEVICE float of(float q, const Logits& logits) const { return logits.exp(q, maximum) * weight; }
+    MMK_DEVICE float of(float q, bool positive, const PositiveWeight& its, const Logits& logits) const {
+        const float e = logits.exp_up_to_1(q, maximum);
+        return positive ? e * its.weight - its.target : e * weight;
+    }
     MMK_DEVICE SoftmaxWeight scaled() const { return {maximum, weight * kGradientScale}; }
 };
 MMK_DEVICE SoftmaxWeight weight_at(const float* weights, int i, int count) {
@@ -166,26 +49,36 @@ MMK_DEVICE SoftmaxWeight weight_at(const float* weights, int i, int count) {
     return {weights[i], weights[int64_t{count} + i]};
 }
 
-template <class T>
+template <class T, Same kSame>
 struct ClipGradientPass {
     using Call = GradientTiles;
-    static constexpr int kWeightsBytes = kTileColumns * static_cast<int>(sizeof(SoftmaxWeight));  // of a group
-    static constexpr int kSharedBytes = kStripsBytes + kGroups * kWeightsBytes + kConsumerWarps * 4;
+    static constexpr bool kIds = kSame != Same::kNothing, kPositives = kSame == Same::kPositive;
+    static constexpr int kWeightsBytes = kTileColumns * static_cast<int>(sizeof(SoftmaxWeight));     // of a group
+    static constexpr int kPositivesBytes = kTileColumns * static_cast<int>(sizeof(PositiveWeight));  // of a group
+    static constexpr int kSumsAt = kStripsBytes + kGroups * kWeightsBytes;
+    static constexpr int kIdsAt = kSumsAt + kConsumerWarps * static_cast<int>(sizeof(float));
+    static constexpr int kPositivesAt = kIdsAt + (kIds ? Ids<false>::kBytes : 0);
+    static constexpr int kSharedBytes = kPositivesAt + (kPositives ? kGroups * kPositivesBytes : 0);
 
     const Call& call;
     const Place& place;
     Strips strips;
     SoftmaxWeight* columns;  // of the tile, for this group
     float* sums;
+    Ids<false> ids;
+    PositiveWeight* column_positives;
     Logits logits;
     SoftmaxWeight row[2], column[kTileColumns / kWarpgroup];  // of the tile that is multiplied; the thread's columns
+    PositiveWeight row_positive[2], column_positive[kTileColumns / kWarpgroup];
 
     MMK_DEVICE ClipGradientPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap* ds)
         : call(call),
           place(place),
           strips(shared, ds, place),
           columns(reinterpret_cast<SoftmaxWeight*>(shared + kStripsBytes + place.group * kWeightsBytes)),
-          sums(reinterpret_cast<float*>(shared + kStripsBytes + kGroups * kWeightsBytes)),
+          sums(reinterpret_cast<float*>(shared + kSumsAt)),
+          ids(shared + kIdsAt, place),
+          column_positives(reinterpret_cast<PositiveWeight*>(shared + kPositivesAt + place.group * kPositivesBytes)),
           logits(*call.pairs.scale) {}
 
     // Loads only: nothing waits for them before the products are done.
@@ -196,14 +89,29 @@ struct ClipGradientPass {
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
             column[i] = weight_at(call.columns, tile.column0 + i * kWarpgroup + place.thread, call.pairs.texts);
         }
+        if constexpr (kIds) ids.load(call, tile, place);
+        if constexpr (kPositives) prepare_positives(tile);
+    }
+    MMK_DEVICE void prepare_positives(const Tile& tile) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            row_positive[j] = PositiveWeight::at(call.rows, tile.row0 + place.row + 8 * j, call.pairs.images);
+        }
+#pragma unroll
+        for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
+            const int at = tile.column0 + i * kWarpgroup + place.thread;
+            column_positive[i] = PositiveWeight::at(call.columns, at, call.pairs.texts);
+        }
     }
 
     MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
         named_barrier_sync(kGroup + place.group, kWarpgroup);  // nobody reads those of the tile before
 #pragma unroll
         for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
+            if constexpr (kPositives) column_positives[i * kWarpgroup + place.thread] = scaled(column_positive[i]);
             columns[i * kWarpgroup + place.thread] = column[i].scaled();
         }
+        if constexpr (kIds) ids.put(place);
         named_barrier_sync(kGroup + place.group, kWarpgroup);
 
         float total[1] = {0};
@@ -217,16 +125,22 @@ struct ClipGradientPass {
         sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
     }
 
+    static MMK_DEVICE PositiveWeight scaled(const PositiveWeight& x) {
+        return {x.weight * kGradientScale, x.target * kGradientScale};
+    }
+
     MMK_DEVICE float own_slope(int row) const { return row < call.row0 + call.row_count ? call.own[row] : 0.0f; }
 
-    // kPlain: no mask is needed, as in nearly every tile.
+    // kPlain: no mask is needed but by ids, as in nearly every tile.
     template <bool kPlain>
     MMK_DEVICE void write(const float (&d)[kHeld], const Tile& tile, float& total) const {
         const Bounds bounds(tile, place, call.row0 + call.row_count, call.pairs);
         const SoftmaxWeight weights[2] = {row[0].scaled(), row[1].scaled()};
+        const PositiveWeight row_positives[2] = {scaled(row_positive[0]), scaled(row_positive[1])};
+        constexpr bool kByPlace = !kPlain && !kPositives;
         float own[2];
 #pragma unroll
-        for (int j = 0; j < 2 && !kPlain; j++) own[j] = own_slope(tile.row0 + place.row + 8 * j) * kGradientScale;
+        for (int j = 0; j < 2 && kByPlace; j++) own[j] = own_slope(tile.row0 + place.row + 8 * j) * kGradientScale;
 #pragma unroll
         for (int strip = 0; strip < kTileColumns / kStrip; strip++) {
             strips.begin();
@@ -235,13 +149,26 @@ struct ClipGradientPass {
                 const int right = strip * kStrip + n * 8;
                 const float4 both = *reinterpret_cast<const float4*>(columns + right + place.column);
                 const SoftmaxWeight pair[2] = {{both.x, both.y}, {both.z, both.w}};
+                const int2 id = kIds ? ids.at(place.column + right) : int2{};
+                float4 of_pair{};
+                if constexpr (kPositives) {
+                    of_pair = *reinterpret_cast<const float4*>(column_positives + right + place.column);
+                }
+                const PositiveWeight positives[2] = {{of_pair.x, of_pair.y}, {of_pair.z, of_pair.w}};
                 float ds[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float product = d[right / 2 + i], q = product * logits.sign;
                     const int e = i % 2, j = i / 2;
-                    ds[i] = weights[j].of(q, logits) + pair[e].of(q, logits);
-                    if (!kPlain && right + e == bounds.own + 8 * j) ds[i] = own[j];
+                    const bool same = kIds && (e == 0 ? id.x : id.y) == ids.row[j];
+                    if constexpr (kPositives) {
+                        ds[i] = weights[j].of(q, same, row_positives[j], logits) +
+                                pair[e].of(q, same, positives[e], logits);
+                    } else {
+                        ds[i] = weights[j].of(q, logits) + pair[e].of(q, logits);
+                    }
+                    if (kSame == Same::kIgnored && same) ds[i] = 0;
+                    if (kByPlace && right + e == bounds.own + 8 * j) ds[i] = own[j];
                     if (!kPlain && right + e >= bounds.ends[j]) ds[i] = 0;
                     total += ds[i] * product;
                 }
@@ -255,16 +182,19 @@ struct ClipGradientPass {
 
 // ---- SigLIP
 
-template <class T, bool kWithGradient>
+template <class T, Same kSame, bool kWithGradient>
 struct SigLipPass {
     using Call = GradientTiles;
+    static constexpr bool kIds = kSame != Same::kNothing;
     static constexpr int kSums = kWithGradient ? 3 : 1;
-    static constexpr int kSharedBytes = kStripsBytes + kConsumerWarps * kSums * 4;
+    static constexpr int kIdsAt = kStripsBytes + kConsumerWarps * kSums * static_cast<int>(sizeof(float));
+    static constexpr int kSharedBytes = kIdsAt + (kIds ? Ids<false>::kBytes : 0);
 
     const Call& call;
     const Place& place;
     Strips strips;
     float* sums;
+    Ids<false> ids;
     float scale, bias;
 
     MMK_DEVICE SigLipPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap* ds)
@@ -272,12 +202,20 @@ struct SigLipPass {
           place(place),
           strips(shared, ds, place),
           sums(reinterpret_cast<float*>(shared + kStripsBytes)),
+          ids(shared + kIdsAt, place),
           scale(*call.pairs.scale),
           bias(*call.pairs.bias) {}
 
-    MMK_DEVICE void prepare(const Tile&) {}
+    MMK_DEVICE void prepare(const Tile& tile) {
+        if constexpr (kIds) ids.load(call, tile, place);
+    }
 
     MMK_DEVICE void finish(float (&d)[kHeld], const Tile& tile, const Walk& walk, bool first_tile, bool last_tile) {
+        if constexpr (kIds) {
+            named_barrier_sync(kGroup + place.group, kWarpgroup);  // nobody reads those of the tile before
+            ids.put(place);
+            named_barrier_sync(kGroup + place.group, kWarpgroup);
+        }
         float total[kSums] = {};
         if (tile.plain(call)) {
             write<true>(d, tile, total);
@@ -297,14 +235,18 @@ struct SigLipPass {
 #pragma unroll
             for (int n = 0; n < kStrip / 8; n++) {
                 const int right = strip * kStrip + n * 8;
+                const int2 id = kIds ? ids.at(place.column + right) : int2{};
                 float ds[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float product = d[right / 2 + i], logit = product * scale + bias;
                     const int e = i % 2, j = i / 2;
-                    const bool positive = !kPlain && right + e == bounds.own + 8 * j;
+                    const bool own = !kPlain && right + e == bounds.own + 8 * j;
+                    const bool same = kIds && (e == 0 ? id.x : id.y) == ids.row[j];
+                    const bool positive = kSame == Same::kPositive ? same : own;
                     const bool inside = kPlain || right + e < bounds.ends[j];
-                    const Sigmoid pair(!inside ? kLowest : positive ? -logit : logit);  // of no pair: 0
+                    const bool counted = inside && (kSame != Same::kIgnored || own || !same);
+                    const Sigmoid pair(!counted ? kLowest : positive ? -logit : logit);  // of no pair: 0
                     total[0] += pair.loss;
                     if constexpr (kWithGradient) {
                         ds[i] = positive ? -pair.slope : pair.slope;
@@ -402,23 +344,30 @@ Error run(const char* kernel, const typename Pass::Call& call, void* ds, int64_t
 
 Error statistics_tiles(const StatisticsTiles& call, cudaStream_t stream) {
     const char* const kernel = "clip_statistics_sm90";
-    if (call.pairs.bfloat16) return run<BFloat16, ClipStatisticsPass<BFloat16>>(kernel, call, nullptr, 0, stream);
-    return run<Float16, ClipStatisticsPass<Float16>>(kernel, call, nullptr, 0, stream);
+    return run_by_same(call.pairs.same, [&](auto same) {
+        if (!call.pairs.bfloat16)
+            return run<Float16, ClipStatisticsPass<Float16, same()>>(kernel, call, nullptr, 0, stream);
+        return run<BFloat16, ClipStatisticsPass<BFloat16, same()>>(kernel, call, nullptr, 0, stream);
+    });
 }
 
 Error gradient_tiles(const GradientTiles& call, cudaStream_t stream) {
     const char* const kernel = "clip_gradient_sm90";
-    if (call.pairs.bfloat16) {
-        return run<BFloat16, ClipGradientPass<BFloat16>>(kernel, call, call.ds, call.ds_stride, stream);
-    }
-    return run<Float16, ClipGradientPass<Float16>>(kernel, call, call.ds, call.ds_stride, stream);
+    return run_by_same(call.pairs.same, [&](auto same) {
+        if (!call.pairs.bfloat16) {
+            return run<Float16, ClipGradientPass<Float16, same()>>(kernel, call, call.ds, call.ds_stride, stream);
+        }
+        return run<BFloat16, ClipGradientPass<BFloat16, same()>>(kernel, call, call.ds, call.ds_stride, stream);
+    });
 }
 
 template <class T>
 Error siglip(const GradientTiles& call, cudaStream_t stream) {
     const char* const kernel = "siglip_sm90";
-    if (call.ds == nullptr) return run<T, SigLipPass<T, false>>(kernel, call, nullptr, 0, stream);
-    return run<T, SigLipPass<T, true>>(kernel, call, call.ds, call.ds_stride, stream);
+    return run_by_same(call.pairs.same, [&](auto same) {
+        if (call.ds == nullptr) return run<T, SigLipPass<T, same(), false>>(kernel, call, nullptr, 0, stream);
+        return run<T, SigLipPass<T, same(), true>>(kernel, call, call.ds, call.ds_stride, stream);
+    });
 }
 Error siglip(const GradientTiles& call, cudaStream_t stream) {
     return call.pairs.bfloat16 ? siglip<BFloat16>(call, stream) : siglip<Float16>(call, stream);

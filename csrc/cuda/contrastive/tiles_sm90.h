@@ -66,6 +66,39 @@ struct Bounds {
     }
 };
 
+// The ids of a tile: of the thread's rows, and of its columns, of which a thread needs so many that they go through
+// shared memory, each group's own. kAlone: of those that have one positive.
+template <bool kAlone>
+struct Ids {
+    static constexpr int kBytes = kGroups * kTileColumns * static_cast<int>(sizeof(int));
+
+    int* columns;
+    int row[2], mine[kTileColumns / kWarpgroup];  // mine: columns that the thread puts there
+
+    MMK_DEVICE Ids(unsigned char* shared, const Place& place)
+        : columns(reinterpret_cast<int*>(shared) + place.group * kTileColumns) {}
+
+    // Loads only: nothing waits for them before the products are done.
+    template <class Call>
+    MMK_DEVICE void load(const Call& call, const Tile& tile, const Place& place) {
+        const int end = call.row0 + call.row_count;
+#pragma unroll
+        for (int j = 0; j < 2; j++) row[j] = image_id<kAlone>(call.pairs, tile.row0 + place.row + 8 * j, end);
+#pragma unroll
+        for (int i = 0; i < kTileColumns / kWarpgroup; i++) {
+            const int column = tile.column0 + i * kWarpgroup + place.thread;
+            mine[i] = text_id<kAlone>(call.pairs, column, call.pairs.texts);
+        }
+    }
+    // Between two barriers of the group.
+    MMK_DEVICE void put(const Place& place) const {
+#pragma unroll
+        for (int i = 0; i < kTileColumns / kWarpgroup; i++) columns[i * kWarpgroup + place.thread] = mine[i];
+    }
+    // Of columns `column` and the next, the first one being even.
+    MMK_DEVICE int2 at(int column) const { return *reinterpret_cast<const int2*>(columns + column); }
+};
+
 struct Walk {
     int tiles_m, tiles_n, first_row, offset;
 

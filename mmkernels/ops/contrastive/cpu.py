@@ -14,7 +14,7 @@ from .smoothing import FeatureSums
 _SAME = {None: _core.Same.nothing, "positives": _core.Same.positive, "ignored": _core.Same.ignored}
 
 
-def unsupported(image: Tensor, text: Tensor, has_ids: bool = False) -> str | None:
+def unsupported(image: Tensor, text: Tensor) -> str | None:
     return unsupported_tensor("image_features", image) or unsupported_tensor("text_features", text)
 
 

@@ -24,12 +24,12 @@ from .smoothing import FeatureSums
 WORKSPACE = 2**15 if _cuda.emulated else 2**28
 TILE = 128  # chunks are whole tiles
 
+_SAME = {None: _cuda.Same.nothing, "positives": _cuda.Same.positive, "ignored": _cuda.Same.ignored}
+
 Wrap = Callable[["_cuda.LogitRows"], object]  # rows of S into the launcher's call
 
 
-def unsupported(image: Tensor, text: Tensor, has_ids: bool = False) -> str | None:
-    if has_ids:
-        return "its kernels compare no ids; the triton backend's do"
+def unsupported(image: Tensor, text: Tensor) -> str | None:
     return unsupported_tensor("image_features", image) or unsupported_tensor("text_features", text)
 
 
@@ -70,14 +70,15 @@ def clip_gradients(
     count: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call.of(pairing, image, text, scale)
-    own = own_slopes(pairing, rows, columns)
+    own = None if pairing.by_ids else own_slopes(pairing, rows, columns)
     d_image, d_text, (d_scale,) = call.clip_gradients(rows, columns, own, count, image.shape[1])
     return d_image, d_text, d_scale.double()
 
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairing: Pairing, count: float) -> Tensor:
     call, sums = _Call.of(pairing, image, text, scale, bias), _Sums(image, 1)
-    call.launch_rows("siglip", _as_it_is, None, 0, len(image), count, sums)
+    for row0, rows in pairing.chunks(len(image), len(text), len(image)):
+        call.launch_rows("siglip", _as_it_is, None, row0, rows, count, sums)
     return sums.means.reshape(())
 
 
@@ -92,23 +93,30 @@ def siglip_loss_with_grads(
 
 def _clip_weights(
     call: _Call, shares: Shares, label_smoothing: float, feature_sums: FeatureSums | None
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Loss, the weights of rows and of columns, and count dS of own pairs."""
-    image, text = call.image, call.text
-    rows, columns = (image.new_empty(3, len(x), dtype=torch.float32) for x in (image, text))
-    own, loss = image.new_empty(len(image), dtype=torch.float32), image.new_empty((), dtype=torch.float32)
+    image, text, by_ids = call.image, call.text, call.pairing.by_ids
+    rows, columns = (image.new_empty(4 if by_ids else 3, len(x), dtype=torch.float32) for x in (image, text))
+    own = None if by_ids else image.new_empty(len(image), dtype=torch.float32)
+    loss = image.new_empty((), dtype=torch.float32)
     call.clip_statistics(rows, columns, add=False)
     products = None if feature_sums is None else torch.stack(feature_sums.products())
+    numbers, on_device = (shares.row, shares.column, shares.count), None
+    if by_ids:
+        on_device = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=image.device) for x in numbers])
+        numbers = 0.0, 0.0, 0.0
+    row_share, column_share, count = numbers
     weights = _cuda.ClipWeights(
         pairs=call.pairs(),
         label_smoothing=label_smoothing,
-        row_share=shares.row,
-        column_share=shares.column,
-        count=shares.count,
+        row_share=row_share,
+        column_share=column_share,
+        count=count,
+        shares=address(on_device),
         products=address(products),
         rows=rows.data_ptr(),
         columns=columns.data_ptr(),
-        own=own.data_ptr(),
+        own=address(own),
         loss=loss.data_ptr(),
     )
     call.launch("clip_weights", weights)
@@ -152,6 +160,11 @@ class _Call:
             offset=self.pairing.offset,
             first=self.pairing.first,
             last=self.pairing.last,
+            same=_SAME[self.pairing.same],
+            image_ids=address(self.pairing.image_ids),
+            text_ids=address(self.pairing.text_ids),
+            image_counts=address(self.pairing.image_counts),
+            text_counts=address(self.pairing.text_counts),
         )
 
     def launch(self, name: str, call: object) -> None:
@@ -159,7 +172,7 @@ class _Call:
         launch(name, call, image_features=self.image, text_features=self.text, **parameters)
 
     def clip_statistics(self, rows: Tensor, columns: Tensor, add: bool) -> None:
-        size = _cuda.clip_statistics_workspace(len(self.image), len(self.text))
+        size = _cuda.clip_statistics_workspace(self.pairs())
         workspace = self.image.new_empty(size, dtype=torch.uint8)
         statistics = _cuda.ClipStatistics(
             pairs=self.pairs(),
@@ -172,10 +185,10 @@ class _Call:
         self.launch("clip_statistics", statistics)
 
     def clip_gradients(
-        self, rows: Tensor, columns: Tensor, own: Tensor, count: float, width: int
+        self, rows: Tensor, columns: Tensor, own: Tensor | None, count: float | Tensor, width: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         def with_weights(to: _cuda.LogitRows) -> _cuda.ClipGradient:
-            return _cuda.ClipGradient(to=to, rows=rows.data_ptr(), columns=columns.data_ptr(), own=own.data_ptr())
+            return _cuda.ClipGradient(to=to, rows=rows.data_ptr(), columns=columns.data_ptr(), own=address(own))
 
         return self.gradients("clip_gradient", with_weights, count, 1, width)
 
@@ -198,17 +211,18 @@ class _Call:
         self.launch(name, wrap(to))
 
     def gradients(
-        self, name: str, wrap: Wrap, count: float, num_sums: int, width: int
+        self, name: str, wrap: Wrap, count: float | Tensor, num_sums: int, width: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of both features, and the means of the sums that the tiles leave."""
-        sums = _Sums(self.image, num_sums)
+        sums, on_device = _Sums(self.image, num_sums), isinstance(count, Tensor)
 
         def write_rows(ds: Tensor, row0: int) -> None:
-            self.launch_rows(name, wrap, ds, row0, len(ds), count, sums)
+            self.launch_rows(name, wrap, ds, row0, len(ds), 1.0 if on_device else count, sums)
 
         n, m = len(self.image), len(self.text)
         chunks = self.pairing.chunks(n, m, max(WORKSPACE // (2 * m) // TILE, 1) * TILE)
-        return *feature_gradients(write_rows, self.image, self.text, self.scale, count, width, chunks), sums.means
+        gradients = feature_gradients(write_rows, self.image, self.text, self.scale, count, width, chunks)
+        return *gradients, sums.totals / count if on_device else sums.means
 
 
 def _as_it_is(to: _cuda.LogitRows) -> _cuda.LogitRows:

@@ -68,7 +68,7 @@ def arguments(
         _checks.one_of(op, "reduce", reduce, REDUCES)
         words, call = _in_words(op, sizes, process_group.size()), own()
         if not torch.compiler.is_compiling():  # what cannot be served is refused before anyone waits for it
-            backends.select("contrastive", call[-1], call[0], call[1], call[4] is not None)
+            backends.select("contrastive", call[-1], call[0], call[1])
         return *call, process_group.group_name, reduce, words, local
     except (TypeError, ValueError, backends.BackendUnavailable) as problem:
         device = image.device if isinstance(image, Tensor) else torch.device("cpu")
@@ -148,7 +148,7 @@ class Problem:
         has_ids = ids[0] is not None
         self.images, self.texts = self._sizes(has_ids, with_grads)
         self.num_images, self.num_texts = sum(self.images), sum(self.texts)
-        self.kernels = backends.select("contrastive", options.backend, image, text, has_ids)
+        self.kernels = backends.select("contrastive", options.backend, image, text)
         self.labels, self.counts = None, self._counts_of_pairs()
         if has_ids:
             gathered = (self.comm.all_gather(*x, "ids") for x in zip(ids, (self.images, self.texts), strict=True))

@@ -23,8 +23,8 @@ from . import distributed
 from .pairing import Pairing, Shares
 
 
-def _kernels(image: Tensor, text: Tensor, pairing: Pairing, backend: str):
-    return backends.select("contrastive", backend, image, text, pairing.same is not None)
+def _kernels(image: Tensor, text: Tensor, backend: str):
+    return backends.select("contrastive", backend, image, text)
 
 
 def _loss_like(image: Tensor) -> Tensor:
@@ -34,23 +34,23 @@ def _loss_like(image: Tensor) -> Tensor:
 def _clip(image, text, scale, image_ids, text_ids, same, direction, label_smoothing, backend):
     pairing = _pairing(image, text, image_ids, text_ids, same)
     call = image, text, scale, pairing, Shares.of(pairing, direction), label_smoothing
-    return _kernels(image, text, pairing, backend).clip_loss(*call)
+    return _kernels(image, text, backend).clip_loss(*call)
 
 
 def _clip_with_grads(image, text, scale, image_ids, text_ids, same, direction, label_smoothing, backend):
     pairing = _pairing(image, text, image_ids, text_ids, same)
     call = image, text, scale, pairing, Shares.of(pairing, direction), label_smoothing
-    return _kernels(image, text, pairing, backend).clip_loss_with_grads(*call)
+    return _kernels(image, text, backend).clip_loss_with_grads(*call)
 
 
 def _siglip(image, text, scale, bias, image_ids, text_ids, same, backend):
     pairing = _pairing(image, text, image_ids, text_ids, same)
-    return _kernels(image, text, pairing, backend).siglip_loss(image, text, scale, bias, pairing, len(image))
+    return _kernels(image, text, backend).siglip_loss(image, text, scale, bias, pairing, len(image))
 
 
 def _siglip_with_grads(image, text, scale, bias, image_ids, text_ids, same, backend):
     pairing = _pairing(image, text, image_ids, text_ids, same)
-    return _kernels(image, text, pairing, backend).siglip_loss_with_grads(image, text, scale, bias, pairing, len(image))
+    return _kernels(image, text, backend).siglip_loss_with_grads(image, text, scale, bias, pairing, len(image))
 
 
 def _pairing(image, text, image_ids, text_ids, same) -> Pairing:

@@ -30,7 +30,7 @@ from .pairing import Pairing, Shares
 from .weights import LOWEST
 
 
-def unsupported(image: Tensor, text: Tensor, has_ids: bool = False) -> str | None:
+def unsupported(image: Tensor, text: Tensor) -> str | None:
     return None
 
 

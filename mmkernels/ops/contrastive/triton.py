@@ -75,7 +75,7 @@ TILES = {
 CLIP, SIGLIP, IDS, FLOAT32 = range(4)
 
 
-def unsupported(image: Tensor, text: Tensor, has_ids: bool = False) -> str | None:
+def unsupported(image: Tensor, text: Tensor) -> str | None:
     return _triton.unsupported_tensor("image_features", image) or _triton.unsupported_tensor("text_features", text)
 
 
