@@ -19,6 +19,7 @@ from .._attend import NotSpans
 from .._tracing import is_traced
 from ..report import count_fallback
 from ..swap import plain_class
+from .documents import bounds
 from .known import eager_function, supports_sdpa
 from .layer_source import keywords
 from .span_mask import SpanMask, is_dense, spans_of
@@ -363,9 +364,5 @@ def _within_segments(spans: RowSpans, cu_seqlens: Tensor, batch: int) -> RowSpan
     """What lies in the segment of a query, where segments cut the batch's tokens laid one row after the other."""
     length = spans.num_queries
     lo, hi = (x.expand(batch, -1, -1) if x.dim() == 3 else x.expand(batch, 1, -1) for x in (spans.lo, spans.hi))
-    token = torch.arange(batch * length, device=lo.device, dtype=torch.int32).view(batch, 1, length)
-    cu_seqlens = cu_seqlens.to(device=lo.device, dtype=torch.int32)
-    segment = torch.searchsorted(cu_seqlens[1:], token, right=True)
-    bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])  # a token past the last segment sees nothing
-    start, end = (bounds[segment + side] - token[..., :1] for side in (0, 1))
-    return RowSpans(torch.maximum(lo, start), torch.minimum(hi, end), spans.num_keys)
+    start, end = bounds(cu_seqlens.to(device=lo.device, dtype=torch.int32), batch, length)
+    return RowSpans(torch.maximum(lo, start[:, None]), torch.minimum(hi, end[:, None]), spans.num_keys)

@@ -19,6 +19,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .._tracing import is_traced
 from ..code_words import authored, methods, reaches, words
 from ..swap import subclass
+from . import tiles
 from .attention import Interface
 from .layer_source import is_interface, is_of_a_model
 from .masks import with_spans
@@ -62,7 +63,13 @@ def _is_reaching(function: types.FunctionType | None) -> bool:
 
 
 def _is_exchanged(value: object) -> bool:
-    return is_interface("", value) or (isinstance(value, types.FunctionType) and value in _WITH_SPANS)
+    if isinstance(value, types.FunctionType):
+        return value in _WITH_SPANS or _is_of_tiles(value)
+    return is_interface("", value)
+
+
+def _is_of_tiles(function: types.FunctionType) -> bool:
+    return f"{function.__module__}.{function.__qualname__}" == tiles.NAME
 
 
 def _is_packed(function: types.FunctionType) -> bool:
@@ -128,7 +135,7 @@ def _stand_in(value: object, theirs: dict[str, object], packed: bool) -> object:
     if isinstance(value, AttentionInterface):
         return Interface(value)
     if _is_exchanged(value):
-        return _WITH_SPANS[value]
+        return _WITH_SPANS[value] if value in _WITH_SPANS else tiles.with_spans(value)
     if value is is_flash_attention_requested:
         return _packs if packed else _no
     if (

@@ -13,6 +13,7 @@ from ..finding import Finding
 from ..swap import plain_class
 from . import losses
 from .attention import takes_the_place_of
+from .documents import tells_documents
 from .exchange import exchanged, prepares
 from .layer_source import attending, calls_of_attention, makes_its_mask
 from .modules import MODULES
@@ -53,7 +54,7 @@ def _find(module: nn.Module) -> Iterator[Finding]:
     elif mixin is not None:
         yield Finding(kind, parts=(mixin, Drawn))
     elif prepares(cls):
-        yield Finding(None, parts=(exchanged,))
+        yield Finding(None, parts=(exchanged, tells_documents))
 
 
 @functools.cache

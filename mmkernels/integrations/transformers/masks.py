@@ -6,6 +6,9 @@ of keys, so that their unions and intersections are runs as well (runs.py): O(B 
 functions are closures, known by their module and name, their data read from their cells.
 
 A function of other origin gives the dense mask that sdpa would be given; `attention.py` finds the runs in that.
+
+Where the caller says where documents begin (documents.py), nothing is guessed: functions are asked with positions
+counted from there, tables are looked up in the row, and what lies in other documents is cut off.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from transformers import PreTrainedConfig, masking_utils
 from ... import _layouts
 from .._tracing import is_traced
 from .attention import NAME, takes_the_place_of
+from .documents import bounds, told
 from .known import supports_sdpa
 from .runs import FAR, Runs, compact
 from .span_mask import SpanMask, encode
@@ -60,9 +64,24 @@ def with_spans(function: Callable) -> Callable:
             kwargs["config"] = _renamed(kwargs["config"])
         else:
             args = (_renamed(args[0]), *args[1:])
+        if told() is not None and not (torch.compiler.is_compiling() and _counts_positions(function, kwargs)):
+            kwargs["position_ids"] = None  # from which documents would be guessed
         return function(*args, **kwargs)
 
     return make
+
+
+def _counts_positions(function: Callable, arguments: dict) -> bool:
+    """Whether compiled code needs positions that begin anew for its chunks: it makes them as transformers does, which
+    reads no offsets. Windows are the same from wherever they are counted, and attention cuts off other documents."""
+    if function.__name__ not in ("create_chunked_causal_mask", "create_masks_for_generate"):
+        return False
+    if arguments.get("attention_mask") is not None:
+        raise ValueError(
+            "cu_seq_lens_q with an attention_mask, under torch.compile: chunks of attention would be counted from the "
+            "start of the row; leave attention_mask out, which has nothing to hide in a pack"
+        )
+    return True
 
 
 def _renamed(config: PreTrainedConfig) -> PreTrainedConfig | _Renamed:
@@ -124,11 +143,17 @@ def _mask(
             return None
         if padding is not None:
             return SpanMask(None, padding, q_length, kv_length, kind, refusal)
-    q = torch.arange(q_length, device=device)[None] + q_offset
+    place = torch.arange(q_length, device=device)[None] + q_offset
+    queries, offsets = Queries(place, place), told()
+    if offsets is not None and q_length == kv_length and mask_function is not masking_utils.bidirectional_mask_function:
+        start, end = (x.long() for x in bounds(offsets.to(device), batch_size, q_length))
+        queries = Queries(place - start, place, start)
     try:
-        runs = evaluate(mask_function, Queries(q, q))
+        runs = evaluate(mask_function, queries)
     except NotRecognised:
         return dense(**kwargs | {"allow_is_causal_skip": False})
+    if queries.start is not None:
+        runs = Runs((runs.lo + start).clamp(min=start), (runs.hi + start).clamp(max=end), runs.own)
     if padding is not None and not tracing:  # which would ask how many runs there are: attention joins them there
         runs = runs & _key_runs(padding).shift(kv_offset)
         padding = None
@@ -162,6 +187,7 @@ class Queries(NamedTuple):
 
     position: Tensor
     place: Tensor
+    start: Tensor | None = None  # (B, Q): the place of the first of its document, where the caller said it
 
 
 def evaluate(function: Callable, q: Queries) -> Runs:
@@ -205,7 +231,7 @@ def _remapped(q: Queries, function: Callable) -> Runs:
     cells = dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
     positions = cells["position_ids"].to(q.place.device)
     positions = positions.gather(1, q.place.expand(len(positions), -1))
-    runs = evaluate(cells["mask_function"], Queries(positions, q.place))
+    runs = evaluate(cells["mask_function"], Queries(positions, q.place, q.start))
     return runs.shift((q.position - positions)[None], own=runs.own)
 
 
@@ -233,7 +259,7 @@ def _chunked(q: Queries, chunk_size: int, left_padding: Tensor) -> Runs:
 
 
 def _offset(q: Queries, mask_function: Callable, q_offset: int | Tensor, kv_offset: int) -> Runs:
-    return evaluate(mask_function, Queries(q.position + q_offset, q.place + q_offset)).shift(-kv_offset)
+    return evaluate(mask_function, Queries(q.position + q_offset, q.place + q_offset, q.start)).shift(-kv_offset)
 
 
 def _key_runs(mask: Tensor) -> Runs:
@@ -245,11 +271,11 @@ def _key_runs(mask: Tensor) -> Runs:
 
 
 def _blocks(q: Queries, block_sequence_ids: Tensor) -> Runs:
-    return _as_positions(q, _same_id(block_sequence_ids.to(q.place.device), q.place, least=0))
+    return _as_positions(q, _same_id(block_sequence_ids.to(q.place.device), q, least=0))
 
 
 def _packed(q: Queries, packed_sequence_mask: Tensor) -> Runs:
-    return _as_positions(q, _same_id(packed_sequence_mask.to(q.place.device), q.place, least=None))
+    return _as_positions(q, _same_id(packed_sequence_mask.to(q.place.device), q, least=None))
 
 
 def _padding(q: Queries, padding_mask: Tensor) -> Runs:
@@ -276,18 +302,20 @@ _RULES = {
 # ---- keys of the query's own id
 
 
-def _same_id(ids: Tensor, q: Tensor, least: int | None) -> Runs:
-    """ids: (B, K). Keys with the id of the query, if that is at least `least`. Waits for the device, once a mask."""
+def _same_id(ids: Tensor, q: Queries, least: int | None) -> Runs:
+    """ids: (B, K). Keys with the id of the query, if that is at least `least`, and of its document where that is known.
+    Waits for the device, once a mask."""
     batch, length = ids.shape
+    counts = torch.ones_like(ids, dtype=torch.bool) if least is None else ids >= least
+    if q.start is not None:  # else an id that all documents have would be listed once for each
+        ids = ids.long() + (q.start << 32)
     opens = torch.ones_like(ids, dtype=torch.bool)
     opens[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    counted = opens if least is None else opens & (ids >= least)
-    inside = (q >= 0) & (q < length)
-    at = q.clamp(0, length - 1).expand(batch, -1)
-    own_id = ids.gather(1, at)
-    seeing = inside.expand_as(own_id) if least is None else inside & (own_id >= least)
+    inside = (q.place >= 0) & (q.place < length)
+    at = q.place.clamp(0, length - 1).expand(batch, -1)
+    own_id, seeing = ids.gather(1, at), inside & counts.gather(1, at)
     start, end = _extent(opens)
-    table = _Table(counted, ids)
+    table = _Table(opens & counts, ids)
     if table.unique():
         lo, hi = (torch.where(seeing, x.gather(1, at), 0)[None] for x in (start, end))
         return Runs(lo, hi, True)

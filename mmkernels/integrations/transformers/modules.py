@@ -17,7 +17,10 @@ from .. import _attend
 from .._tracing import is_traced
 from ..report import count_fallback
 from .attention import Interface
+from .documents import told
 from .known import eager_function
+from .span_mask import SpanMask
+from .tiles import rows_that_see
 
 
 class IdeficsPerceiverAttention:
@@ -68,12 +71,17 @@ class PerceiverSelfAttention:
 
 
 class MllamaTextCrossAttention:
-    """Gets the text's cu_seq_lens, which say nothing of tiles."""
+    """Gets the text's cu_seq_lens, which say nothing of tiles: its mask has them (tiles.py). Rows of documents without
+    pictures see nothing, and take nothing, whoever attends."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
             kwargs.pop(name, None)
-        return super().forward(*args, **kwargs)
+        out, weights = super().forward(hidden_states, *args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        if told() is not None and isinstance(mask, SpanMask):
+            out = out * rows_that_see(mask, out.shape[1])
+        return out, weights
 
 
 class RotaryVisionAttention:
