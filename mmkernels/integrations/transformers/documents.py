@@ -17,7 +17,7 @@ from torch import Tensor
 from ..swap import subclass
 
 _told: ContextVar[Tensor | None] = ContextVar("documents", default=None)
-_traced: Tensor | None = None  # the same while torch.compile traces, which follows globals and no context
+_traced: Tensor | None = None  # the same for what torch.compile traces, which follows globals and no context
 
 
 def tells_documents(plain: type) -> type:
@@ -43,9 +43,8 @@ def told() -> Tensor | None:
 
 def _tell(offsets: Tensor | None) -> None:
     global _traced
-    if torch.compiler.is_compiling():
-        _traced = offsets
-    else:
+    _traced = offsets  # of eager code too, which may call what is compiled
+    if not torch.compiler.is_compiling():
         _told.set(offsets)
 
 

@@ -47,12 +47,12 @@ def span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor 
 
 def bool_span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
     """The same in the place of a mask for sdpa."""
-    return _mask(None, **arguments)
+    return _mask(None, rule=_rule_of(config), **arguments)
 
 
 def additive_span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
     """The same in the place of a mask for eager attention."""
-    return _mask(None, additive=True, otherwise_additive=True, **arguments)
+    return _mask(None, additive=True, otherwise_additive=True, rule=_rule_of(config), **arguments)
 
 
 def with_spans(function: Callable) -> Callable:
@@ -60,42 +60,56 @@ def with_spans(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def make(*args, **kwargs):
+        config = kwargs["config"] if "config" in kwargs else args[0]
+        renamed = _renamed(config, _rule(function, config, kwargs))
         if "config" in kwargs:
-            kwargs["config"] = _renamed(kwargs["config"])
+            kwargs["config"] = renamed
         else:
-            args = (_renamed(args[0]), *args[1:])
-        if told() is not None and not (torch.compiler.is_compiling() and _counts_positions(function, kwargs)):
+            args = (renamed, *args[1:])
+        if told() is not None:
             kwargs["position_ids"] = None  # from which documents would be guessed
         return function(*args, **kwargs)
 
     return make
 
 
-def _counts_positions(function: Callable, arguments: dict) -> bool:
-    """Whether compiled code needs positions that begin anew for its chunks: it makes them as transformers does, which
-    reads no offsets. Windows are the same from wherever they are counted, and attention cuts off other documents."""
-    if function.__name__ not in ("create_chunked_causal_mask", "create_masks_for_generate"):
-        return False
-    if arguments.get("attention_mask") is not None:
-        raise ValueError(
-            "cu_seq_lens_q with an attention_mask, under torch.compile: chunks of attention would be counted from the "
-            "start of the row; leave attention_mask out, which has nothing to hide in a pack"
-        )
-    return True
-
-
-def _renamed(config: PreTrainedConfig) -> PreTrainedConfig | _Renamed:
+def _renamed(config: PreTrainedConfig, rule: Rule | None) -> PreTrainedConfig | _Renamed:
     name = config._attn_implementation
     if not takes_the_place_of(name) or (name == NAME and not supports_sdpa(type(config))):
         return config
-    return _Renamed(config, EAGER_NAME if name in (None, "eager") else SDPA_NAME)
+    return _Renamed(config, EAGER_NAME if name in (None, "eager") else SDPA_NAME, rule)
+
+
+class Rule(NamedTuple):
+    """What a causal mask is by the function that was asked for it, as far as that says all: torch.compile cannot read
+    the closures that transformers makes of it."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+def _rule(function: Callable, config: PreTrainedConfig, arguments: dict) -> Rule | None:
+    changes = ("or_mask_function", "and_mask_function", "block_sequence_ids")
+    if any(arguments.get(name) is not None for name in changes) or not getattr(config, "is_causal", True):
+        return None
+    if function.__name__ == "create_causal_mask":
+        return Rule()
+    if function.__name__ == "create_sliding_window_causal_mask":
+        return Rule(window=getattr(config, "sliding_window", None))  # without one transformers raises
+    if function.__name__ == "create_chunked_causal_mask":
+        return Rule(chunk=getattr(config, "attention_chunk_size", None))
+    return None
+
+
+def _rule_of(config: PreTrainedConfig | _Renamed | None) -> Rule | None:
+    return config.rule if isinstance(config, _Renamed) else None
 
 
 class _Renamed:
     """A config as the functions that make masks see it: with another attention, and nothing written to it."""
 
-    def __init__(self, config: PreTrainedConfig, name: str):
-        self._config, self._attn_implementation = config, name
+    def __init__(self, config: PreTrainedConfig, name: str, rule: Rule | None = None):
+        self._config, self._attn_implementation, self.rule = config, name, rule
 
     def __getattr__(self, name: str):
         return getattr(self._config, name)
@@ -109,6 +123,7 @@ def _mask(
     *,
     additive: bool = False,
     otherwise_additive: bool = False,  # where it is not spans
+    rule: Rule | None = None,
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -149,7 +164,7 @@ def _mask(
         start, end = (x.long() for x in bounds(offsets.to(device), batch_size, q_length))
         queries = Queries(place - start, place, start)
     try:
-        runs = evaluate(mask_function, queries)
+        runs = _by(rule, queries) if rule and queries.start is not None else evaluate(mask_function, queries)
     except NotRecognised:
         return dense(**kwargs | {"allow_is_causal_skip": False})
     if queries.start is not None:
@@ -205,6 +220,15 @@ def evaluate(function: Callable, q: Queries) -> Runs:
         raise NotRecognised(function)
     cells = (cell.cell_contents for cell in function.__closure__ or ())
     return rule(q, **dict(zip(function.__code__.co_freevars, cells, strict=True)))
+
+
+def _by(rule: Rule, q: Queries) -> Runs:
+    runs = evaluate(masking_utils.causal_mask_function, q)
+    if rule.window is not None:
+        return runs & _sliding(q, rule.window)
+    if rule.chunk is not None:
+        return runs & _chunked(q, rule.chunk, torch.zeros_like(q.position[:, 0]))
+    return runs
 
 
 def _name(function: Callable) -> str:
