@@ -117,6 +117,7 @@ def _through_tokens(run: _Run, documents: list[slice]) -> Iterator[Leak]:
         poisoned = run(poisoned=own)
         dense = _passes_nan(base, poisoned, documents, source, by_tokens)
         by_nan = {} if dense else dict(_reached(base, poisoned, documents, source))
+        by_nan = {reached: x for reached, x in by_nan.items() if x == float("inf")}  # else it moved rows, and rounds
         for reached, largest in by_tokens.items():
             if largest > small or reached in by_nan:
                 yield Leak(source, reached, "other tokens", largest)
