@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -27,7 +28,10 @@ def _peers(op: Op, call: Call) -> list[Peer]:
     losses = None if _is_paired_otherwise(call) else open_clip_losses()
     if losses is None:
         return [Peer("open_clip's arithmetic", op.plain)]
-    return [Peer("open_clip", as_function({"clip_loss": losses.ClipLoss, "siglip_loss": losses.SigLipLoss}[op.name]()))]
+    loss = {"clip_loss": losses.ClipLoss, "siglip_loss": losses.SigLipLoss}[op.name]
+    triton_peer = siglip_kernel(op.name, call.tensors["image_features"].device.type)
+    others = [] if triton_peer is None else [Peer("siglip-kernel", as_function(triton_peer()))]
+    return [Peer("open_clip", as_function(loss())), *others]
 
 
 def _is_paired_otherwise(call: Call) -> bool:
@@ -55,6 +59,14 @@ def open_clip_losses() -> ModuleType | None:
     except (ImportError, OSError):
         return None
     return module
+
+
+def siglip_kernel(op: str, device: str) -> type | None:
+    """siglip-kernel's loss, a module of Triton kernels, where it and a GPU are. (memeff's CLIP has a fixed temperature
+    and no gradient of it: it computes something else.)"""
+    if op != "siglip_loss" or device != "cuda" or importlib.util.find_spec("siglip_kernel") is None:
+        return None
+    return importlib.import_module("siglip_kernel").DistributedSigLIPLoss
 
 
 def as_function(loss: Callable[..., Tensor]) -> Function:
@@ -88,7 +100,12 @@ def _by_chunks(op: Op, call: Call, dtype: torch.dtype) -> tuple[Values, Values]:
 
 
 OPS = tuple(
-    Measured(op, partial(_peers, op), truth_by_chunks=partial(_truth, op), plain_by_chunks=partial(_plain, op))
+    Measured(
+        op,
+        partial(_peers, op),
+        truth_by_chunks=partial(_truth, op),
+        plain_by_chunks=partial(_plain, op),
+    )
     for op in LOSSES
 )
 

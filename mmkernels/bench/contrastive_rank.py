@@ -31,7 +31,7 @@ from .. import backends
 from ..check.draw import Draw
 from ..check.precision import exact_float32
 from .cases import CASES, OPS
-from .contrastive import as_function, open_clip_losses
+from .contrastive import as_function, open_clip_losses, siglip_kernel
 from .machine import synchronize
 from .measure import Stopwatch, with_peak_memory
 from .op import Function, Values
@@ -114,6 +114,9 @@ class _Rank:
         cls = {"clip_loss": losses.ClipLoss, "siglip_loss": losses.SigLipLoss}[self.op.name]
         here = {"rank": self.rank, "world_size": self.ranks}
         theirs = {name: as_function(cls(**options, **here)) for name, options in OPEN_CLIP[self.op.name].items()}
+        triton_peer = siglip_kernel(self.op.name, self.device)
+        if triton_peer is not None:
+            theirs["siglip-kernel"] = as_function(triton_peer(**here))
         return theirs | functions
 
     def _run(self, function: Function, tensors: dict[str, Tensor]) -> Values:

@@ -82,8 +82,8 @@ def _measure(case: LossCase, dtype: torch.dtype, ranks: int, request: Request, r
         report.results.append(own | {"error": worst.error, "error_budget": worst.budget})
 
 
-def sent_bytes(impl: str, case: LossCase, dtype: torch.dtype, ranks: int) -> int:
-    """What a rank hands on in a step, on paper: features and gradients, statistics, sizes and scalars left out.
+def sent_bytes(impl: str, case: LossCase, dtype: torch.dtype, ranks: int) -> int | None:
+    """What a rank hands on in a step, on paper: features, gradients and statistics; None of who is not known.
 
     open_clip's CLIP gathers both features, and their gradients return, in the features' type; its SigLIP moves texts
     and their gradients once, ring or gathered, and gathered sums up on every rank what one of them wants.
@@ -92,6 +92,8 @@ def sent_bytes(impl: str, case: LossCase, dtype: torch.dtype, ranks: int) -> int
     others = ranks - 1
     if impl.startswith("open_clip"):
         return others * texts * size * (4 if case.op == "clip_loss" else 2)
+    if not impl.startswith("mmkernels"):
+        return None
     if case.op == "siglip_loss":
         return others * texts * (size + wide)
     gathers = 1 if count_pieces(case.op, case.pairs, case.width, case.pairs // ranks, dtype) == 1 else 2
