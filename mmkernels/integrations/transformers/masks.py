@@ -66,7 +66,7 @@ def with_spans(function: Callable) -> Callable:
             kwargs["config"] = renamed
         else:
             args = (renamed, *args[1:])
-        if told() is not None:
+        if told() is not None and "position_ids" in kwargs:
             kwargs["position_ids"] = None  # from which documents would be guessed
         return function(*args, **kwargs)
 
