@@ -326,3 +326,21 @@ def test_tables_are_looked_up_where_a_packed_query_stands(seed):
         seen = masking_utils.sdpa_mask(mask_function=alone, use_vmap=True, allow_is_causal_skip=False, **sizes)[0, 0]
         expected[own[:, None], own] = seen
     assert torch.equal(mask.dense()[0, 0], expected)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_function_that_nobody_knows_is_cut_by_documents(additive, monkeypatch):
+    """Of a row of 5 and 3 tokens and one of padding, and a row of one document."""
+    from mmkernels.integrations.transformers import masks
+
+    offsets, length = torch.tensor([0, 5, 8, 9, 18], dtype=torch.int32), 9
+    monkeypatch.setattr(masks, "told", lambda: offsets)
+    make = additive_span_mask if additive else masks.bool_span_mask
+    sizes = {"batch_size": 2, "q_length": length, "kv_length": length}
+    unknown = lambda batch, head, q, k: k <= q + 1  # noqa: E731
+    mask = make(mask_function=unknown, use_vmap=True, **sizes)
+    mask = mask == 0 if additive else mask
+    document = torch.bucketize(torch.arange(18), offsets[1:], right=True).view(2, length)
+    place = torch.arange(length)
+    expected = (place <= place[:, None] + 1) & (document[:, :, None] == document[:, None])
+    assert torch.equal(mask.expand(2, 1, -1, -1)[:, 0], expected)

@@ -166,7 +166,8 @@ def _mask(
     try:
         runs = _by(rule, queries) if rule and queries.start is not None else evaluate(mask_function, queries)
     except NotRecognised:
-        return dense(**kwargs | {"allow_is_causal_skip": False})
+        mask = dense(**kwargs | {"allow_is_causal_skip": False})
+        return mask if queries.start is None else _cut(mask, start, end)
     if queries.start is not None:
         runs = Runs((runs.lo + start).clamp(min=start), (runs.hi + start).clamp(max=end), runs.own)
     if padding is not None and not tracing:  # which would ask how many runs there are: attention joins them there
@@ -180,6 +181,13 @@ def _mask(
             lo, hi = lo[:used], hi[:used]
     code = encode(lo, hi, batch_size, q_length, kv_length)
     return SpanMask(code, padding, q_length, kv_length, kind, refusal)
+
+
+def _cut(mask: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """A dense mask without what lies in other documents."""
+    key = torch.arange(mask.shape[-1], device=mask.device)
+    own = ((key >= start[:, :, None]) & (key < end[:, :, None]))[:, None]
+    return mask & own if mask.dtype == torch.bool else mask.masked_fill(~own, torch.finfo(mask.dtype).min)
 
 
 def _refusal(config: PreTrainedConfig | None) -> str | None:
