@@ -115,9 +115,9 @@ __global__ __launch_bounds__(kFoldThreads) void fold_statistics_kernel(const Fol
 Error fold_statistics(const Fold& rows, const Fold& columns, const Pairs& pairs, cudaStream_t stream) {
     const auto blocks = static_cast<unsigned>(divided_up(std::max(rows.length, columns.length), kFoldThreads));
     const Launch at{"fold_statistics", dim3(blocks, 2), kFoldThreads, 0, stream};
-    const bool positives = pairs.same == Same::kPositive;
-    return launch(at, positives ? fold_statistics_kernel<true> : fold_statistics_kernel<false>, rows, columns,
-                  pairs.scale);
+    const float* const scale = pairs.scale;
+    if (pairs.same == Same::kPositive) return launch(at, fold_statistics_kernel<true>, rows, columns, scale);
+    return launch(at, fold_statistics_kernel<false>, rows, columns, scale);
 }
 
 // What a row or a column says of its own pair, from what it says of the others.
