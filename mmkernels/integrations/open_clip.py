@@ -60,7 +60,9 @@ def _why_left(loss: nn.Module) -> str | None:
         return "a subclass of open_clip's loss, which mmkernels does not know"
     base = losses.SigLipLoss if cls is losses.SigLipLoss else losses.ClipLoss
     if list(inspect.signature(base.forward).parameters) != _SIGNATURE:
-        return "this open_clip calls its losses in a way that mmkernels does not know"
+        return (
+            f"the {base.__name__} of this open_clip is called otherwise than that of open_clip 3, with its logit_bias"
+        )
     if {"get_logits", "get_ground_truth"} & vars(loss).keys():
         return "the instance has logits or labels of its own"
     if getattr(loss, "use_horovod", False) and loss.world_size > 1:

@@ -91,6 +91,18 @@ def test_what_is_left():
         assert words in entry.what and entry.kind == "loss"
 
 
+def test_an_older_call_is_left(monkeypatch):
+    """That of open_clip 2.24, whose fourth argument is another."""
+
+    def forward(self, image_features, text_features, logit_scale, output_dict=False):
+        raise NotImplementedError
+
+    monkeypatch.setattr(losses.ClipLoss, "forward", forward)
+    for loss in (losses.ClipLoss(), losses.CoCaLoss(2.0, 1.0)):
+        with pytest.warns(UserWarning, match="called otherwise than that of open_clip 3"):
+            assert not accelerate(loss, verbose=False).swapped
+
+
 def test_a_mode_without_the_gradient_is_named():
     loss = losses.ClipLoss(local_loss=True, world_size=2)
     (entry,) = accelerate(loss, verbose=False).swapped
