@@ -133,7 +133,7 @@ def make_batches(args: argparse.Namespace, rank: int) -> list[list[Batch]]:
     """Of this rank: for each step its microbatches."""
     generator = torch.Generator().manual_seed(args.seed * 1000 + rank)
     pyramids = picture_pyramids(IMAGE_SIZE)
-    draw = lambda: make_batch(pyramids, args.batch, IMAGE_SIZE, generator)  # noqa: E731
+    draw = partial(make_batch, pyramids, args.batch, IMAGE_SIZE, generator)
     return [[draw() for _ in range(args.accumulate)] for _ in range(args.steps)]
 
 

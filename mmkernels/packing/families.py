@@ -30,7 +30,7 @@ FAMILIES = {
     **dict.fromkeys(
         (
             "aria", "chameleon", "emu3", "fuyu", "gemma3", "internvl", "janus", "llama4", "llava", "llava_next",
-            "molmo2", "pixtral",
+            "molmo2",
         ),
         _PLAIN,
     ),

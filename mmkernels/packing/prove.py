@@ -226,11 +226,11 @@ def assert_equal_to_separate(
     Raises:
         AssertionError: something differs by more; the message names the worst, and the table tells of it.
     """
-    found = differences(model, documents, collator)
+    found, dtype = differences(model, documents, collator)
     table = _table("a pack against its documents alone", "", "packed", "alone", "budget")
     for one in found[:8]:
         table.add_row(one.name, f"{one.packed:.1e}", f"{one.alone:.1e}", f"{one.budget:.1e}")
-    table.caption = "errors from float64, relative, in norm; the worst first"
+    table.caption = f"errors from the documents alone in {dtype}, relative, in norm; the worst first"
     (console or Console()).print(table)
     wrong = [one for one in found if not one.ok]
     if wrong:
@@ -240,14 +240,16 @@ def assert_equal_to_separate(
         )
 
 
-def differences(model: nn.Module, documents: Sequence[Document], collator: Callable) -> list[Difference]:
-    """What `assert_equal_to_separate` judges, the worst first."""
+def differences(
+    model: nn.Module, documents: Sequence[Document], collator: Callable
+) -> tuple[list[Difference], torch.dtype]:
+    """What `assert_equal_to_separate` judges, the worst first; and the dtype of the truth."""
     model = copy.deepcopy(model).eval()  # whose gradients are nobody's
     exact = copy.deepcopy(model).double()
     try:
-        truth = _alone(exact, documents)
-    except (RuntimeError, TypeError, NotImplementedError):  # a layer that knows no float64
-        truth = _alone(model, documents)
+        truth, dtype = _alone(exact, documents), torch.float64
+    except (RuntimeError, TypeError, NotImplementedError):  # a layer that knows no float64: the table says so. What is
+        truth, dtype = _alone(model, documents), next(model.parameters()).dtype  # wrong otherwise is raised again here
     alone, packed = _alone(model, documents), _packed(model, collator(documents))
     largest = max(x.norm() for name, x in truth.items() if name not in ("loss", "logits"))
 
@@ -256,7 +258,7 @@ def differences(model: nn.Module, documents: Sequence[Document], collator: Calla
         return ((value - truth[name]).norm() / truth[name].norm().clamp(min=max(float(floor), 1e-30))).item()
 
     found = [Difference(name, error(packed, name), error(alone, name)) for name in truth]
-    return sorted(found, key=lambda one: one.budget - one.packed if one.packed == one.packed else -torch.inf)
+    return sorted(found, key=lambda one: one.budget - one.packed if one.packed == one.packed else -torch.inf), dtype
 
 
 def _alone(model: nn.Module, documents: Sequence[Document]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from transformers import PerceiverConfig, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.perceiver import modeling_perceiver  # noqa: F401 (which says what Perceiver supports)
 
+from mmkernels.integrations.transformers import masks
 from mmkernels.integrations.transformers.attention import span_attention_forward
 from mmkernels.integrations.transformers.masks import additive_span_mask, span_mask
 from mmkernels.integrations.transformers.span_mask import SpanMask, is_dense, spans_of
@@ -331,13 +332,14 @@ def test_tables_are_looked_up_where_a_packed_query_stands(seed):
 @pytest.mark.parametrize("additive", [False, True])
 def test_a_function_that_nobody_knows_is_cut_by_documents(additive, monkeypatch):
     """Of a row of 5 and 3 tokens and one of padding, and a row of one document."""
-    from mmkernels.integrations.transformers import masks
-
     offsets, length = torch.tensor([0, 5, 8, 9, 18], dtype=torch.int32), 9
     monkeypatch.setattr(masks, "told", lambda: offsets)
     make = additive_span_mask if additive else masks.bool_span_mask
     sizes = {"batch_size": 2, "q_length": length, "kv_length": length}
-    unknown = lambda batch, head, q, k: k <= q + 1  # noqa: E731
+
+    def unknown(batch, head, q, k):
+        return k <= q + 1
+
     mask = make(mask_function=unknown, use_vmap=True, **sizes)
     mask = mask == 0 if additive else mask
     document = torch.bucketize(torch.arange(18), offsets[1:], right=True).view(2, length)

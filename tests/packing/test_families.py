@@ -91,7 +91,7 @@ def test_planted_faults_are_found(fault):
 def test_mllamas_pictures_stay_with_their_documents_in_float64_too():
     """Where no kernel serves, and rows of a document without pictures see nothing."""
     model, documents = accelerated("mllama").double(), documents_of("mllama")
-    found = differences(model, documents, Collator.of(model))
+    found, _ = differences(model, documents, Collator.of(model))
     # transformers' loss is float32
     assert all(one.packed <= (1e-6 if one.name == "loss" else 1e-9) for one in found), found[:3]
     assert not find_leaks(model, Collator.of(model)(documents_double(documents)))
@@ -151,9 +151,9 @@ def test_a_pack_without_pictures_gets_a_blank_one():
                              lambda documents: collator(documents[:2]), console=quiet())  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3", "llama4"])
+@pytest.mark.parametrize("name", ["llava", "gemma3", "llama4", "mllama"])
 def test_compiled_packs(name):
-    """Causal, with windows and images, and with chunks: as eager."""
+    """Causal, with windows and images, with chunks, and with tiles: as eager."""
     model, documents = accelerated(name), documents_of(name)
     torch._dynamo.reset()
     pack = Collator.of(model)(documents) | {"use_cache": False}
@@ -162,6 +162,5 @@ def test_compiled_packs(name):
         expected = model(**pack).logits
         limit = 1e-4 * expected.abs().max().item()
         torch.testing.assert_close(compiled(**pack), expected, rtol=0, atol=limit)
-        # Llama 4's chunks refuse the mask, upon which torch.compile leaves that code to eager
         guarded = pack | {"attention_mask": torch.ones_like(pack["input_ids"])}
         torch.testing.assert_close(compiled(**guarded), expected, rtol=0, atol=limit)

@@ -36,8 +36,10 @@ def with_spans(plain: Callable) -> Callable:
         seen = torch.where(sees[:, :, None, None], seen, own).flatten(2)
         try:
             tiles = _attend.spans_of(seen[:, None])
-        except _attend.NotSpans:
-            return plain(cross_attention_mask, num_vision_tokens=num_vision_tokens, dtype=dtype)
+        except _attend.NotSpans:  # under torch.compile, or in too many runs
+            hidden = ~seen[:, None].repeat_interleave(num_vision_tokens, dim=-1)
+            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+            return mask, sees[:, None, :, None].to(dtype)
         lo, hi = (x.long() * num_vision_tokens for x in (tiles.lo, tiles.hi))
         lo, hi = (x.transpose(0, 1) if x.dim() == 3 else x[:, None] for x in (lo, hi))  # (runs, B or 1, T)
         batch, queries, keys = len(seen), seen.shape[1], seen.shape[2] * num_vision_tokens
@@ -57,7 +59,9 @@ def _own_pictures(seen: Tensor) -> Tensor:
     return owner[:, None] == start[:, :, None]
 
 
-def rows_that_see(mask: SpanMask, queries: int) -> Tensor:
-    """(B, T, 1) bool."""
+def rows_that_see(mask: Tensor, queries: int) -> Tensor:
+    """Of a mask made here, (B, T, 1) bool."""
+    if not isinstance(mask, SpanMask):
+        return (mask[:, 0] == 0).any(-1, keepdim=True)
     spans = spans_of(mask, queries)
     return (spans.lo < spans.hi).any(1)[:, :, None]
