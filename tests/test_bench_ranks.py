@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
+from ranks import on_ranks
 from rich.console import Console
 
 from mmkernels import cli
-from mmkernels.bench import CASES, Request
+from mmkernels.bench import CASES, Request, contrastive_rank
 from mmkernels.bench import contrastive_ranks as ranks
 from mmkernels.bench.machine import environment
 from mmkernels.bench.ranks_report import print_ranks
@@ -105,3 +106,22 @@ def test_pieces():
         found = [distributed.count_pieces(op, texts, 512, 10**6, torch.float32) for op in ranks.OPS_ACROSS]
         assert found == [clip, siglip], texts
     assert distributed.count_pieces("siglip_loss", 2**20, 512, 3, torch.float32) == 3  # no empty ones
+
+
+def check_a_broken_peer(rank: int, count: int) -> None:
+    class Broken:
+        def __init__(self, **here):
+            pass
+
+        def __call__(self, *args):
+            raise ValueError("not on this machine")
+
+    contrastive_rank.siglip_kernel = lambda *_: Broken
+    task = {"op": "siglip_loss", "case": "512x256", "dtype": "float32", "device": "cpu", "seed": 0, "seconds": 0.0}
+    found = contrastive_rank._Rank(rank, count, task | {"own_network": False}).measured()
+    assert found["siglip-kernel"] == {"reason": "ValueError: not on this machine"}
+    assert all("values" in x for name, x in found.items() if name != "siglip-kernel") and len(found) == 4
+
+
+def test_a_peer_that_fails_is_told_and_the_others_are_measured(tmp_path):
+    on_ranks(2, tmp_path, check_a_broken_peer)

@@ -37,7 +37,7 @@ from .measure import Stopwatch, with_peak_memory
 from .op import Function, Values
 
 MOST_ROUNDS = 10
-_WARM_ROWS = 16  # of a first call that opens connections and loads code
+_WARM_ROWS = 16
 
 # name -> arguments of open_clip's class: what trains on the gradient of the loss with the least of logits on a rank
 OPEN_CLIP = {
@@ -93,8 +93,12 @@ class _Rank:
 
     def measured(self) -> dict[str, dict]:
         functions = self._functions()
-        for function in functions.values():
-            self._run(function, {name: x[:_WARM_ROWS] if x.dim() else x for name, x in self.tensors.items()})
+        failed = {
+            name: {"reason": reason} for name, function in functions.items() if (reason := self._failure(function))
+        }
+        if ours := [name for name in failed if name.startswith("mmkernels")]:
+            raise RuntimeError(failed[ours[0]]["reason"])
+        functions = {name: function for name, function in functions.items() if name not in failed}
         runs = {name: partial(self._run, function, self.tensors) for name, function in functions.items()}
         found = {}
         for name, run in runs.items():
@@ -102,7 +106,16 @@ class _Rank:
             found[name] = dict(zip(("values", "peak_bytes"), with_peak_memory(run, self.device), strict=True))
         first = {name: self._time(run) for name, run in runs.items()}
         rounds = [first, *self._alternate(runs, sum(x["seconds"] for x in first.values()))]
-        return {name: x | {key: [y[name][key] for y in rounds] for key in first[name]} for name, x in found.items()}
+        every = {name: x | {key: [y[name][key] for y in rounds] for key in first[name]} for name, x in found.items()}
+        return every | failed
+
+    def _failure(self, function: Function) -> str | None:
+        """Why a first call fails, on a few rows, which also opens connections and loads code."""
+        try:
+            self._run(function, {name: x[:_WARM_ROWS] if x.dim() else x for name, x in self.tensors.items()})
+        except Exception as reason:  # a peer's is told in its place, ours is raised
+            return f"{type(reason).__name__}: {reason}"
+        return None
 
     def _functions(self) -> dict[str, Function]:
         explained = backends.explain(self.op.call, **self.tensors)

@@ -68,6 +68,9 @@ def _measure(case: LossCase, dtype: torch.dtype, ranks: int, request: Request, r
     plain, measured = OPS[case.op].plain_by_chunks(call), OPS[case.op].op
     for name, of_ranks in found.items():
         is_ours = name.startswith("mmkernels")
+        if "reason" in of_ranks[0]:
+            report.unmeasured.append(key | {"impl": name, "is_ours": False, "reason": of_ranks[0]["reason"]})
+            continue
         values = _of_all([x["values"] for x in of_ranks], measured.result, is_ours)
         if name == next(iter(found)) and not is_ours:  # what is exact to float32 has float32 code's budget
             plain = {k: plain[k] if k in measured.wide else x for k, x in values.items()}
