@@ -1,4 +1,4 @@
-"""How this package was installed: what its build left out and why, and the command that installs it anew."""
+"""How this package was installed: where, what its build left out and why, and the command that installs it anew."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
+
+# Where a process that runs `python -m mmkernels...` has to start: -m looks first in the folder it starts in, where
+# another mmkernels may lie, as a checkout that nobody built.
+IMPORTED_FROM = Path(__file__).parents[1]
 
 
 def left_out(part: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def pytest_report_header() -> str:
 def seed() -> int:
     torch.manual_seed(SEED)
     return SEED
+
+
+@pytest.fixture
+def decoy(tmp_path) -> Path:
+    """A folder with another mmkernels, which nothing started in it may take for this one."""
+    (tmp_path / "mmkernels").mkdir()
+    (tmp_path / "mmkernels" / "__init__.py").write_text("raise ImportError('not this one')")
+    return tmp_path
 
 
 @pytest.fixture(params=["reference", "cpu"])

@@ -42,7 +42,9 @@ def test_figures_of_two_ranks(tmp_path, capsys):
     assert ours["sent_bytes"] == 256 * 256 * (4 + 4) + 3 * 4 * 512
 
 
-def test_a_wrong_result_gets_no_figure(monkeypatch):
+def test_a_wrong_result_gets_no_figure(monkeypatch, decoy):
+    monkeypatch.chdir(decoy)
+
     def wrong(*args, real=ranks._on_ranks):
         found = real(*args)
         for of_rank in found["mmkernels:cpu"]:

@@ -214,10 +214,10 @@ def test_a_backend_that_is_not_there_fails_only_when_asked_for(capsys, monkeypat
     assert "cpu is not checked: cpu is on holiday" in capsys.readouterr().out
 
 
-def test_check_interprets_triton_in_a_process_of_its_own():
+def test_check_interprets_triton_in_a_process_of_its_own(decoy):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "mmkernels", "check", *ONE, "--backend", "triton", "--device", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [Path(sys.executable).with_name("mmkernels"), "check", *ONE, "--backend", "triton", "--device", "cpu"]
+    done = subprocess.run(command, env=environment, cwd=decoy, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("triton, interpreted") == 3 and done.stdout.count("1 of 1") == 3
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from .._installation import IMPORTED_FROM
 from ..check.suite import name_of
 from ..ops.contrastive.distributed import count_pieces
 from .cases import CASES, OPS
@@ -138,7 +139,7 @@ def _on_ranks(case: LossCase, dtype: torch.dtype, ranks: int, request: Request) 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "task.json").write_text(json.dumps(task))
         command = [*own_network, sys.executable, "-m", "mmkernels.bench.contrastive_rank", folder]
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        child = subprocess.Popen(command, cwd=IMPORTED_FROM, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
             said = child.communicate()[1]
         except BaseException:

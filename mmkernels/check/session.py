@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .. import backends
+from .._installation import IMPORTED_FROM
 from .cases import OPS
 from .suite import run_case, select
 
@@ -110,6 +111,7 @@ class Interpreter:
         with self._printed.open("w") as printed:  # a pipe that nobody reads meanwhile would fill
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mmkernels", *words, *(["--quick"] if request.quick else [])],
+                cwd=IMPORTED_FROM,
                 env=environment,
                 stdout=printed,
                 stderr=subprocess.STDOUT,

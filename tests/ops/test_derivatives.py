@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from op_calls import ONCE, OPS, ROWS, SPANS, TWICE, assert_same, by, drawn, plain_rotary, scalar, wide
+from op_calls import ONCE, OPS, ROWS, SPANS, TWICE, assert_same, by, drawn, plain_rotary, scalar, sines, wide
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp, vjp, vmap
 
@@ -164,9 +164,9 @@ def by_hvp(f, inputs):
 
 
 def by_double_vjp(f, inputs):
-    return [
-        torch.autograd.functional.jvp(lambda x: scalar(f)(x, *inputs[1:]), inputs[0], torch.ones_like(inputs[0]))[1]
-    ]
+    """Of every element: their sum would cancel."""
+    along = torch.ones_like(inputs[0])
+    return list(torch.autograd.functional.jvp(lambda x: sines(f)(x, *inputs[1:]), inputs[0], along)[1])
 
 
 def by_func(f, inputs):
