@@ -71,6 +71,7 @@ def span_attention_forward(
         )
     by_masks_alone = hasattr(module, "config") and not supports_sdpa(type(module.config))
     window = options.get("sliding_window")
+    attention_mask = _of_documents(module, attention_mask, options.get("cu_seq_lens_q"))
     call = _Call(module, query, key, attention_mask, options, window=window, reads_is_causal=not by_masks_alone)
     try:
         if is_traced():
@@ -91,6 +92,23 @@ def span_attention_forward(
         return eager(module, query, key, value, _additive(mask, query.dtype), **options)
     options.pop("output_attentions", None)
     return call.own_way(sdpa_attention_forward, query, key, value, options | {"is_causal": call.causal})
+
+
+def _of_documents(module: nn.Module, mask: Tensor | None, offsets: Tensor | None) -> Tensor | None:
+    """Of a model by name, which tells no mask where documents begin. Raises ValueError where that cannot be mended."""
+    if offsets is None:
+        return mask
+    if isinstance(mask, SpanMask) and mask.of_documents is not None and not is_dense(mask):
+        anew = mask.of_documents
+        return _attend.kept(offsets, ("of documents", id(mask)), lambda: (anew(offsets), mask))[0]
+    chunked = getattr(getattr(module, "config", None), "attention_chunk_size", None) is not None
+    made_elsewhere = mask is not None and chunked  # as by compiled code; the chunks may count from the row's start
+    if type(module).__name__ == "MllamaTextCrossAttention" or made_elsewhere:
+        raise ValueError(
+            f'attn_implementation="{NAME}" by itself cannot keep the documents of a pack apart in '
+            f"{type(module).__name__}{', compiled' if made_elsewhere else ''}: call mmkernels.accelerate(model)"
+        )
+    return mask
 
 
 def _unknown(module: nn.Module, options: dict) -> set[str]:
@@ -178,9 +196,14 @@ def _refuse(plain: Callable, eager: bool, module: nn.Module, options: dict) -> N
             raise NotSpans(f"{name} is given")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _parameters(plain: Callable) -> frozenset[str]:
     """What a model's attention function takes that spans do not express. What else a model hands to it, it ignores."""
+    return _parameters_of(plain)
+
+
+@functools.cache  # inside, as in known.py
+def _parameters_of(plain: Callable) -> frozenset[str]:
     harmless = _HARMLESS - {"sliding_window"} if _is_eager(plain) else _HARMLESS  # which for others the mask says
     return frozenset(inspect.signature(plain).parameters) - _SERVED - harmless
 
@@ -264,9 +287,12 @@ class _Call:
     def _order_and_spans(self) -> tuple[Tensor | None, RowSpans]:
         """Spans, of the keys in another order if that is not None."""
         seen = self._seen_keys()
-        if seen is not None and self.cu_seqlens is None and self._scattered(seen):
+        if seen is not None and (self.cu_seqlens is None or torch.compiler.is_compiling()) and self._scattered(seen):
             order, rank = _attend.seen_first(seen)
-            lo, hi = self._without_seen()
+            spans = self._without_seen()
+            if self.cu_seqlens is not None:
+                spans = _within_segments(spans, self.cu_seqlens, self.batch)
+            lo, hi = (x if x.dim() == 3 else x[:, None] for x in (spans.lo, spans.hi))
             lo, hi = (rank.gather(1, x.flatten(1).long()).view(x.shape).int() for x in (lo, hi))
             return order, RowSpans(lo, hi, self.keys)
         return None, self._spans()
@@ -296,12 +322,11 @@ class _Call:
             return self.mask.once("scattered", scattered)
         return _attend.kept(self.mask, "scattered", scattered)
 
-    def _without_seen(self) -> tuple[Tensor, Tensor]:
+    def _without_seen(self) -> RowSpans:
         if isinstance(self.mask, SpanMask) and self.mask.code is not None:
-            spans = self._of_every_query(spans_of(self.mask, self.queries))
-            return spans.lo, spans.hi
+            return self._of_every_query(spans_of(self.mask, self.queries))
         lo = torch.zeros(self.batch, 1, self.queries, dtype=torch.int32, device=self.device)
-        return lo, lo + self.keys
+        return RowSpans(lo, lo + self.keys, self.keys)
 
     def _spans(self) -> RowSpans:
         if self.cu_seqlens is None:
@@ -326,8 +351,6 @@ class _Call:
             raise NotSpans(f"a mask of {self.mask.shape[3]} keys for {self.keys}")
         if self.mask.seen is None:  # the Q-Former of BLIP-2 makes a mask of more rows than its cross-attention has
             return self._of_every_query(spans_of(self.mask, self.queries))
-        if torch.compiler.is_compiling():
-            raise NotSpans("segments beside padding under torch.compile")
         mask = self.own_mask()
         dense = mask.dense() if isinstance(mask, SpanMask) else mask
         return self._of_every_query(_attend.spans_of(dense if dense.dtype == torch.bool else dense == 0))

@@ -9,11 +9,14 @@ tower, tells them nothing: documents are those of the text's tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
+from ..._warnings import warn
+from .._tracing import is_traced
 from ..swap import subclass
 
 _told: ContextVar[Tensor | None] = ContextVar("documents", default=None)
@@ -26,8 +29,10 @@ def tells_documents(plain: type) -> type:
 
     @functools.wraps(inner)
     def forward(self, *args, **kwargs):
-        before = told()
-        _tell(kwargs.get("cu_seq_lens_q"))
+        before, offsets = told(), kwargs.get("cu_seq_lens_q")
+        if offsets is None:
+            _warn_of_guesses(kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        _tell(offsets)
         try:
             return inner(self, *args, **kwargs)
         finally:
@@ -46,6 +51,48 @@ def _tell(offsets: Tensor | None) -> None:
     _traced = offsets  # of eager code too, which may call what is compiled
     if not torch.compiler.is_compiling():
         _told.set(offsets)
+
+
+def apart(function: Callable, *args, **kwargs) -> object:
+    """function(*args, **kwargs) as eager code runs it. torch.compile breaks its graph for it: which runs of keys a mask
+    has is a matter of its values, and a graph would hold the mask itself, tokens by tokens."""
+    return _apart(told(), function, args, kwargs)
+
+
+@torch.compiler.disable
+def _apart(offsets: Tensor | None, function: Callable, args: tuple, kwargs: dict) -> object:
+    token = _told.set(offsets)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _told.reset(token)
+
+
+def begin_anew(positions: object) -> bool:
+    """Whether positions, (B, L) or (axes, B, L), fall inside a row, as where another document begins; False where
+    nobody can look, as under torch.compile."""
+    if not isinstance(positions, Tensor) or positions.shape[-1] < 2 or torch.compiler.is_compiling() or is_traced():
+        return False
+    positions = positions if positions.dim() == 2 else positions[0]  # the text's own, or the time, which never falls
+    return bool((positions[:, 1:] < positions[:, :-1]).any())
+
+
+def _warn_of_guesses(positions: object, mask: object) -> None:
+    """Where nobody can guess the documents that positions tell of: a mask of ones came, which processors hand out and
+    transformers takes for the truth, or positions along three axes, which it does not look at."""
+    if not begin_anew(positions):
+        return
+    along_three = positions.dim() == 3 and len(positions) == 3
+    of_ones = isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())
+    if of_ones or (along_three and mask is None):
+        warn_unsaid("an attention_mask of ones" if of_ones else "position_ids of three axes alone")
+
+
+def warn_unsaid(what: str) -> None:
+    warn(
+        f"mmkernels: positions begin anew inside a row, with {what} and without cu_seq_lens_q: documents may "
+        "see each other. Hand cu_seq_lens_q and cu_seq_lens_k to the model, as mmkernels.packing.Collator does"
+    )
 
 
 def bounds(offsets: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:

@@ -138,11 +138,8 @@ def _stand_in(value: object, theirs: dict[str, object], packed: bool) -> object:
         return _WITH_SPANS[value] if value in _WITH_SPANS else tiles.with_spans(value)
     if value is is_flash_attention_requested:
         return _packs if packed else _no
-    if (
-        isinstance(value, types.FunctionType)
-        and authored(value).__globals__ is theirs
-        and _is_reaching(authored(value))
-    ):
+    written = authored(value) if isinstance(value, types.FunctionType) else None  # torch.compile leaves others there
+    if written is not None and written.__globals__ is theirs and _is_reaching(written):
         return _exchanged(value)
     return value
 

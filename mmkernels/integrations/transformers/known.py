@@ -12,10 +12,14 @@ from transformers import PreTrainedModel
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def supports_sdpa(config: type) -> bool:
     """Whether the models of a class of configs attend by sdpa where nobody asks for something else. Those that do not
     make additive masks alone, and see every key where they made none."""
+    return _supports_sdpa(config)
+
+
+@functools.cache  # inside: Dynamo looks through a cache, and traces what is behind it
+def _supports_sdpa(config: type) -> bool:
     modeling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
     models = [x for x in vars(modeling).values() if _is_model_of(x, config)] if modeling else []
     return not models or any(model._supports_sdpa for model in models)

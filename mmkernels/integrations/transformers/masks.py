@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, masking_utils
 from ... import _layouts
 from .._tracing import is_traced
 from .attention import NAME, takes_the_place_of
-from .documents import bounds, told
+from .documents import apart, begin_anew, bounds, told, warn_unsaid
 from .known import supports_sdpa
 from .runs import FAR, Runs, compact
 from .span_mask import SpanMask, encode
@@ -42,7 +42,11 @@ def span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor 
     every key. Where a model knows no bool masks, the mask refuses to be anything but spans; and one that is not spans
     is additive, which such a model's own code knows, and attention by this name as well."""
     refusal = _refusal(config)
-    return _mask(refusal, otherwise_additive=refusal is not None, **arguments)
+    make = functools.partial(_mask, refusal, otherwise_additive=refusal is not None, **arguments)
+    mask = make()
+    if isinstance(mask, SpanMask) and not torch.compiler.is_compiling():
+        mask.of_documents = lambda offsets: make(documents=offsets)
+    return mask
 
 
 def bool_span_mask(*, config: PreTrainedConfig | None = None, **arguments) -> Tensor | None:
@@ -61,13 +65,18 @@ def with_spans(function: Callable) -> Callable:
     @functools.wraps(function)
     def make(*args, **kwargs):
         config = kwargs["config"] if "config" in kwargs else args[0]
-        renamed = _renamed(config, _rule(function, config, kwargs))
+        rule = _rule(function, config, kwargs)
+        if told() is not None and rule is None and torch.compiler.is_compiling() and not is_traced():
+            return apart(make, *args, **kwargs)
+        renamed = _renamed(config, rule)
         if "config" in kwargs:
             kwargs["config"] = renamed
         else:
             args = (renamed, *args[1:])
         if told() is not None and "position_ids" in kwargs:
             kwargs["position_ids"] = None  # from which documents would be guessed
+        elif _is_changed(kwargs) and begin_anew(kwargs.get("position_ids")):
+            warn_unsaid("tokens that see later ones")
         return function(*args, **kwargs)
 
     return make
@@ -89,8 +98,7 @@ class Rule(NamedTuple):
 
 
 def _rule(function: Callable, config: PreTrainedConfig, arguments: dict) -> Rule | None:
-    changes = ("or_mask_function", "and_mask_function", "block_sequence_ids")
-    if any(arguments.get(name) is not None for name in changes) or not getattr(config, "is_causal", True):
+    if _is_changed(arguments) or not getattr(config, "is_causal", True):
         return None
     if function.__name__ == "create_causal_mask":
         return Rule()
@@ -99,6 +107,12 @@ def _rule(function: Callable, config: PreTrainedConfig, arguments: dict) -> Rule
     if function.__name__ == "create_chunked_causal_mask":
         return Rule(chunk=getattr(config, "attention_chunk_size", None))
     return None
+
+
+def _is_changed(arguments: dict) -> bool:
+    return any(
+        arguments.get(name) is not None for name in ("or_mask_function", "and_mask_function", "block_sequence_ids")
+    )
 
 
 def _rule_of(config: PreTrainedConfig | _Renamed | None) -> Rule | None:
@@ -124,6 +138,7 @@ def _mask(
     additive: bool = False,
     otherwise_additive: bool = False,  # where it is not spans
     rule: Rule | None = None,
+    documents: Tensor | None = None,  # that nobody told
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -159,7 +174,7 @@ def _mask(
         if padding is not None:
             return SpanMask(None, padding, q_length, kv_length, kind, refusal)
     place = torch.arange(q_length, device=device)[None] + q_offset
-    queries, offsets = Queries(place, place), told()
+    queries, offsets = Queries(place, place), told() if documents is None else documents
     if offsets is not None and q_length == kv_length and mask_function is not masking_utils.bidirectional_mask_function:
         start, end = (x.long() for x in bounds(offsets.to(device), batch_size, q_length))
         queries = Queries(place - start, place, start)

@@ -27,7 +27,10 @@ class SpanMask(Tensor):
     code: int64 (B, runs, Q), each element lo << 32 | hi: runs that are disjoint and ascending.
     seen: bool (B, K), the keys that any query sees: no padding.
     refusal: if not None, no operation makes the mask dense: it raises, with this reason.
+    of_documents: what makes the mask anew for documents that begin at given offsets, where it was made without them.
     """
+
+    of_documents: Callable[[Tensor], Tensor] | None = None
 
     @staticmethod
     def __new__(
@@ -155,14 +158,20 @@ def encode(lo: Tensor, hi: Tensor, batch: int, queries: int, keys: int) -> Tenso
 
 
 def _same(mask: SpanMask, *args, **kwargs) -> SpanMask | None:
-    return None if is_dense(mask) else SpanMask(mask.code, mask.seen, *mask.shape[2:], mask.dtype, mask.refusal)
+    if is_dense(mask):
+        return None
+    same = SpanMask(mask.code, mask.seen, *mask.shape[2:], mask.dtype, mask.refusal)
+    same.of_documents = mask.of_documents
+    return same
 
 
 def _moved(mask: SpanMask, *, dtype=None, layout=None, device=None, non_blocking=False, **kwargs) -> SpanMask | None:
     if is_dense(mask) or dtype not in (None, mask.dtype) or layout not in (None, torch.strided):
         return None
     code, seen = (x if x is None else x.to(device=device, non_blocking=non_blocking) for x in (mask.code, mask.seen))
-    return SpanMask(code, seen, *mask.shape[2:], mask.dtype, mask.refusal)
+    moved, anew = SpanMask(code, seen, *mask.shape[2:], mask.dtype, mask.refusal), mask.of_documents
+    moved.of_documents = anew and (lambda offsets: anew(offsets).to(moved.device))
+    return moved
 
 
 def _sliced(mask: SpanMask, dim: int = 0, start=None, end=None, step: int = 1) -> SpanMask | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _attend
 from .._tracing import is_traced
-from .documents import bounds, told
+from .documents import apart, bounds, told
 from .span_mask import SpanMask, encode, spans_of
 
 NAME = "transformers.models.mllama.modeling_mllama._prepare_cross_attention_mask"
@@ -30,13 +30,15 @@ def with_spans(plain: Callable) -> Callable:
     def make(cross_attention_mask: Tensor, num_vision_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if is_traced():
             return plain(cross_attention_mask, num_vision_tokens=num_vision_tokens, dtype=dtype)
+        if told() is not None and torch.compiler.is_compiling():
+            return apart(make, cross_attention_mask, num_vision_tokens, dtype)
         seen = cross_attention_mask != 0
         sees = seen.flatten(2).any(-1)
         own = _own_pictures(seen.any(-1))[..., None].expand_as(seen)
         seen = torch.where(sees[:, :, None, None], seen, own).flatten(2)
         try:
             tiles = _attend.spans_of(seen[:, None])
-        except _attend.NotSpans:  # under torch.compile, or in too many runs
+        except _attend.NotSpans:  # in too many runs, or under torch.compile
             hidden = ~seen[:, None].repeat_interleave(num_vision_tokens, dim=-1)
             mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
             return mask, sees[:, None, :, None].to(dtype)
