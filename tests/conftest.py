@@ -4,6 +4,9 @@ import os
 import random
 from pathlib import Path
 
+# Before torch is imported: the threads of two workers of a parallel run would spin on each other's processors.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from torchvision_stub import make_importable
