@@ -2,7 +2,10 @@
 them is computed as if it were alone."""
 
 from .collate import Collator
+from .dataset import PackedDataset
 from .plan import Limits, plan, shard, stream
 from .prove import assert_equal_to_separate, assert_no_leak
 
-__all__ = ["Collator", "Limits", "assert_equal_to_separate", "assert_no_leak", "plan", "shard", "stream"]
+__all__ = [
+    "Collator", "Limits", "PackedDataset", "assert_equal_to_separate", "assert_no_leak", "plan", "shard", "stream",
+]  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .dataset import weighed_by_tokens
 from .families import FAMILIES, Family, RopeIndex, positions
 
 Document = dict[str, Tensor]
@@ -18,8 +19,10 @@ _A_TOKEN_EACH = ("input_ids", "labels", "token_type_ids", "mm_token_type_ids")  
 # (images, ...), or tiles, crops, patches: end to end, and what follows padded to the largest.
 _AN_IMAGE_EACH = (
     "pixel_values", "pixel_mask", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "image_sizes",
-    "image_grids", "image_num_crops",
+    "image_grids", "image_num_crops", "image_merge_sizes", "image_position_ids",
+    "batch_num_images",  # how many a document has, which says whether they are cut into tiles
 )  # fmt: skip
+_PADDING = {"image_position_ids": -1}  # of what has another than 0
 _A_ROW_OF_IMAGES = (
     "pixel_attention_mask",
     "aspect_ratio_ids",
@@ -64,17 +67,26 @@ class Collator:
 
     @classmethod
     def of(cls, model: nn.Module, *, blank: Document | None = None) -> Collator:
-        """For a model of transformers; what is kept of it is its class and its config."""
+        """For a model of transformers; what is kept of it is its class and its config.
+
+        Where transformers' Trainer would average over packs and not over tokens, since the model's class has
+        `accepts_loss_kwargs = False`, the model's own is set to True, and a warning says so.
+        """
+        model = weighed_by_tokens(model)
         family = model.config.model_type
         mrope = family in FAMILIES and FAMILIES[family].mrope
         return cls(family, RopeIndex(model) if mrope else None, blank)
 
     def __call__(self, documents: Sequence[Document]) -> dict[str, Tensor | int]:
         """
+        Args:
+            documents: of one pack; or a list of one such list, as a DataLoader of a `PackedDataset` gives it.
+
         Raises:
-            ValueError: there is no document, one has no input_ids of shape (1, L), or holds an input that is not known.
+            ValueError: there is no document, one has no input_ids of shape (1, L), or holds an input that is not known;
+                or there are several packs.
         """
-        documents = [_checked(document, number) for number, document in enumerate(documents)]
+        documents = [_checked(document, number) for number, document in enumerate(_of_one_pack(documents))]
         if not documents:
             raise ValueError("Collator: there are no documents")
         if self.blank is not None and not any(_has_picture(document) for document in documents):
@@ -108,11 +120,22 @@ class Collator:
         if name in _A_ROW_OF_IMAGES or (name == "pixel_values" and self._rules.images_in_a_row):
             return torch.cat(_to_the_largest(present, 1), 1)
         if name in _AN_IMAGE_EACH:
-            return torch.cat(_to_the_largest(present, 0))
+            return torch.cat(_to_the_largest(present, 0, _PADDING.get(name, 0)))
         raise ValueError(
             f"Collator: {self.family} documents hold {name}, of shape {tuple(present[0].shape)}; how to pack it is not "
             "known"
         )
+
+
+def _of_one_pack(documents: Sequence) -> Sequence[Document]:
+    if not any(isinstance(document, list) for document in documents):
+        return documents
+    if len(documents) > 1:
+        raise ValueError(
+            f"Collator: {len(documents)} packs are given, and a batch is one; set batch_size=1 of the DataLoader, or "
+            "per_device_train_batch_size=1 of the Trainer"
+        )
+    return documents[0]
 
 
 def _checked(document: Document, number: int | str) -> Document:
@@ -144,13 +167,14 @@ def _labels(document: Document) -> Tensor:
     return labels
 
 
-def _to_the_largest(tensors: list[Tensor], axis: int) -> list[Tensor]:
-    """All axes but this one padded with zeros."""
+def _to_the_largest(tensors: list[Tensor], axis: int, value: int = 0) -> list[Tensor]:
+    """All axes but this one padded."""
     shape = [max(x.shape[at] for x in tensors) for at in range(tensors[0].dim())]
     found = []
     for x in tensors:
         missing = [0 if at == axis else most - x.shape[at] for at, most in enumerate(shape)]
-        found.append(pad(x, [width for each in reversed(missing) for width in (0, each)]) if any(missing) else x)
+        widths = [width for each in reversed(missing) for width in (0, each)]
+        found.append(pad(x, widths, value=value) if any(missing) else x)
     return found
 
 

@@ -29,13 +29,20 @@ _MROPE = Family(mrope=True)
 FAMILIES = {
     **dict.fromkeys(
         (
-            "aria", "chameleon", "emu3", "fuyu", "gemma3", "internvl", "janus", "llama4", "llava", "llava_next",
-            "molmo2",
+            "aria", "aya_vision", "chameleon", "cohere2_vision", "deepseek_vl", "emu3", "fuyu", "gemma3", "gemma4",
+            "got_ocr2", "internvl", "janus", "lighton_ocr", "llama4", "llava", "llava_next", "llava_onevision",
+            "mistral3", "molmo2", "ovis2", "video_llama_3", "vipllava",
         ),
         _PLAIN,
     ),
     **dict.fromkeys(("idefics", "idefics2", "idefics3", "mllama", "smolvlm"), _ROW),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _MROPE),
+    **dict.fromkeys(
+        (
+            "glm4v", "glm46v", "glm4v_moe", "glm_ocr", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+            "qwen3_vl_moe",
+        ),
+        _MROPE,
+    ),
     "paligemma": Family(first_position=1),
 }  # fmt: skip
 

@@ -3,6 +3,9 @@
 import copy
 import io
 import pickle
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,12 @@ from rich.console import Console
 
 from mmkernels import accelerate
 from mmkernels.packing import Collator, assert_equal_to_separate, assert_no_leak
+from mmkernels.packing.families import FAMILIES
 from mmkernels.packing.prove import differences, find_leaks
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import packing_table
 
 
 def quiet() -> Console:
@@ -36,6 +44,16 @@ def test_a_pack_is_its_documents(name):
         return pack | {"attention_mask": torch.ones_like(pack["input_ids"])}
 
     assert_equal_to_separate(model, documents, guarded, console=quiet())
+
+
+def test_the_table_is_of_all_families():
+    """And the tests: what the table tells of was measured on their models."""
+    table = packing_table.MANUAL.read_text().split(packing_table.BEGIN)[1].split(packing_table.END)[0]
+    rows = re.findall(r"^\| (\w+)(?: \((\w+)\))? \| (.*?) ?\|", table, re.M)
+    assert {family: what for family, _, what in rows} == {
+        family: packing_table.special(rules) for family, rules in FAMILIES.items()
+    }, "run scripts/packing_table.py"
+    assert sorted(model or family for family, model, _ in rows) == sorted(NAMES)
 
 
 def moved(offsets: torch.Tensor, at: int, by: int) -> torch.Tensor:
@@ -103,7 +121,7 @@ def documents_double(documents):
 
 def test_what_a_collator_refuses():
     model = model_of("qwen2_vl")
-    with pytest.raises(ValueError, match="family is 'bert'; those that are known to pack are aria, chameleon"):
+    with pytest.raises(ValueError, match="family is 'bert'; those that are known to pack are aria, aya_vision"):
         Collator("bert")
     with pytest.raises(ValueError, match="numbers tokens along three axes; give rope_index"):
         Collator("qwen2_vl")
@@ -149,18 +167,3 @@ def test_a_pack_without_pictures_gets_a_blank_one():
     assert len(collator([*text, document("llava", ["i", 2], 0)])["cu_seq_lens_q"]) == 4
     assert_equal_to_separate(model, [*text, blank | {"labels": torch.full_like(blank["input_ids"], -100)}],
                              lambda documents: collator(documents[:2]), console=quiet())  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["llava", "gemma3", "llama4", "mllama"])
-def test_compiled_packs(name):
-    """Causal, with windows and images, with chunks, and with tiles: as eager."""
-    model, documents = accelerated(name), documents_of(name)
-    torch._dynamo.reset()
-    pack = Collator.of(model)(documents) | {"use_cache": False}
-    compiled = torch.compile(lambda **batch: model(**batch).logits, backend="aot_eager")
-    with torch.no_grad():
-        expected = model(**pack).logits
-        limit = 1e-4 * expected.abs().max().item()
-        torch.testing.assert_close(compiled(**pack), expected, rtol=0, atol=limit)
-        guarded = pack | {"attention_mask": torch.ones_like(pack["input_ids"])}
-        torch.testing.assert_close(compiled(**guarded), expected, rtol=0, atol=limit)
