@@ -1,4 +1,4 @@
-"""The command line: `mmkernels info`, `explain`, `check` and `bench`."""
+"""The command line: `mmkernels info`, `explain`, `check`, `bench` and `plan`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ except ImportError:  # installed without its dependencies
     shtab = None
 
 OPS = tuple(name for names in backends.HOT_PATHS.values() for name in names)
-MODELS = ("clip-vit-b-16", "clip-vit-b-16-step-256", "siglip-so400m", "qwen2.5-vl-1024", "mllama-cross-attention")
+MODELS = (
+    "clip-vit-b-16", "clip-vit-b-16-step-256", "siglip-so400m", "qwen2.5-vl-1024", "mllama-cross-attention",
+    "llava-packed-or-padded", "llava-packed-or-masked",
+)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 
@@ -75,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(add("explain", help="what each backend makes of a call of an op, on this machine"))
     _add_check(add("check", help="does every kernel equal its reference on this machine?"))
     _add_bench(add("bench", help="how fast, against what one would use instead?"))
+    _add_plan(add("plan", help="what would packing give on documents of these lengths?"))
     return parser
 
 
@@ -130,6 +134,23 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     _add_json(parser, "write every figure there")
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_plan, error=parser.error)
+    lines = "a document a line, as JSON: its tokens, or an object with `tokens`; .gz too; - reads standard input"
+    data = parser.add_argument("data", metavar="DATA.jsonl", help=lines)
+    room = "what a rank has room for in a step"
+    parser.add_argument("--tokens", metavar="N", type=_from_one, required=True, help=room)
+    parser.add_argument("--patches", metavar="N", type=_from_one, help="the same for patches of pictures (no limit)")
+    parser.add_argument("--images", metavar="N", type=_from_one, help="the same for pictures (no limit)")
+    parser.add_argument("--ranks", metavar="W", type=_from_one, default=1, help="that share the work (1)")
+    batch = "documents that a padded batch, which packs are compared with, holds at most (8)"
+    parser.add_argument("--batch", metavar="B", type=_from_one, default=8, help=batch)
+    plot = parser.add_argument("--plot", metavar="FILE", type=_picture, help="draw it there, as .png or .svg")
+    if shtab:
+        data.complete = plot.complete = shtab.FILE
+    _add_json(parser, "write the figures there")
+
+
 def _add_json(parser: argparse.ArgumentParser, text: str) -> None:
     option = parser.add_argument("--json", metavar="FILE", type=_writable, help=text)
     if shtab:
@@ -144,6 +165,24 @@ def _ranks(text: str) -> tuple[int, ...]:
     if not counts or min(counts) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks, from 2 on, nor several as 2,4")
     return counts
+
+
+def _from_one(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return number
+
+
+def _picture(path: str) -> str:
+    if Path(path).suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{path!r} must end in .png or .svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install matplotlib")
+    return _writable(path)
 
 
 def _writable(path: str) -> str:
@@ -322,6 +361,26 @@ def _of_models(options: argparse.Namespace, request) -> Callable:
     models = [model for model in MODELS if model.name in options.model]
     sizes = request.target_seconds, request.quick
     return functools.partial(run_models, models, request.dtypes, request.passes, request.device, *sizes)
+
+
+def _plan(options: argparse.Namespace, console: Console) -> int:
+    from .packing import Limits
+    from .packing.preview import preview, read
+    from .packing.preview_report import print_preview, write_json, write_plot
+
+    limits = Limits(options.tokens, options.patches, options.images)
+    try:
+        with _progress(console) as step:
+            documents = read(options.data, step)
+            found = preview(documents, limits, ranks=options.ranks, batch=options.batch, step=step)
+    except ValueError as error:
+        options.error(str(error))
+    print_preview(console, documents.name, found)
+    if options.json:
+        write_json(options.json, documents.name, found)
+    if options.plot:
+        write_plot(options.plot, documents, found)
+    return RIGHT
 
 
 def _how(env: dict) -> str:

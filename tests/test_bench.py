@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmkernels import backends, cli
+from mmkernels import accelerate, backends, cli
 from mmkernels.bench import CASES, Request, model_runner, run
 from mmkernels.bench import cases as bench_cases
 from mmkernels.bench import runner as bench_runner
@@ -22,7 +22,7 @@ from mmkernels.bench.gate import judge, plain_values
 from mmkernels.bench.machine import environment, probe_peaks
 from mmkernels.bench.measure import Stopwatch, Timing, with_peak_memory
 from mmkernels.bench.model_runner import _bound, _flops, run_models
-from mmkernels.bench.models import MODELS
+from mmkernels.bench.models import MODELS, accelerated
 from mmkernels.bench.op import Peer
 from mmkernels.bench.patch_embed import PatchCase
 from mmkernels.bench.report import _table, print_report, write_json
@@ -417,6 +417,31 @@ def test_flops_of_attention_on_a_cpu(options, pairs):
 
     assert _flops(attend) == 2 * 2 * 6 * 8 * pairs
     assert _flops(lambda: attend().sum().backward()) == 7 * 2 * 6 * 8 * pairs
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_what_is_accelerated_is_told_from_what_is_plain(model):
+    """Else a step in which the two differ would be measured plain twice."""
+    module = model.build(True)
+    assert not accelerated(module)
+    accelerate(module, verbose=False)
+    assert accelerated(module)
+
+
+@pytest.mark.parametrize("name", ["llava-packed-or-padded", "llava-packed-or-masked"])
+def test_a_pack_that_lost_a_boundary_gets_no_figure(name):
+    model = next(model for model in MODELS if model.name == name)
+
+    def run(module, pack):
+        """What is accelerated takes two documents for one."""
+        ends = pack["cu_seq_lens_q"]
+        if accelerated(module):
+            pack = pack | dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.cat([ends[:1], ends[2:]]))
+        return model.run(module, pack)
+
+    report = measure_models(replace(model, run=run))
+    assert not report.passed and not report.results
+    assert "is off by" in report.unmeasured[0]["reason"]
 
 
 def test_a_model_that_is_wrong_once_accelerated_gets_no_figure(monkeypatch):

@@ -1,4 +1,4 @@
-"""`mmkernels info`, `explain`, `check` and `bench`: what they print, and with which code they end."""
+"""`mmkernels info`, `explain`, `check`, `bench` and `plan`: what they print, and with which code they end."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_completion_is_printed_for_a_shell(capsys):
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["info", "explain", "check", "bench"])
+@pytest.mark.parametrize("command", ["info", "explain", "check", "bench", "plan"])
 def test_help_explains_every_option_and_the_exit_codes(command, capsys):
     (commands,) = (action for action in cli._parser()._actions if action.choices and command in action.choices)
     assert all(action.help for action in commands.choices[command]._actions)

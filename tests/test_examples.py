@@ -109,3 +109,25 @@ def test_train_clip_distributed_ends_with_equal_curves(wrap):
     assert abs(float(re.search(r": (\S+) x$", ran.stdout, re.M)[1]) - 3) <= 1e-3
     for name in ("plain", "mmkernels"):
         assert re.search(rf"{name} +\S+ ms a step, peak memory \d+ MiB", ran.stdout)
+
+
+@pytest.mark.parametrize(
+    "options, between",
+    [(["--model", "llava", "--all"], ["sorted plain", "padded ours"]), (["--model", "qwen2_vl"], [])],
+)
+def test_padded_and_packed_training_are_one(options, between, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["packed_vlm.py", *options, "--documents", "3", "--steps", "2"])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(EXAMPLES / "packed_vlm.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    printed = " ".join(capsys.readouterr().out.split())
+    ways = ["padded plain", *between, "packed ours"]
+    for step in (1, 2):
+        of_step = printed.partition(f"step {step}, loss: ")[2]
+        losses = [float(re.match(rf".*?{way} (\d\.\d{{6}})", of_step)[1]) for way in ways]
+        assert losses == pytest.approx([losses[0]] * len(ways), rel=1e-6)
+    assert float(re.search(r"losses: at most (\S+) apart", printed)[1]) <= 1e-6
+    share = [int(re.search(rf"{way} │ \d+ │ \d+\.\d\d │ \d+\.\d │ \d+ MiB │ (\d+)%", printed)[1]) for way in ways]
+    assert share[0] < share[-1] == 100

@@ -7,12 +7,14 @@ goes to linear layers, which no kernel here touches: the report says how much co
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 
@@ -89,7 +91,9 @@ def clip_step(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def accelerated(model: nn.Module) -> bool:
-    return any(type(module).__module__.startswith("mmkernels.") for module in model.modules())
+    from ..integrations.swap import served_kinds
+
+    return any(served_kinds(module) for module in model.modules())
 
 
 # ---- vision towers
@@ -177,10 +181,75 @@ def mllama_run(layer: nn.Module, inputs: Inputs) -> Tensor:
     return layer(**inputs | {"cross_attention_mask": mask}, attention_mask=None)
 
 
+# ---- LLaVA on documents of unlike lengths, a training step
+
+
+def llava(quick: bool) -> nn.Module:
+    """The widths of CLIP ViT-B/16 and SmolLM2-135M, 2 of 12 and 4 of 30 layers; a vocabulary of 4096, since logits of
+    the whole one would take most of the step."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 2}
+    text = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    text |= {"num_hidden_layers": 4, "head_dim": 64}
+    if quick:
+        vision |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 1}
+        text |= {"hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 3, "num_key_value_heads": 1}
+        text |= {"num_hidden_layers": 1}
+    vision |= {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 16}
+    text |= {"model_type": "llama", "vocab_size": 4096, "max_position_embeddings": 8192}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=PICTURE, vision_feature_layer=-1)
+    return LlavaForConditionalGeneration(config)
+
+
+PICTURE = 4095  # the token that stands for each of a picture's 196
+
+
+def llava_pack(quick: bool) -> Inputs:
+    """8 documents, a Trainer's usual batch, as one row: none to two pictures, and text of log-normal length."""
+    from ..packing import Collator
+
+    chance, generator = random.Random(0), torch.Generator().manual_seed(0)
+    documents = []
+    for _ in range(3 if quick else 8):
+        count, text = chance.choice([0, 1, 1, 1, 2]), int(chance.lognormvariate(3 if quick else 5.3, 0.9))
+        words = torch.randint(3, PICTURE, (1, 8 + text), generator=generator)
+        ids = torch.cat([torch.full((1, 196 * count), PICTURE), words], 1)
+        document = {"input_ids": ids, "labels": ids.masked_fill(ids == PICTURE, -100)}
+        documents.append(document | ({"pixel_values": pictures(count, 224)} if count else {}))
+    return {name: x for name, x in Collator("llava")(documents).items() if isinstance(x, Tensor)}
+
+
+def packed_step(model: nn.Module, pack: Inputs) -> Tensor:
+    """The loss of every token. Plain transformers makes a dense mask, from positions that begin anew."""
+    inputs = {name: pack[name] for name in ("input_ids", "pixel_values", "position_ids")}
+    if accelerated(model):
+        inputs |= {name: pack[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    return _token_losses(model(**inputs, use_cache=False).logits[0], pack)
+
+
+def packed_or_padded_step(model: nn.Module, pack: Inputs) -> Tensor:
+    """The same; plain, the documents are a batch, padded to the longest as trainers do."""
+    if accelerated(model):
+        return packed_step(model, pack)
+    documents = pack["input_ids"][0].split(pack["cu_seq_lens_q"].diff().tolist())
+    ids = pad_sequence(documents, batch_first=True)
+    mask = pad_sequence([torch.ones_like(document) for document in documents], batch_first=True)
+    out = model(input_ids=ids, attention_mask=mask, pixel_values=pack["pixel_values"], use_cache=False)
+    return _token_losses(out.logits[mask.bool()], pack)
+
+
+def _token_losses(logits: Tensor, pack: Inputs) -> Tensor:
+    following = F.pad(pack["labels"][0, 1:], (0, 1), value=-100)
+    return F.cross_entropy(logits.float(), following, reduction="none")
+
+
 MODELS = (
     Model("clip-vit-b-16", clip_vision, clip_vision_inputs, lambda m, x: m(x["images"])[0]),
     Model("clip-vit-b-16-step-256", clip, clip_inputs, clip_step),
     Model("siglip-so400m", siglip_vision, siglip_inputs, lambda m, x: m(x["images"])[0]),
     Model("qwen2.5-vl-1024", qwen_vision, qwen_inputs, lambda m, x: m(**x).last_hidden_state, trained=False),
     Model("mllama-cross-attention", mllama_layer, mllama_inputs, mllama_run, trained=False),
+    Model("llava-packed-or-padded", llava, llava_pack, packed_or_padded_step),
+    Model("llava-packed-or-masked", llava, llava_pack, packed_step),
 )
