@@ -428,6 +428,12 @@ def test_what_is_accelerated_is_told_from_what_is_plain(model):
     assert accelerated(module)
 
 
+def test_padding_is_no_work_of_ours():
+    model = next(model for model in MODELS if model.name == "llava-packed-or-padded")
+    plain, ours = measure_models(model).results
+    assert ours["is_ours"] and ours["flops"] < plain["flops"]
+
+
 @pytest.mark.parametrize("name", ["llava-packed-or-padded", "llava-packed-or-masked"])
 def test_a_pack_that_lost_a_boundary_gets_no_figure(name):
     model = next(model for model in MODELS if model.name == name)
