@@ -9,13 +9,16 @@ changed from batch to batch without a recompile. Layouts with gaps take several 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import _layouts
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 HULL_ROWS = 32  # queries that share an entry of `RowSpans.hulls`
 
@@ -329,6 +332,35 @@ class RowSpans:
         keys = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
         lo, hi = (x if x.dim() > 1 else x[None] for x in (self.lo, self.hi))
         return ((lo[..., None] <= keys) & (keys < hi[..., None])).any(-3)
+
+    def to_block_mask(self, block_size: int | tuple[int, int] = 128) -> BlockMask:
+        """The mask for torch's `flex_attention` (https://arxiv.org/abs/2412.05496): what is seen, in its words.
+
+        Made on the device of the spans without waiting for it, and without the mask itself; its `mask_mod` reads copies
+        of lo and hi, of which later writes are not seen.
+
+        Args:
+            block_size: of queries and keys, one for both or (queries, keys); `flex_attention` is fastest with its own
+                default.
+
+        Returns:
+            For any number of heads, and for every row of the batch, or with a batch axis for its rows.
+
+        Raises:
+            TypeError, ValueError: block_size is not of ints of at least 1.
+            ValueError: there are no queries or no keys, of which FlexAttention knows no mask.
+        """
+        name = "RowSpans.to_block_mask"
+        sizes = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+        for size in sizes:
+            _check_size(name, "block_size", size)
+        if len(sizes) != 2 or min(sizes) < 1:
+            raise ValueError(f"{name}: block_size is {block_size}; it must be one int or two, of at least 1")
+        if not self.num_queries or not self.num_keys:
+            raise ValueError(f"{name}: there are {self.num_queries} queries and {self.num_keys} keys; none is no mask")
+        from ._block_mask import block_mask  # whose import takes what most users never need
+
+        return block_mask(*self.with_axes(), self.num_keys, sizes)
 
     def with_axes(self) -> tuple[Tensor, Tensor]:
         """lo and hi as (batch or 1, runs, num_queries), neighbouring queries next to each other. Views are kept, which
