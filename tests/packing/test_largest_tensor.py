@@ -71,15 +71,9 @@ def test_of_a_step(name, of_ones):
     assert 0 < largest.elements < MOST, largest.told
 
 
-@pytest.mark.parametrize(
-    ("name", "of_ones"),
-    [
-        ("llava", False), ("llava", True), ("llama4", True), ("gemma3", False), ("molmo2", False), ("mllama", False),
-        ("idefics3", False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "of_ones"), [*((x, False) for x in NAMES), ("llava", True), ("llama4", True)])
 def test_of_compiled_code(name, of_ones):
-    """Causal, with chunks, with images that see both ways, with tiles; and it computes what eager code does."""
+    """And it computes what eager code does."""
     model, pack = pack_of(name, of_ones)
     largest = Largest()
     torch.compiler.reset()
