@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
+# Before the imports below (E402): the tests' models, and the stub without which transformers does not import here.
 sys.path[:0] = [str(TESTS), str(TESTS / "integrations"), str(TESTS / "packing")]
 
 from torchvision_stub import make_importable  # noqa: E402

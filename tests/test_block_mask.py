@@ -88,6 +88,7 @@ def test_the_same_attention(heads, rng):
             *(x.transpose(1, 2) for x in (q, k, v)), block_mask=spans.to_block_mask(), enable_gqa=heads[0] != heads[1]
         )
         ours = span_attention(q, k, v, spans)
+        # Theirs is plain operations in float32, in another order.
         torch.testing.assert_close(theirs.transpose(1, 2), ours, rtol=1e-4, atol=1e-5)
 
 

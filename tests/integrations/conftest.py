@@ -39,15 +39,6 @@ LACKS = {
     "costs_no_dense_mask": "it has no masks of blocks",
     "dense_mask[packed": "it has no mask of packed documents by that name",
     "tables_are_looked_up": "it has no masks of blocks",
-    "a_pack_is_its_documents[aya_vision": "its Cohere2Config cannot be made",
-    "a_pack_is_its_documents[cohere2_vision": "its Cohere2Config cannot be made",
-    "a_pack_is_its_documents[paddleocr_vl": "its PaddleOCRVLConfig cannot be made",
-    # so that documents one at a time are weighted alike, long or short; their logits are those of the pack
-    "a_pack_is_its_documents[gemma3": "its own loss does not divide by num_items_in_batch",
-    "a_pack_is_its_documents[glm": "its own loss does not divide by num_items_in_batch",
-    "a_pack_is_its_documents[llama4": "its own loss does not divide by num_items_in_batch",
-    "a_pack_is_its_documents[qwen3_vl": "its own loss does not divide by num_items_in_batch",
-    "a_pack_is_its_documents[vipllava": "its own loss does not divide by num_items_in_batch",
     # what mmkernels leaves by name, as test_an_older_call_is_left says
     "test_open_clip.py::test_a_loss_is_the_same[c": "the open_clip of its time hands ClipLoss no bias",
     "test_open_clip.py::test_the_loss_is_ours": "the open_clip of its time hands ClipLoss no bias",

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import mmkernels.integrations.transformers  # noqa: F401  registers the name
 from mmkernels import accelerate
+from mmkernels.integrations.transformers.documents import _warn_of_guesses
 from mmkernels.packing import Collator, assert_equal_to_separate, assert_no_leak
 
 
@@ -111,3 +112,13 @@ def test_no_false_alarm(case):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="mmkernels: positions")
         model(**pack)
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 9, 2), (2, 3, 9, 1)])
+def test_positions_that_are_not_of_tokens_are_left_alone(shape):
+    """Such as those of a picture's patches."""
+    falling = torch.arange(torch.Size(shape).numel()).flip(0).view(shape)
+    kwargs = {"position_ids": falling, "inputs_embeds": torch.zeros(3, 9, 4), "attention_mask": torch.ones(3, 9)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_of_guesses((), kwargs)

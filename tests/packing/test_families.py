@@ -54,6 +54,9 @@ def test_the_table_is_of_all_families():
         family: packing_table.special(rules) for family, rules in FAMILIES.items()
     }, "run scripts/packing_table.py"
     assert sorted(model or family for family, model, _ in rows) == sorted(NAMES)
+    for file in ("README.md", "CHANGELOG.md"):
+        told = " ".join((packing_table.ROOT / file).read_text().split())
+        assert f"for {len(FAMILIES)} models of transformers" in told
 
 
 def moved(offsets: torch.Tensor, at: int, by: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ def tells_documents(plain: type) -> type:
     def forward(self, *args, **kwargs):
         before, offsets = told(), kwargs.get("cu_seq_lens_q")
         if offsets is None:
-            _warn_of_guesses(kwargs.get("position_ids"), kwargs.get("attention_mask"))
+            _warn_of_guesses(args, kwargs)
         _tell(offsets)
         try:
             return inner(self, *args, **kwargs)
@@ -69,18 +69,25 @@ def _apart(offsets: Tensor | None, function: Callable, args: tuple, kwargs: dict
 
 
 def begin_anew(positions: object) -> bool:
-    """Whether positions, (B, L) or (axes, B, L), fall inside a row, as where another document begins; False where
-    nobody can look, as under torch.compile."""
-    if not isinstance(positions, Tensor) or positions.shape[-1] < 2 or torch.compiler.is_compiling() or is_traced():
+    """Whether positions of tokens, (B, L), or (3 or 4, B, L) of Qwen2-VL and its kin, fall inside a row, as where
+    another document begins; False of others, and where nobody can look, as under torch.compile."""
+    if not isinstance(positions, Tensor) or torch.compiler.is_compiling() or is_traced():
         return False
-    positions = positions if positions.dim() == 2 else positions[0]  # the text's own, or the time, which never falls
+    if positions.dim() == 3 and len(positions) in (3, 4):
+        positions = positions[0]  # the text's own, or the time, which never falls inside a document
+    if positions.dim() != 2 or positions.is_meta:
+        return False
     return bool((positions[:, 1:] < positions[:, :-1]).any())
 
 
-def _warn_of_guesses(positions: object, mask: object) -> None:
+def _warn_of_guesses(args: tuple, kwargs: dict) -> None:
     """Where nobody can guess the documents that positions tell of: a mask of ones came, which processors hand out and
-    transformers takes for the truth, or positions along three axes, which it does not look at."""
-    if not begin_anew(positions):
+    transformers takes for the truth, or positions along three axes, which it does not look at. Only where they are the
+    positions of the tokens: those of a picture's patches, (B, patches, 2), tell of no documents."""
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    tokens = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    length = next((x.shape[1] for x in tokens if isinstance(x, Tensor) and x.dim() > 1), None)
+    if not isinstance(positions, Tensor) or positions.shape[-1:] != (length,) or not begin_anew(positions):
         return
     along_three = positions.dim() == 3 and len(positions) == 3
     of_ones = isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())

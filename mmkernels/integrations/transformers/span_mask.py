@@ -170,7 +170,8 @@ def _moved(mask: SpanMask, *, dtype=None, layout=None, device=None, non_blocking
         return None
     code, seen = (x if x is None else x.to(device=device, non_blocking=non_blocking) for x in (mask.code, mask.seen))
     moved, anew = SpanMask(code, seen, *mask.shape[2:], mask.dtype, mask.refusal), mask.of_documents
-    moved.of_documents = anew and (lambda offsets: anew(offsets).to(moved.device))
+    there = moved.device
+    moved.of_documents = anew and (lambda offsets: anew(offsets).to(there))
     return moved
 
 
