@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import _layouts
+from ._flashmask import FlashMask, flash_mask
+from ._intervals import intervals
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -361,6 +363,48 @@ class RowSpans:
         from ._block_mask import block_mask  # whose import takes what most users never need
 
         return block_mask(*self.with_axes(), self.num_keys, sizes)
+
+    def to_flashmask(self) -> FlashMask:
+        """The mask for FlashMask (https://arxiv.org/abs/2410.01359), which says of each key the queries that do not see
+        it: `flashmask_attention(q, k, v, **spans.to_flashmask()._asdict())`.
+
+        Made without the mask itself, in O(queries x runs + keys) memory. Waits for the device.
+
+        Returns:
+            startend_row_indices, int32 (batch or 1, 1, num_keys, n), one for all heads, and causal, a bool: the first
+            that can say these spans of the forms that PaddlePaddle documents
+            (https://www.paddlepaddle.org.cn/documentation/docs/en/api/paddle/nn/functional/flashmask_attention_en.html).
+            A key is hidden, if causal, from the queries before it; and by its n numbers from queries
+
+            - n = 1, causal: [0] and later;
+            - n = 2, causal: [0] to before [1];
+            - n = 2, not causal: [0] and later, and those before [1];
+            - n = 4, not causal: [0] to before [1], and [2] to before [3].
+
+            Only spans of as many queries as keys are called causal: of others, FlashMask's versions refuse that word or
+            align the last query to the last key. Not every version takes every form. For several rows that have one
+            mask, expand the first axis.
+
+        Raises:
+            ValueError: a key is hidden from more than two runs of queries, which no form can say; the message names the
+                key and the queries.
+        """
+        return flash_mask(*self.with_axes(), self.num_keys)
+
+    def to_intervals(self) -> Tensor:
+        """The mask for cuDNN's flex attention (https://docs.nvidia.com/cudnn/fe-oss-apis/attention/flex_attention), in
+        which F, a query's numbers, show it the keys [0, F[0]), [F[1], F[2]), [F[3], F[4]) and so on:
+        `cudnn.flex_attention.create_mask_plan(spans.to_intervals(), q, k, v)`.
+
+        Made on the device of the spans without waiting for it.
+
+        Returns:
+            int32 (1, 2 * runs + 1, (batch or 1) * num_queries), contiguous, for any number of heads, the queries of a
+            row of the batch beside each other. A query's numbers never fall and lie in 0 to num_keys. They count keys
+            within a row of the batch: give q, k and v as (batch, tokens, heads, D), without cu_seqlens. For several
+            rows that have one mask, repeat the last axis.
+        """
+        return intervals(*self.with_axes(), self.num_keys)
 
     def with_axes(self) -> tuple[Tensor, Tensor]:
         """lo and hi as (batch or 1, runs, num_queries), neighbouring queries next to each other. Views are kept, which
