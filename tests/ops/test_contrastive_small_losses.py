@@ -52,11 +52,17 @@ class Inputs:
     def evaluate(self, loss: Callable[..., Tensor], dtype: torch.dtype, factor=1.0, **options) -> dict[str, Tensor]:
         """The loss, and the gradients of `factor` times it."""
         leaves = self.leaves(dtype)
-        options |= {"label_smoothing": self.smoothing} if self.op == "clip_loss" else {}
-        value = loss(*leaves, **options)
+        value = self.loss_of(leaves, loss, **options)
         names = ("image", "text", "scale", "bias")
         grads = torch.autograd.grad(value if factor == 1.0 else factor * value.float(), leaves)
         return {"loss": value.detach()} | dict(zip(names, grads, strict=False))
+
+    def loss_of(self, leaves: list[Tensor], loss: Callable[..., Tensor], **options) -> Tensor:
+        return loss(*leaves, **options, **({"label_smoothing": self.smoothing} if self.op == "clip_loss" else {}))
+
+    @torch.no_grad()
+    def true_loss(self) -> float:
+        return self.loss_of(self.leaves(torch.float64), LOSSES[self.op], backend="reference").item()
 
     def ours(self, backend: str, dtype: torch.dtype, factor=1.0) -> dict[str, Tensor]:
         return self.evaluate(LOSSES[self.op], dtype, factor, backend=backend)
@@ -84,9 +90,9 @@ def inputs_of_loss(op: str, loss: float, scale: float, dtype: torch.dtype, smoot
         return Inputs(op, *rounded, scale, -size / 2 if op == "siglip_loss" else 0.0)
 
     low, high = 1e-3, 1e3  # of the logits
-    for _ in range(40):
+    for _ in range(25):
         size = math.sqrt(low * high)
-        small = inputs(size).truth()["loss"].item() < loss
+        small = inputs(size).true_loss() < loss
         low, high = (low, size) if small == agree else (size, high)
     return Inputs(**(vars(inputs(low)) | {"smoothing": smoothing}))
 
