@@ -3,6 +3,7 @@
 # runs the tests that use the device, and measures against what one would run there instead.
 #
 #   scripts/validate_gpu.sh [--device cuda|cpu] PHASE...
+#   scripts/validate_gpu.sh [--device cuda|cpu] --short [STEP...]
 #
 #   install           build and install into $SITE, by default build/validate (the machine's own packages stay as they
 #                     are), the CUDA kernels too where nvcc is
@@ -19,10 +20,25 @@
 #   summary           what passed and the tables, from the files the other phases left
 #   all               all of them (default)
 #
-# Each phase takes 8 minutes at most, installs first where nothing is installed, and can run alone; a phase that fails
-# does not stop the next, but the exit code is 1 then. Results go to $OUT, at most 8 files; by default to
-# benchmarks/results/<name of the GPU>, without one to gpu-results.
+# Each phase takes 8 minutes at most, installs first where nothing is installed or what is there was made of other
+# sources, and can run alone; a phase that fails does not stop the next, but the exit code is 1 then. Results go to
+# $OUT, at most 8 files; by default to benchmarks/results/<name of the GPU>, without one to gpu-results.
 # --device cpu rehearses every step without a GPU: Triton's kernels interpreted, quick sizes.
+#
+# --short: what matters most, in nine minutes at most, where a GPU is there for so long. Its steps, in this order:
+#
+#   install           for this GPU alone; what does not build is left out. Nothing, where $SITE was made of these sources
+#   info              as above
+#   check             the small cases of `mmkernels check` on cuda and triton, bfloat16 and float32 first
+#   racecheck         a call of each CUDA op, forward and backward, under compute-sanitizer, where that is
+#   wgmma             cycles of Hopper's products alone
+#   losses            siglip_loss and clip_loss of 32768 pairs: milliseconds, clock, share of the tensor cores' cycles
+#   attention         16384 tokens, the same, beside cuDNN's, torch's and flash-attn's kernels
+#   bench             `mmkernels bench` on the cases made for a GPU, as far as the time reaches
+#
+# Every result is in $OUT/records.jsonl before the next is measured, and $OUT/summary.txt is written anew after every
+# step, so that a machine may go at any moment: the same call goes on where the one before stopped, if its files are in
+# $OUT. A row that hangs or crashes is ended after a minute or so, and only it is lost. docs/gpu.md has the budget.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -30,35 +46,51 @@ site=${SITE:-$repo/build/validate}
 python=${PYTHON:-python3}
 device=cuda
 limit=480 # seconds a phase
+short=
+whole=540 # seconds of --short
+build=240 # of them for the build at most, which takes about 70 on 16 cores
 phases=()
 checks=(check-clip_loss check-siglip_loss check-patch_embed check-rotary_embed check-span_attention)
 benches=(bench-bfloat16 bench-float32 bench-span_attention-bfloat16 bench-span_attention-float32)
 sanitizes=(sanitize-memcheck sanitize-racecheck sanitize-synccheck)
 everything=(install info "${checks[@]}" "${sanitizes[@]}" test ranks "${benches[@]}" summary)
+steps=(install info check racecheck wgmma losses attention bench)
 
 usage() {
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
     exit 2
 }
 
+names=()
 while (($#)); do
     case $1 in
         --device) device=${2:?--device needs cuda or cpu}; shift ;;
         --device=*) device=${1#*=} ;;
+        --short) short=1 ;;
+        *) names+=("$1") ;;
+    esac
+    shift
+done
+for name in "${names[@]}"; do
+    case ${short:+short-}$name in
         check) phases+=("${checks[@]}") ;;
         bench) phases+=("${benches[@]}") ;;
         sanitize) phases+=("${sanitizes[@]}") ;;
         all) phases=() ;;
-        install | info | test | ranks | summary) phases+=("$1") ;;
+        install | info | test | ranks | summary) phases+=("$name") ;;
         check-* | bench-* | sanitize-*)
-            [[ " ${checks[*]} ${benches[*]} ${sanitizes[*]} " == *" $1 "* ]] || usage
-            phases+=("$1") ;;
+            [[ " ${checks[*]} ${benches[*]} ${sanitizes[*]} " == *" $name "* ]] || usage
+            phases+=("$name") ;;
+        short-*)
+            [[ " ${steps[*]} " == *" $name "* ]] || usage
+            phases+=("$name") ;;
         *) usage ;;
     esac
-    shift
 done
+[[ -z $short ]] || everything=("${steps[@]}")
 [[ $device == cuda || $device == cpu ]] || { echo "--device is '$device'; accepted are cuda and cpu" >&2; exit 2; }
 ((${#phases[@]})) || phases=("${everything[@]}")
+[[ $device == cuda ]] || { whole=1200 build=900; } # the few cores that are there then build for minutes
 
 gpu=
 [[ $device == cpu ]] || gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || true
@@ -68,7 +100,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 log=$out/log.txt
 
-export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=160
+export PYTHONPATH=$site:$repo/scripts${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COLUMNS=160
 [[ $device == cuda ]] || export TRITON_INTERPRET=1
 quick=()
 [[ $device == cuda ]] || quick=(--quick)
@@ -83,86 +115,42 @@ bounded() { timeout --signal=TERM --kill-after=30 "$limit" "$@"; }
 has_nvcc() { [[ -n ${CUDACXX:-} ]] || PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v nvcc >/dev/null; }
 
 install() {
+    PATH=$PATH:$("$python" -c 'import sys; print(sys.prefix)')/bin # cmake and ninja, where it is not activated
     has_nvcc || { echo "no nvcc here: the CUDA kernels are left out"; export MMKERNELS_CUDA=0; }
-    MMKERNELS_NATIVE=require bounded "$python" -m pip install --no-build-isolation --no-deps --upgrade \
-        --no-warn-script-location --target "$site" "$repo"
+    MMKERNELS_NATIVE=${native-require} bounded "$python" -m pip install --no-build-isolation --no-deps --upgrade \
+        --no-warn-script-location --target "$site" "$repo" && "$python" -m gpu.records >"$site/sources"
+}
+
+# For the one GPU that is here, or as for a H100. Triton's kernels need no build: whatever fails, they are measured.
+install_for_here() {
+    local capability=9.0
+    if current; then echo "$site was made of these sources, for this Python"; return; fi
+    if [[ $device == cuda ]]; then
+        capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) || true
+    fi
+    MMKERNELS_CUDA_ARCHS=${capability/./}
+    [[ $MMKERNELS_CUDA_ARCHS != 90 ]] || MMKERNELS_CUDA_ARCHS=90a
+    export MMKERNELS_CUDA_ARCHS
+    if ! native='' limit=$build install; then
+        rm -rf "$site/mmkernels" "$site/sources" # what an earlier call built of other sources
+        mkdir -p "$site" && cp -r "$repo/mmkernels" "$site"
+        return 1
+    fi
 }
 
 installed() { [[ -d $site/mmkernels ]]; }
 
+current() { installed && [[ $(cat "$site/sources" 2>/dev/null) == "$("$python" -m gpu.records)" ]]; }
+
+# Steps of scripts/gpu, which leave what they find in $out/records.jsonl
+measure() { # [--anew] STEP...
+    OMP_NUM_THREADS=1 bounded "$python" -m gpu --device "$device" --out "$out" --seconds "$((limit - 10))" "$@"
+}
+
 info() {
     bounded "$python" -m mmkernels info
     if [[ $device == cuda ]] && command -v nvidia-smi; then bounded nvidia-smi; fi
-    bounded "$python" - "$device" <<'PY'
-import sys
-import torch
-from mmkernels import backends
-
-if sys.argv[1] == "cuda":
-    assert torch.cuda.is_available(), "torch sees no GPU"
-    x = torch.randn(512, 512, device="cuda")
-    assert torch.isfinite(x @ x).all(), "a matrix product on the GPU fails"
-    built = "left out" not in (backends.missing("cuda") or "")  # by the phase before, which said so
-    assert not built or backends.missing("cuda") is None, backends.missing("cuda")
-assert backends.missing("triton") is None, backends.missing("triton")
-PY
-}
-
-# The dtypes side by side, and each in several processes: most of the time goes into compiling kernels, on one core each.
-check() { # OP
-    local dtype part parts seed process failed=0 running=()
-    parts=$(($(nproc) / 3))
-    ((parts > 0)) || parts=1
-    ((parts <= 4)) || parts=4
-    seed=$((RANDOM * 32768 + RANDOM))
-    for dtype in float32 bfloat16 float16; do
-        for ((part = 0; part < parts; part++)); do
-            check_part "$1" "$dtype" "$seed" "$part" "$parts" >"$elsewhere/$1-$dtype-$part.txt" 2>&1 &
-            running+=($!)
-        done
-    done
-    for process in "${running[@]}"; do wait "$process" || failed=1; done
-    cat "$elsewhere/$1"-*.txt
-    "$python" - "$1" "$out/check.json" "$elsewhere/$1"-*.json <<'PY'
-import json
-import sys
-from pathlib import Path
-
-op, file, parts = sys.argv[1], Path(sys.argv[2]), [json.loads(Path(path).read_text()) for path in sys.argv[3:]]
-earlier = json.loads(file.read_text())["outcomes"] if file.exists() else []
-outcomes = [outcome for outcome in earlier if outcome["phase"] != op]
-outcomes += [outcome | {"phase": op} for part in parts for outcome in part["outcomes"]]
-file.write_text(json.dumps(parts[0] | {"outcomes": outcomes}, indent=1) + "\n")
-PY
-    return "$failed"
-}
-
-# `mmkernels check --op OP --dtype DTYPE`, of whose cases this takes every PARTS-th
-check_part() { # OP DTYPE SEED PART PARTS
-    OMP_NUM_THREADS=1 bounded "$python" - "$device" "$((${#quick[@]}))" "$@" "$elsewhere/$1-$2-$4.json" <<'PY'
-import signal
-import sys
-from rich.console import Console
-from mmkernels.bench.machine import environment
-from mmkernels.check.report import print_report, write_json
-from mmkernels.check.session import Request, places, run
-
-device, quick, op, dtype, seed, part, parts, file = sys.argv[1:]
-
-
-class Part(Request):
-    def cases(self, place):
-        return super().cases(place)[int(part) :: int(parts)]
-
-
-signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is known by then is told
-request = Part(op=op, dtype=dtype, device=device, seed=int(seed), quick=quick != "0")
-found = places(request)
-records = run(request, found, lambda *_: None)
-print_report(Console(width=160), records, found, int(seed))
-write_json(file, records, found, environment())
-sys.exit(any(record["failures"] for record in records))
-PY
+    measure --anew info
 }
 
 # Without torch's cache, whose blocks are larger than the tensors in them. What is measured is only whether a kernel errs:
@@ -208,45 +196,22 @@ bench() { # [OP-]DTYPE
 
 summarize() {
     { grep -h '^== ' "$log" || true; } | awk '!seen[$0]++'
-    bounded "$python" - "$out" <<'PY'
-import json
-import sys
-from pathlib import Path
-
-from mmkernels.bench.report import print_report
-from mmkernels.bench.runner import Report
-from rich.console import Console
-
-console = Console(width=160)
-checks = Path(sys.argv[1]) / "check.json"
-every = json.loads(checks.read_text())["outcomes"] if checks.exists() else []
-for phase in dict.fromkeys(outcome["phase"] for outcome in every):
-    outcomes = [outcome for outcome in every if outcome["phase"] == phase]
-    failed = [outcome for outcome in outcomes if outcome["failures"]]
-    served = [outcome for outcome in outcomes if not outcome["unsupported"]]
-    console.print(f"{phase}: {len(served) - len(failed)} of {len(served)} passed, {len(outcomes) - len(served)} not served")
-    for outcome in failed:
-        console.print(f"  {outcome['reproduce']}: {outcome['failures'][0]}", markup=False, soft_wrap=True)
-for path in sorted(Path(sys.argv[1]).glob("bench-*.json")):
-    content = json.loads(path.read_text())
-    env = content["env"]
-    console.print(f"{path.stem}: {env['gpu'] or env['cpu']}, torch {env['torch']}, triton {env['triton']}")
-    print_report(console, Report(env, content["peaks"], content["results"], env["unmeasured"]))
-PY
+    measure summary
 }
 
 phase() { # NAME
     # Else Python would find whatever mmkernels the machine has besides, and all that follows would be said of that.
     [[ $1 == install ]] || installed || { echo "nothing is installed in $site"; return 1; }
     case $1 in
-        install) install ;;
+        install) if [[ $short ]]; then install_for_here; else install; fi ;;
         info) info ;;
-        check-*) check "${1#check-}" ;;
+        check-*) measure --anew "$1" ;;
         sanitize-*) sanitize "${1#sanitize-}" ;;
         test) run_tests ;;
         ranks) run_ranks ;;
         bench-*) bench "${1#bench-}" ;;
         summary) summarize | tee "$out/summary.txt" ;;
+        steps) measure "${measured[@]}" summary ;;
     esac
 }
 
@@ -262,8 +227,16 @@ run_phase() { # NAME
     echo "== $1: $( ((code == 0)) && echo passed || echo "FAILED, code $code"), $((SECONDS - start)) s" | tee -a "$log"
 }
 
-installed || [[ " ${phases[*]} " == *" install "* ]] || phases=(install "${phases[@]}")
+current || [[ " ${phases[*]} " == *" install "* ]] || phases=(install "${phases[@]}")
+measured=() # of --short, all but the build in one process: each would take seconds to import torch
 for name in "${phases[@]}"; do
-    run_phase "$name"
+    if [[ $short && $name != install ]]; then
+        measured+=("$name")
+    else
+        run_phase "$name"
+    fi
 done
+if ((${#measured[@]})); then
+    limit=$((whole - SECONDS)) run_phase steps
+fi
 exit "$failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -182,9 +183,11 @@ def _varlen(kernel: Function, layout: Layout, batch: int | None) -> Function:
 def _torch_varlen() -> Function:
     from torch.nn.attention.varlen import varlen_attn
 
+    asks = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 takes groups of heads unasked
+
     def attend(q, k, v, cu_q, cu_k, longest_q, longest_k, window):
-        gqa = q.shape[1] != k.shape[1]
-        return varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=window, enable_gqa=gqa)
+        gqa = {"enable_gqa": q.shape[1] != k.shape[1]} if asks else {}
+        return varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=window, **gqa)
 
     return attend
 
