@@ -174,14 +174,13 @@ MMK_DEVICE void multiply(float (&d)[kHeld], Ring& ring, const Place& place, int 
     for (int step = 0; step < steps; step++) {
         if (turns && place.group == 0 && step == kLead) named_barrier_arrive(kAhead, kConsumers);
         mbarrier_wait(ring.full + ring.stage, ring.parity);
-        const uint32_t image = shared_address(ring.image()) + place.group * (kImageBytes / kGroups);
-        const uint32_t text = shared_address(ring.text());
+        const uint32_t rows = shared_address(ring.image()) + place.group * (kImageBytes / kGroups);
+        const uint64_t image = matrix_descriptor(rows, 16, 1024, Swizzle::k128);
+        const uint64_t text = matrix_descriptor(shared_address(ring.text()), 16, 1024, Swizzle::k128);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kStep / 16; k++) {
-            const uint64_t a = matrix_descriptor(image + k * 32, 16, 1024, Swizzle::k128);
-            const uint64_t b = matrix_descriptor(text + k * 32, 16, 1024, Swizzle::k128);
-            wgmma<T, Major::kK, Major::kK>(d, a, b, step > 0 || k > 0);
+            wgmma<T, Major::kK, Major::kK>(d, advanced(image, k * 32), advanced(text, k * 32), step > 0 || k > 0);
         }
         wgmma_commit();
         wgmma_wait<1>();  // the step before is done

@@ -43,12 +43,12 @@ struct alignas(1024) Tile {
 
     // Operand of a product over columns, of which these are 16 k and up: rows from `row` on.
     MMK_DEVICE uint64_t over_columns(int row, int k) const {
-        const int at = row * kPitch + k * 16 / kColumns * kSlab + k * 16 % kColumns * 2;
-        return matrix_descriptor(shared_address(bytes) + at, 16, 8 * kPitch, kSwizzle);
+        const uint64_t first = matrix_descriptor(shared_address(bytes) + row * kPitch, 16, 8 * kPitch, kSwizzle);
+        return advanced(first, k * 16 / kColumns * kSlab + k * 16 % kColumns * 2);
     }
     // Right operand of a product over rows, of which these are 16 k and up: all columns.
     MMK_DEVICE uint64_t over_rows(int k) const {
-        return matrix_descriptor(shared_address(bytes) + k * 16 * kPitch, kSlab, 8 * kPitch, kSwizzle);
+        return advanced(matrix_descriptor(shared_address(bytes), kSlab, 8 * kPitch, kSwizzle), k * 16 * kPitch);
     }
 
     // Where two numbers lie: `column` is even.
