@@ -247,16 +247,15 @@ struct Consumer {
         wgmma_wait<0>(attention.s);
         for (bool first = true;; first = false) {
             release(&control.key_empty[at.stage]);
-            if (factors.capped) {
-                attention.each(lane, [&](float& s, int, int) { s = factors.cap(s); });
-            } else if (!factors.plain) {
-                attention.each(lane, [&](float& s, int, int) { s *= factors.before; });
+            const bool masked = walk.masked();
+            if (!factors.plain) {
+                if (factors.capped) {
+                    attention.each(lane, [&](float& s, int, int) { s = factors.cap(s); });
+                } else {
+                    attention.each(lane, [&](float& s, int, int) { s *= factors.before; });
+                }
             }
-            if (walk.masked()) {
-                attention.each(lane, [&](float& s, int i, int column) {
-                    if (!spans.see(i, walk.key0 + column)) s = -INFINITY;
-                });
-            }
+            if (masked) attention.mask(spans, walk.hull, walk.key0, lane);
             attention.weigh(factors.after);
 
             // That one waits for keys here matters to ptxas too: within one basic block it would wait for the values'
@@ -272,7 +271,7 @@ struct Consumer {
             attention.lessen();
             attention.round_weights();
             mbarrier_wait(&control.value_full[at.stage], at.parity);
-            if (walk.masked()) {
+            if (masked) {
                 mbarrier_wait(&control.value_clean[at.stage], at.parity);
                 const int* const some = control.some_non_finite[at.stage];
                 if ((some[0] | some[1] | some[2]) != 0) {

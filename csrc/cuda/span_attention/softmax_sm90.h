@@ -23,6 +23,20 @@ struct Attention {
         for (int e = 0; e < kKeys / 2; e++) f(s[e], e / 2 % 2, e / 4 * 8 + lane % 4 * 2 + e % 2);
     }
 
+    // Scores of keys that are not seen become -inf, whatever they were: only where the step, whose first key is key0,
+    // reaches beyond what all queries see is there anything to ask.
+    MMK_DEVICE void mask(const Spans& spans, const Hull& hull, int key0, int lane) {
+        const int first = key0 + lane % 4 * 2;
+        if (key0 + kKeys > hull.common_end) {
+            const int end[2] = {spans.hi[0] - first, spans.hi[1] - first};
+            each(0, [&](float& s, int i, int column) { s = column < end[i] ? s : -INFINITY; });
+        }
+        if (key0 < hull.common_first) {
+            const int begin[2] = {spans.lo[0] - first, spans.lo[1] - first};
+            each(0, [&](float& s, int i, int column) { s = column >= begin[i] ? s : -INFINITY; });
+        }
+    }
+
     // Scores into weights relative to the largest score so far.
     MMK_DEVICE void weigh(float factor) {
 #pragma unroll
@@ -46,7 +60,9 @@ struct Attention {
         }
     }
 
+    // In most steps no score of the warp's rows exceeds those before it, and every factor is 1.
     MMK_DEVICE void lessen() {
+        if (!__any_sync(kAllLanes, fade[0] != 1.0f || fade[1] != 1.0f)) return;
 #pragma unroll
         for (int e = 0; e < kWidth / 2; e++) o[e] *= fade[e / 2 % 2];
     }
