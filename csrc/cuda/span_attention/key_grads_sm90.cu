@@ -5,7 +5,8 @@
 //   ds = p (dp - delta) while that is;  d_k += ds q
 //
 // Of its registers, a thread that computes has 32 for s, 32 for dp, 16 for p rounded and a head's width for both sums:
-// 208 for heads of 128.
+// 208 for heads of 128. Heads of 64 leave room for the block's own k and v, so that a step reads them once less from
+// shared memory, which would limit them else.
 #include "cuda/span_attention/backward_sm90.h"
 
 namespace mmk::cuda {
@@ -188,14 +189,25 @@ MMK_DEVICE void compute_key_grads(KeyShared<kWidth>& shared, const Maps& maps, c
     const Scores& scores = call.scores;
     float dk[kWidth / 2] = {}, dv[kWidth / 2] = {};
     mbarrier_wait(&shared.ring.own, 0);
+    constexpr bool kHeld = kWidth <= 64;
+    uint32_t k_left[kWidth / 16][4], v_left[kWidth / 16][4];
+    if constexpr (kHeld) {
+        hold(k_left, shared.k, key - block.row, lane);
+        hold(v_left, shared.v, key - block.row, lane);
+    }
     const Place rows = shared.ring.compute(group, [&](auto turn, const Step& step) {
         const bool masked = step.how[group] == kMasked;
         auto& stage = shared.stages[turn.stage];
         float s[kQueries / 2], dp[kQueries / 2];
         uint32_t p_left[kQueries / 16][4], ds_left[kQueries / 16][4];
         wgmma_fence();
-        multiply<T>(s, shared.k, group * kGroupRows, stage.q);
-        multiply<T>(dp, shared.v, group * kGroupRows, stage.d_out);
+        if constexpr (kHeld) {
+            multiply<T>(s, k_left, stage.q);
+            multiply<T>(dp, v_left, stage.d_out);
+        } else {
+            multiply<T>(s, shared.k, group * kGroupRows, stage.q);
+            multiply<T>(dp, shared.v, group * kGroupRows, stage.d_out);
+        }
         wgmma_wait<1>(s);
         if (scores.capped) {
             weigh_capped<T>(s, p_left, scores, stage, key, lane);

@@ -70,6 +70,25 @@ MMK_DEVICE void multiply(float (&d)[kRight / 2], const Tile<kWidth, kLeft>& left
     wgmma_commit();
 }
 
+// What a thread holds of 64 rows of a tile, `row` being its first, as the left operand of products over columns.
+template <int kWidth, int kRows>
+MMK_DEVICE void hold(uint32_t (&left)[kWidth / 16][4], Tile<kWidth, kRows>& tile, int row, int lane) {
+#pragma unroll
+    for (int k = 0; k < kWidth / 16; k++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) left[k][i] = *tile.at(row + i % 2 * 8, k * 16 + i / 2 * 8 + lane % 4 * 2);
+    }
+}
+
+// d = left times the rows of right transposed.
+template <class T, int kWidth, int kRight>
+MMK_DEVICE void multiply(float (&d)[kRight / 2], const uint32_t (&left)[kWidth / 16][4],
+                         const Tile<kWidth, kRight>& right) {
+#pragma unroll
+    for (int k = 0; k < kWidth / 16; k++) wgmma<T, Major::kK>(d, left[k], right.over_columns(0, k), k > 0);
+    wgmma_commit();
+}
+
 // d += left times the rows of right.
 template <class T, int kWidth, int kRows>
 MMK_DEVICE void add_product(float (&d)[kWidth / 2], const uint32_t (&left)[kRows / 16][4],
