@@ -5,7 +5,7 @@
 
 namespace mmk::cuda {
 
-constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // How products p become exponentials: q = sign p, and e to the power of a difference of logits is 2 to that of q times
 // the factor. The difference comes first: that of products that are close is exact, and nothing is left to be fused in
@@ -34,6 +34,38 @@ MMK_DEVICE float log1p_unit(float x) {
 #pragma unroll
     for (int i = 1; i < 8; i++) q = q * x + kQ[i];
     return x + x * x * q;
+}
+
+// log(1 + x) of 0 <= x < 2^64, relative error 1.4e-7: 1 + x = 2^k (1 + m), m from -1/4 to 1/2, and log(1 + m) =
+// m (1 + m q(m)), q minimax of degree 7. A small x is m itself, and loses nothing.
+MMK_DEVICE float log1p_approx(float x) {
+    constexpr float kQ[] = {0.0592360645532608f, -0.1241033524274826f,  0.14918099343776703f, -0.16757598519325256f,
+                            0.1997883915901184f, -0.24997051060199738f, 0.33333534002304077f, -0.5000001192092896f};
+    constexpr int kBits = 23;  // of a mantissa
+    const float sum = 1.0f + x;
+    int bits;
+    memcpy(&bits, &sum, sizeof bits);
+    const int exponent = (bits - 0x3F400000) & ~((1 << kBits) - 1), of_unit = 0x3F800000 - exponent;  // 3/4, and 1
+    float unit;                                                                                       // 2^-k
+    memcpy(&unit, &of_unit, sizeof unit);
+    const float m = fmaf(x, unit, unit - 1.0f);
+    float q = kQ[0];
+#pragma unroll
+    for (int i = 1; i < 8; i++) q = q * m + kQ[i];
+    return fmaf(m * m, q, m) + static_cast<float>(exponent) * static_cast<float>(kLn2 / (1 << kBits));
+}
+
+// (1 + x_1) ... (1 + x_n) - 1 of x_i >= 0: positive terms alone are added up, and small x lose nothing to a 1.
+template <int kCount>
+MMK_DEVICE float product_beyond_1(const float (&x)[kCount]) {
+    if constexpr (kCount == 1) {
+        return x[0];
+    } else {
+        float halves[kCount / 2];
+#pragma unroll
+        for (int i = 0; i < kCount / 2; i++) halves[i] = fmaf(x[2 * i], x[2 * i + 1], x[2 * i] + x[2 * i + 1]);
+        return product_beyond_1(halves);
+    }
 }
 
 // A pair of SigLIP. y is its logit, negative where the pair belongs together: loss = log(1 + exp y).

@@ -45,7 +45,6 @@ namespace {
 
 constexpr size_t kWorkspace = size_t{64} << 20;  // for parts; more would not be faster
 constexpr int kFoldThreads = 128, kSumThreads = 1024;
-constexpr double kLn2 = 0.6931471805599453;
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -11,9 +11,10 @@
 // rows each, and keep their 128 numbers a thread in registers for all that follows; they are kept some steps apart, so
 // that one takes its exponentials while the other has the tensor cores, instead of both waiting for the same.
 //
-// What limits it: products take 16 D cycles a tile, two exponentials a logit 4096 (SigLIP's 37 instructions a logit
-// twice that), so that from D = 300 (600) on products can hide the rest. They need 48 bytes a cycle and multiprocessor
-// from the L2 cache, where 16 rows of tiles are walked column by column; about 40 are known to come.
+// What limits it: products take 16 D cycles a tile; two exponentials a logit (SigLIP: one and a reciprocal) 4096, more
+// than all other instructions where nothing is said by ids. So from D = 300 on products can hide the rest. They need 48
+// bytes a cycle and multiprocessor from the L2 cache, where 16 rows of tiles are walked column by column; about 40 are
+// known to come.
 //
 // Where ids say what belongs together, or what counts nowhere, a thread compares those of its two rows with those of a
 // tile's columns, in shared memory; the positives of rows and columns are summed beside their others in pass 1, and
@@ -195,7 +196,7 @@ struct SigLipPass {
     Strips strips;
     float* sums;
     Ids<false> ids;
-    float scale, bias;
+    float scale, bias, factor, offset;  // the last two: in units of log 2
 
     MMK_DEVICE SigLipPass(const Call& call, const Place& place, unsigned char* shared, const CUtensorMap* ds)
         : call(call),
@@ -204,7 +205,9 @@ struct SigLipPass {
           sums(reinterpret_cast<float*>(shared + kStripsBytes)),
           ids(shared + kIdsAt, place),
           scale(*call.pairs.scale),
-          bias(*call.pairs.bias) {}
+          bias(*call.pairs.bias),
+          factor(static_cast<float>(scale * kLog2E)),
+          offset(static_cast<float>(bias * kLog2E)) {}
 
     MMK_DEVICE void prepare(const Tile& tile) {
         if constexpr (kIds) ids.load(call, tile, place);
@@ -217,13 +220,66 @@ struct SigLipPass {
             named_barrier_sync(kGroup + place.group, kWarpgroup);
         }
         float total[kSums] = {};
-        if (tile.plain(call)) {
+        if (!tile.plain(call)) {
+            write<false>(d, tile, total);
+        } else if constexpr (kIds) {
             write<true>(d, tile, total);
         } else {
-            write<false>(d, tile, total);
+            write_negatives(d, tile, total);
         }
         if (kWithGradient && last_tile) strips.finish();
         sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
+    }
+
+    // Every pair is there, and none belongs together. With e = exp(logit), the loss of a thread's sixteen of a strip is
+    // one log(1 + x) of their product, x = (1 + e_1) ... (1 + e_16) - 1, unless they are so large that it overflows.
+    MMK_DEVICE void write_negatives(const float (&d)[kHeld], const Tile& tile, float (&total)[kSums]) const {
+#pragma unroll
+        for (int strip = 0; strip < kTileColumns / kStrip; strip++) {
+            if constexpr (kWithGradient) strips.begin();
+            const int from = strip * (kStrip / 2);
+            float e[kStrip / 2];
+#pragma unroll
+            for (int i = 0; i < kStrip / 2; i++) e[i] = exp2_approx(exponent(d[from + i]));
+            const float beyond_1 = product_beyond_1(e);
+            if (__all_sync(kAllLanes, beyond_1 < 0x1p64f)) {
+                total[0] += log1p_approx(beyond_1);
+#pragma unroll
+                for (int i = 0; i < kStrip / 2 && kWithGradient; i++) {  // times kGradientScale
+                    e[i] *= reciprocal_approx(fmaf(e[i], 1 / kGradientScale, 1 / kGradientScale));
+                }
+            } else {
+                __syncwarp();  // keeps this a branch
+#pragma unroll
+                for (int i = 0; i < kStrip / 2; i++) {
+                    const Sigmoid pair(exponent(d[from + i]) * static_cast<float>(kLn2));
+                    total[0] += pair.loss;
+                    e[i] = pair.slope * kGradientScale;
+                }
+            }
+            if constexpr (kWithGradient) {
+#pragma unroll
+                for (int i = 0; i < kStrip / 2; i++) {
+                    total[1] += e[i] * d[from + i];
+                    total[2] += e[i];
+                }
+#pragma unroll
+                for (int i = 0; i < kStrip / 2; i += 2) strips.put(strip, i / 4, i / 2 % 2, pack2<T>(e[i], e[i + 1]));
+                strips.send(strip, tile.row0 - call.row0 + place.warp * 16, tile.column0 + strip * kStrip);
+            }
+        }
+        if constexpr (kWithGradient) {
+            total[1] *= 1 / kGradientScale;
+            total[2] *= 1 / kGradientScale;
+            total[0] -= static_cast<float>(factor * kLn2 - scale) * total[1];
+            total[0] -= static_cast<float>(offset * kLn2 - bias) * total[2];
+        }
+    }
+    // e to the power of a logit is 2 to that of this. With the gradient at hand one multiply-add will do: by how much
+    // the rounding of its terms moves all logits is taken off the loss, to first order, with the sums of their slopes.
+    MMK_DEVICE float exponent(float product) const {
+        if constexpr (kWithGradient) return fmaf(product, factor, offset);
+        return fmaf(product, scale, bias) * static_cast<float>(kLog2E);
     }
 
     template <bool kPlain>
