@@ -119,7 +119,7 @@ def _write_weight_grad(grad: Tensor, patches: Patches, into: Gradients) -> None:
     copies = weight.new_empty(splits, features, geometry.pixels, dtype=torch.float32)
     launch(
         weight_grad, splits * tiles,
-        grad, images, *_normalisation(patches), copies, *_walk(pixels, geometry),
+        grad, images, *_normalisation(patches), copies, *_walk(pixels, geometry), *_divisors(geometry),
         grad.stride(0) // 8, grad.stride(1) // 8, count, run,
         E=features, K=geometry.pixels, E_WIDTH=grad.shape[-1], **_channels(geometry, pixels),
         **_meta(weight, pixels, tile),
@@ -134,6 +134,17 @@ def _walk(pixels: Pixels, geometry: PatchGeometry) -> tuple[int, ...]:
     strides = (geometry.batch_stride, *geometry.grid_strides, *pixels.strides)
     innermost = 0 if pixels.unit else strides[-1]
     return *(s // pixels.vector for s in strides[:-1]), innermost, geometry.patches, *geometry.grid[1:]
+
+
+def _divisors(geometry: PatchGeometry) -> tuple[int, ...]:
+    """`_divided` by the patches of an image, by those of a frame and by those of a row: multiplier and shift of each.
+
+    With 2^(shift - 1) < d <= 2^shift, n / d is n (2^(31 + shift) / d) / 2^(31 + shift), and so it is of the multiplier
+    rounded up, for every n < 2^31: what is added stays below n / (2^31 d), less than is missing to the next integer.
+    """
+    _, rows, columns = geometry.grid
+    shifts = [(d, (d - 1).bit_length()) for d in (geometry.patches, rows * columns, columns)]
+    return tuple(part for d, shift in shifts for part in ((1 << 31 + shift) // d + 1, shift))
 
 
 def _normalisation(patches: Patches) -> tuple[Tensor | None, Tensor | None]:
@@ -162,8 +173,19 @@ def _patch_offsets(m, stride_b, stride_t, stride_y, stride_x, patches, grid_y, g
     """Where patch m starts, in elements."""
     b, p = m // patches, m % patches
     t, y, x = p // (grid_y * grid_x), p // grid_x % grid_y, p % grid_x
+    return _patch_offset(b, t, y, x, stride_b, stride_t, stride_y, stride_x, VECTOR)
+
+
+@triton.jit
+def _patch_offset(b, t, y, x, stride_b, stride_t, stride_y, stride_x, VECTOR: tl.constexpr):
     at = b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
     return at * VECTOR
+
+
+@triton.jit
+def _divided(n, multiplier, shift):
+    """n / d and the rest of it would take twenty instructions: of n < 2^31, and what `_divisors` says of d."""
+    return (tl.umulhi((n * 2).to(tl.uint32, bitcast=True), multiplier.to(tl.uint32)) >> shift).to(tl.int32)
 
 
 @triton.jit
@@ -286,7 +308,8 @@ def images_grad(
 @triton.jit(
     do_not_specialize=[
         "stride_b", "stride_t", "stride_y", "stride_x", "stride_0", "stride_1", "stride_2", "stride_3",
-        "patches", "grid_y", "grid_x", "stride_gb8", "stride_gp8", "count", "run",
+        "patches", "grid_y", "grid_x", "by_patches", "of_patches", "by_frame", "of_frame", "by_row", "of_row",
+        "stride_gb8", "stride_gp8", "count", "run",
     ]
 )  # fmt: skip
 def weight_grad(
@@ -294,6 +317,7 @@ def weight_grad(
     images, factor, offset,
     copies,  # [splits, E, K]
     stride_b, stride_t, stride_y, stride_x, stride_0, stride_1, stride_2, stride_3, patches, grid_y, grid_x,
+    by_patches, of_patches, by_frame, of_frame, by_row, of_row,  # see _divisors
     stride_gb8, stride_gp8, count, run,
     E: tl.constexpr, K: tl.constexpr, E_WIDTH: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL_INNER: tl.constexpr,
     PRECISION: tl.constexpr, SIZES: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
@@ -308,11 +332,16 @@ def weight_grad(
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for m0 in tl.range(split * run, end, BLOCK_K):
         m = m0 + tl.arange(0, BLOCK_K)
-        g_row = (m // patches).to(tl.int64) * stride_gb8 + (m % patches).to(tl.int64) * stride_gp8
+        b = _divided(m, by_patches, of_patches)
+        p = m - b * patches
+        t = _divided(p, by_frame, of_frame)
+        in_frame = p - t * (grid_y * grid_x)
+        y = _divided(in_frame, by_row, of_row)
+        g_row = b.to(tl.int64) * stride_gb8 + p.to(tl.int64) * stride_gp8
         g = tl.load(
             grad + (g_row * 8)[None, :] + e[:, None], mask=(m[None, :] < end) & (e[:, None] < E_WIDTH), other=0.0
         )
-        at = _patch_offsets(m, stride_b, stride_t, stride_y, stride_x, patches, grid_y, grid_x, VECTOR)
+        at = _patch_offset(b, t, y, in_frame - y * grid_x, stride_b, stride_t, stride_y, stride_x, VECTOR)
         x = tl.load(images + at[:, None] + pixel[None, :], mask=(m[:, None] < end) & (k[None, :] < K), other=0)
         x = _normalised(x, k, factor, offset, grad.dtype.element_ty, CHANNELS, CHANNEL_INNER)
         sums = dot(g, x, sums, PRECISION)
