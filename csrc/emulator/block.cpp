@@ -1,4 +1,5 @@
-// The scheduler: runs the threads of one block after another in turns, until all have ended or none can go on.
+// The scheduler: runs the threads of one block, or cluster of blocks, after another in turns, until all have ended or
+// none can go on.
 #include "emulator/block.h"
 
 #include <cstdarg>
@@ -14,7 +15,8 @@ namespace mmk::emulator {
 
 Thread* current;
 std::vector<Thread> threads;
-uint32_t block_number;
+size_t block_threads, cluster_blocks;
+uint32_t cluster_number;
 
 namespace {
 
@@ -24,10 +26,9 @@ constexpr unsigned kMaxGridYZ = 65535;
 std::vector<Warp> warps;
 Fiber host;  // the caller of run()
 const std::function<void()>* kernel;
-uint3 block_position;
 dim3 block_extent, grid_extent;
 std::string error;
-size_t ended;
+size_t ended, ended_of_block[kMostBlocks];
 int turn;  // the warp that ran last goes on while it can
 uint64_t random_state;
 
@@ -75,6 +76,8 @@ void thread_main() {
     end_wgmma(self);
     self.ended = true;
     ended++;
+    ended_of_block[self.rank]++;
+    complete_cluster_barrier();
     run_thread(self, choose());
     abort();
 }
@@ -94,12 +97,13 @@ std::string deadlock() {
     return text + std::to_string(ended) + " of " + std::to_string(threads.size()) + " threads have ended";
 }
 
-void begin_block(unsigned x, unsigned y, unsigned z) {
+// x: of the first block.
+void begin_cluster(unsigned x, unsigned y, unsigned z) {
     const size_t count = threads.size();
-    block_position = {x, y, z};
-    block_number++;
-    counters().blocks++;
+    cluster_number++;
+    counters().blocks += cluster_blocks;
     ended = 0;
+    for (size_t& of_block : ended_of_block) of_block = 0;
     turn = options().order == Order::kHighestFirst ? static_cast<int>(warps.size()) - 1 : 0;
     poison_shared();
     begin_barriers();
@@ -114,20 +118,23 @@ void begin_block(unsigned x, unsigned y, unsigned z) {
         thread.id = static_cast<int>(i);
         thread.lane = thread.id % kWarp;
         thread.warp = &warps[i / kWarp];
-        const unsigned id = static_cast<unsigned>(i), row = block_extent.x, plane = row * block_extent.y;
+        thread.rank = static_cast<int>(i / block_threads);
+        thread.block = {x + static_cast<unsigned>(thread.rank), y, z};
+        const unsigned id = static_cast<unsigned>(i % block_threads), row = block_extent.x,
+                       plane = row * block_extent.y;
         thread.index = {id % row, id / row % block_extent.y, id / plane};
         thread.clock.assign(clock_size(), 0);
         if (detects_races()) thread.clock[i] = 1;
     }
     for (size_t i = 0; i < warps.size(); i++) {
-        const size_t lanes = count - i * kWarp;
+        const size_t lanes = block_threads - i * kWarp % block_threads;  // in a cluster, warps are whole
         warps[i].id = static_cast<int>(i);
         warps[i].ready = lanes >= kWarp ? ~0u : (1u << lanes) - 1;
         warps[i].meetings.clear();
     }
 }
 
-void run_block() {
+void run_cluster() {
     run_thread(host, choose());
     if (!error.empty()) throw Error(error);
     if (ended != threads.size()) throw Error(deadlock());
@@ -135,8 +142,13 @@ void run_block() {
     end_mbarriers();
 }
 
-void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
+void check_launch(const Extent& extent) {
+    const auto& [grid, block, shared_bytes, cluster] = extent;
     const size_t count = size_t{block.x} * block.y * block.z;
+    if (cluster < 1 || cluster > kMostBlocks || grid.x % cluster != 0 || (cluster > 1 && count % kWarpgroup != 0)) {
+        throw Error("launch of " + std::to_string(grid.x) + " blocks of " + std::to_string(count) +
+                    " threads in clusters of " + std::to_string(cluster));
+    }
     if (count < 1 || count > kMaxThreads) throw Error("launch of " + std::to_string(count) + " threads a block");
     if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x >= 1u << 31 || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
         throw Error("launch of a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
@@ -159,34 +171,44 @@ Counters& counters() {
 }
 
 const uint3& thread_index() { return current->index; }
-const uint3& block_index() { return block_position; }
+const uint3& block_index() { return current->block; }
 const dim3& block_size() { return block_extent; }
 const dim3& grid_size() { return grid_extent; }
 int lane() { return current->lane; }
+int cluster_rank() { return current->rank; }
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+void run(const Extent& extent, const std::function<void()>& body) {
     static std::mutex one_launch;  // the state above is one machine's
     const std::lock_guard lock(one_launch);
-    check_launch(grid, block, shared_bytes);
-    const size_t count = size_t{block.x} * block.y * block.z;
+    check_launch(extent);
+    const dim3& grid = extent.grid;
     grid_extent = grid;
-    block_extent = block;
+    block_extent = extent.block;
+    block_threads = size_t{extent.block.x} * extent.block.y * extent.block.z;
+    cluster_blocks = extent.cluster;
     kernel = &body;
     random_state = options().seed;
     error.clear();
-    block_number = 0;
-    threads.assign(count, Thread{});
-    warps.assign((count + kWarp - 1) / kWarp, Warp{});
-    const SharedMemory memory(shared_bytes, warps.size());
+    cluster_number = 0;
+    threads.assign(block_threads * cluster_blocks, Thread{});
+    warps.assign((threads.size() + kWarp - 1) / kWarp, Warp{});
+    const SharedMemory memory(extent.shared_bytes, warps.size());
     begin_launch();
     for (unsigned z = 0; z < grid.z; z++) {
         for (unsigned y = 0; y < grid.y; y++) {
-            for (unsigned x = 0; x < grid.x; x++) {
-                begin_block(x, y, z);
-                run_block();
+            for (unsigned x = 0; x < grid.x; x += extent.cluster) {
+                begin_cluster(x, y, z);
+                run_cluster();
             }
         }
     }
+}
+
+void check_block(int rank, const char* what, Site site) {
+    if (rank < 0 || static_cast<size_t>(rank) >= cluster_blocks) {
+        fail(site, "%s: block %d of a cluster of %zu", what, rank, cluster_blocks);
+    }
+    if (ended_of_block[rank] == block_threads) fail(site, "%s: block %d of the cluster has ended", what, rank);
 }
 
 void fail(Site site, const char* format, ...) {
@@ -197,8 +219,9 @@ void fail(Site site, const char* format, ...) {
     va_end(arguments);
     Thread* const thread = current;
     if (thread != nullptr) {
-        snprintf(who, sizeof who, "block (%u, %u, %u) thread %d (warp %d, lane %d): ", block_position.x,
-                 block_position.y, block_position.z, thread->id, thread->warp->id, thread->lane);
+        const int id = thread->id % static_cast<int>(block_threads);
+        snprintf(who, sizeof who, "block (%u, %u, %u) thread %d (warp %d, lane %d): ", thread->block.x, thread->block.y,
+                 thread->block.z, id, id / kWarp, thread->lane);
     }
     const std::string where = site.file != nullptr ? site.file + (":" + std::to_string(site.line)) : accessed_at();
     error = where + ": " + who + text;

@@ -1,4 +1,5 @@
-// The threads of the running block, for the files of the emulator: who runs, who waits, and for what.
+// The threads of the running block, or cluster of blocks, for the files of the emulator: who runs, who waits, and for
+// what.
 #pragma once
 #include <string>
 
@@ -10,7 +11,8 @@ namespace mmk::emulator {
 // Of each thread, and behind these of the copies that complete on each mbarrier, how much of it is known to lie in the
 // past; empty unless racing.
 using Clock = std::vector<uint32_t>;
-constexpr size_t kMostMbarriers = 32;
+constexpr size_t kMostMbarriers = 32;  // in a block
+constexpr unsigned kMostBlocks = 8;    // in a cluster
 size_t clock_size();
 
 // Every lane of `mask` comes to meet() with its own argument; the last one to come does the work of all.
@@ -31,9 +33,10 @@ struct Warp {
 };
 
 struct Thread : Fiber {
-    int id = 0, lane = 0;
+    int id = 0, lane = 0;  // id: in the cluster, block by block; so are those of warps
+    int rank = 0;          // of its block in the cluster
     Warp* warp = nullptr;
-    uint3 index{};
+    uint3 index{}, block{};
     const char* waits_in = nullptr;
     Site site{};
     bool (*ready)(void*) = nullptr;  // of a wait that polls
@@ -44,7 +47,8 @@ struct Thread : Fiber {
 
 extern Thread* current;  // null outside a kernel
 extern std::vector<Thread> threads;
-extern uint32_t block_number;  // from 1 on, within the launch
+extern size_t block_threads, cluster_blocks;
+extern uint32_t cluster_number;  // from 1 on, within the launch
 
 constexpr int kWarp = 32, kWarpgroup = 128;
 
@@ -62,6 +66,9 @@ void poll(bool (*ready)(void*), void* argument, const char* what, Site site);
 // The threads of a warpgroup meet; orders no memory between its warps.
 void meet_warpgroup(Site site);
 
+// Stops the kernel where a block of this rank is not in the cluster, or has ended.
+void check_block(int rank, const char* what, Site site);
+
 const void* host_stack_pointer();  // of the thread that launched
 
 // ---- clocks: what is ordered before what
@@ -72,7 +79,8 @@ void sync_clocks(int warp, uint32_t mask);  // what these lanes did is ordered b
 
 // ---- shared memory: the dynamic part, and behind a margin the static variables
 
-void check_shared(const void* p, size_t bytes, const char* what, Site site);
+void check_shared(const void* p, size_t bytes, const char* what, Site site);  // of the current thread's block
+void* shared_pointer_of(int rank, const void* p);  // what lies there in another block as p does in this one
 void check_aligned(const void* p, size_t alignment, const char* what, Site site);
 
 // ---- what the other files do when a block begins, and when a thread or a block ends

@@ -206,6 +206,12 @@ void tensor_load(void* to, const CUtensorMap& encoded, const int* at, int rank, 
     bulk_copy_in(pieces_of(map, at, to), tile_bytes(map), barrier, site);
 }
 
+void tensor_multicast(void* to, const CUtensorMap& encoded, const int* at, int rank, uint64_t* barrier, uint32_t blocks,
+                      Site site) {
+    const Map map = decode(encoded, rank, to, site);
+    bulk_multicast(pieces_of(map, at, to), tile_bytes(map), barrier, blocks, site);
+}
+
 void tensor_store(const CUtensorMap& encoded, const int* at, int rank, const void* from, Site site) {
     const Map map = decode(encoded, rank, from, site);
     store(pieces_of(map, at, from), site);

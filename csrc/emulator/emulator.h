@@ -1,9 +1,10 @@
 // A host emulator of the part of the CUDA execution model that our kernels use: the sources under csrc/cuda compile
 // with g++ against it and run on a machine without a GPU.
 //
-// Execution. One fiber is one CUDA thread. The threads of a block take turns on one host thread, blocks run one after
-// another; a thread gives way only at a warp operation, a barrier or a wait. An operation of a warp is a rendezvous:
-// each lane leaves a pointer to its registers, and the last lane to come does the work of all.
+// Execution. One fiber is one CUDA thread. The threads of a block, or of a cluster of blocks, take turns on one host
+// thread, blocks and clusters run one after another; a thread gives way only at a warp operation, a barrier or a wait.
+// An operation of a warp is a rendezvous: each lane leaves a pointer to its registers, and the last lane to come does
+// the work of all.
 //
 // Asynchrony is lazy and poisoned. A copy lands at the last moment the program allows, its target holds NaN until then;
 // so do the accumulators of wgmma. A missing or misplaced wait gives NaN instead of the right number by luck. Shared
@@ -17,8 +18,12 @@
 //          accesses of two threads or two blocks, memory read before it is written or while a copy to it is under way,
 //          accesses outside every watched tensor, a missing fence between ordinary stores and the async proxy.
 //
-// Beyond it: clusters and distributed shared memory, waiting between blocks, memory ordering weaker than the clocks,
-// and time. Sums of products are in float32 in the order of k, the hardware's are not: no comparison to the bit.
+// Clusters. Blocks of a cluster reach each other's shared memory by multicast copies and by arrivals at each other's
+// mbarriers, and in no other way; nobody may once a block has ended.
+//
+// Beyond it: loads and stores of another block's shared memory, waiting between clusters, memory ordering weaker than
+// the clocks, and time. Sums of products are in float32 in the order of k, the hardware's are not: no comparison to the
+// bit.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -68,14 +73,20 @@ bool detects_races();
 void watch(const void* begin, size_t bytes, bool initialised);
 void forget_watched();
 
+// Of a launch. cluster: how many neighbouring blocks along x are one.
+struct Extent {
+    dim3 grid, block;
+    size_t shared_bytes;
+    unsigned cluster = 1;
+};
+
 // Runs `body` once for every thread of the grid. Throws Error.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+void run(const Extent& extent, const std::function<void()>& body);
 
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            const std::common_type_t<Parameters>&... arguments) {
+void launch(void (*kernel)(Parameters...), const Extent& extent, const std::common_type_t<Parameters>&... arguments) {
     const auto body = [&] { kernel(arguments...); };
-    run(grid, block, shared_bytes,
+    run(extent,
         std::cref(body));  // by reference: the race build knows this thread's stack, not its heap
 }
 
@@ -120,6 +131,12 @@ void mbarrier_arrive(uint64_t* barrier, int expected_bytes, Site site);
 void mbarrier_wait(uint64_t* barrier, int parity, Site site);
 void async_proxy_fence();
 
+// In a cluster: the number of the running block, and a barrier of all its threads, in two parts.
+int cluster_rank();
+void cluster_arrive(Site site);
+void cluster_wait(Site site);
+void mbarrier_arrive_at(uint64_t* barrier, int rank, Site site);  // at the same barrier of another block
+
 void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier, Site site);
 void bulk_store(void* to, const void* from, int bytes, Site site);
 void bulk_commit();
@@ -130,6 +147,9 @@ void bulk_wait(int pending, bool read_only);  // read_only: shared memory may be
 bool encode_tensor_map(CUtensorMap& map, int element_bytes, int rank, void* base, const uint64_t* size,
                        const uint64_t* stride, const uint32_t* box, int swizzle);
 void tensor_load(void* to, const CUtensorMap& map, const int* at, int rank, uint64_t* barrier, Site site);
+// To the same place of every block of the cluster whose bit is set, and on the same barrier of each.
+void tensor_multicast(void* to, const CUtensorMap& map, const int* at, int rank, uint64_t* barrier, uint32_t blocks,
+                      Site site);
 void tensor_store(const CUtensorMap& map, const int* at, int rank, const void* from, Site site);
 
 // d (64, N) = a (64, 16) b (16, N) [+ d]. a comes from registers, or from descriptor_a where `a` is null; m_major_a,

@@ -71,6 +71,24 @@ void land(Barrier& barrier) {
     complete_phase(barrier);
 }
 
+// To the block in whose shared memory the barrier and the pieces lie.
+void copy_to_block(std::vector<Piece> pieces, int bytes, uint64_t* address, Site site) {
+    Barrier& barrier = find(address, site);
+    if (barrier.unfenced != nullptr) {
+        fail(site, "bulk copy on an mbarrier whose init was not fenced: no fence.mbarrier_init");
+    }
+    if (!written_in_past(address)) fail(site, "RACE: copy on an mbarrier whose init is not ordered before it");
+    for (const Piece& piece : pieces) {
+        check_write(piece.shared, piece.bytes, site, By::kAsyncProxy);
+        if (piece.global != nullptr) check_read(piece.global, piece.bytes, site, By::kAsyncProxy);
+        memset(piece.shared, 0xFF, piece.bytes);
+        mark_filling(piece.shared, piece.bytes, true);
+    }
+    Copy copy{std::move(pieces), bytes, current->clock, site};
+    if (detects_races()) current->clock[current->id]++;
+    barrier.copies.push_back(std::move(copy));
+}
+
 struct Wait {
     Barrier* barrier;
     int parity;
@@ -101,7 +119,7 @@ void mbarrier_init(uint64_t* address, int count, Site site) {
     if (count < 1) fail(site, "mbarrier for %d arrivals", count);
     const auto before = barriers.find(address);
     const size_t number = before == barriers.end() ? barriers.size() : 0;
-    if (number >= kMostMbarriers) fail(site, "mbarrier: more than %zu in a block", kMostMbarriers);
+    if (number >= kMostMbarriers * cluster_blocks) fail(site, "mbarrier: more than %zu in a block", kMostMbarriers);
     const int copier = before == barriers.end() ? static_cast<int>(threads.size() + number) : before->second.copier;
     const uint32_t landed = before == barriers.end() ? 0 : before->second.landed;
     barriers[address] = {count, count, 0, 0, copier, landed, Clock(clock_size(), 0), {}, {}, current};
@@ -111,6 +129,11 @@ void mbarrier_init_fence() {
     for (auto& [address, barrier] : barriers) {
         if (barrier.unfenced == current) barrier.unfenced = nullptr;
     }
+}
+
+void mbarrier_arrive_at(uint64_t* address, int rank, Site site) {
+    check_block(rank, "arrival at an mbarrier", site);
+    mbarrier_arrive(static_cast<uint64_t*>(shared_pointer_of(rank, address)), 0, site);
 }
 
 void mbarrier_arrive(uint64_t* address, int expected_bytes, Site site) {
@@ -136,20 +159,18 @@ void async_proxy_fence() {
 }
 
 void bulk_copy_in(std::vector<Piece> pieces, int bytes, uint64_t* address, Site site) {
-    Barrier& barrier = find(address, site);
-    if (barrier.unfenced != nullptr) {
-        fail(site, "bulk copy on an mbarrier whose init was not fenced: no fence.mbarrier_init");
-    }
-    for (const Piece& piece : pieces) {
-        check_shared(piece.shared, piece.bytes, "bulk copy", site);
-        check_write(piece.shared, piece.bytes, site, By::kAsyncProxy);
-        if (piece.global != nullptr) check_read(piece.global, piece.bytes, site, By::kAsyncProxy);
-        memset(piece.shared, 0xFF, piece.bytes);
-        mark_filling(piece.shared, piece.bytes, true);
-    }
-    Copy copy{std::move(pieces), bytes, current->clock, site};
-    if (detects_races()) current->clock[current->id]++;
-    barrier.copies.push_back(std::move(copy));
+    for (const Piece& piece : pieces) check_shared(piece.shared, piece.bytes, "bulk copy", site);
+    copy_to_block(std::move(pieces), bytes, address, site);
 }
 
+void bulk_multicast(const std::vector<Piece>& pieces, int bytes, uint64_t* address, uint32_t blocks, Site site) {
+    for (const Piece& piece : pieces) check_shared(piece.shared, piece.bytes, "bulk copy", site);
+    for (int rank = 0; blocks >> rank != 0; rank++) {
+        if ((blocks >> rank & 1) == 0) continue;
+        check_block(rank, "a multicast copy", site);
+        std::vector<Piece> there = pieces;
+        for (Piece& piece : there) piece.shared = static_cast<char*>(shared_pointer_of(rank, piece.shared));
+        copy_to_block(std::move(there), bytes, static_cast<uint64_t*>(shared_pointer_of(rank, address)), site);
+    }
+}
 }  // namespace mmk::emulator

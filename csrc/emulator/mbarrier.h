@@ -12,5 +12,7 @@ struct Piece {
 
 // A copy into shared memory that lands when somebody waits for `barrier`, and brings it `bytes`.
 void bulk_copy_in(std::vector<Piece> pieces, int bytes, uint64_t* barrier, Site site);
+// The same into each block of the cluster whose bit is set, where all lies as it does in the current thread's block.
+void bulk_multicast(const std::vector<Piece>& pieces, int bytes, uint64_t* barrier, uint32_t blocks, Site site);
 
 }  // namespace mmk::emulator

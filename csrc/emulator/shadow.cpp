@@ -10,30 +10,30 @@
 namespace mmk::emulator {
 namespace {
 
-// A word of the shadow, from the top: three flags, 18 bits of block, 11 of thread, 32 of its clock. 0: never. Block 0
-// lies before the launch. Words of shared memory that name another block than the running one count as 0.
+// A word of the shadow, from the top: three flags, 18 bits of cluster, 11 of thread, 32 of its clock. 0: never. Cluster
+// 0 lies before the launch. Words of shared memory that name another cluster than the running one count as 0.
 constexpr uint64_t kFilling = uint64_t{1} << 63;   // a copy into the byte is under way
 constexpr uint64_t kDraining = uint64_t{1} << 62;  // a bulk store still reads the byte
 constexpr uint64_t kProxy = uint64_t{1} << 61;     // the async proxy wrote it
 constexpr uint64_t kFlags = kFilling | kDraining | kProxy;
-constexpr int kBlockShift = 43, kThreadShift = 32;
-constexpr uint32_t kMaxBlocks = (1u << 18) - 1;
+constexpr int kClusterShift = 43, kThreadShift = 32;
+constexpr uint32_t kMaxClusters = (1u << 18) - 1;
 constexpr uint64_t kBeforeLaunch = 1;
 constexpr size_t kHostStackBytes = 8 << 20;
 
 std::vector<Memory> shared, global;
 const void* hook_address;  // of the instruction that made the access under check
 
-uint32_t block_of(uint64_t word) { return static_cast<uint32_t>((word & ~kFlags) >> kBlockShift); }
+uint32_t cluster_of(uint64_t word) { return static_cast<uint32_t>((word & ~kFlags) >> kClusterShift); }
 int thread_of(uint64_t word) { return static_cast<int>(word >> kThreadShift & 2047); }
 uint32_t clock_of(uint64_t word) { return static_cast<uint32_t>(word); }
 uint64_t word_now() {
-    return uint64_t{block_number} << kBlockShift | static_cast<uint64_t>(current->id) << kThreadShift |
+    return uint64_t{cluster_number} << kClusterShift | static_cast<uint64_t>(current->id) << kThreadShift |
            current->clock[current->id];
 }
 
 bool in_past(uint64_t word) {
-    if (block_of(word) != block_number) return block_of(word) == 0;
+    if (cluster_of(word) != cluster_number) return cluster_of(word) == 0;
     return thread_of(word) == current->id || clock_of(word) <= current->clock[thread_of(word)];
 }
 
@@ -55,8 +55,11 @@ bool is_foreign(const void* p) {
 }
 
 // The memory of the access, null if it is none of the shadow's business.
-Memory* memory_of(const void* p, size_t bytes, const char* what, Site site) {
+Memory* memory_of(const void* p, size_t bytes, const char* what, Site site, By by = By::kThread) {
     Memory* const memory = find(p, bytes);
+    if (memory != nullptr && !memory->global && memory->rank != current->rank && by == By::kThread) {
+        fail(site, "%s of %zu bytes of the shared memory of another block", what, bytes);
+    }
     if (memory == nullptr) {
         if (in_shared_margin(p, bytes)) {
             fail(site, "%s of %zu bytes outside shared memory, at offset %ld of its dynamic part", what, bytes,
@@ -81,7 +84,7 @@ Memory* memory_of(const void* p, size_t bytes, const char* what, Site site) {
     }
     fail(site, "RACE: %s %s memory at offset %zu, unordered with a %s by thread %d%s", what,
          memory.global ? "global" : "shared", offset, other, thread_of(word),
-         block_of(word) != block_number ? " of another block" : "");
+         cluster_of(word) != cluster_number ? " of another block" : "");
 }
 
 bool lacks_proxy_fence(uint64_t word, const Memory& memory, By by) {
@@ -107,16 +110,17 @@ bool detects_races() { return false; }
 
 const std::vector<Memory>& shared_memories() { return shared; }
 
-void watch_shared(char* begin, size_t bytes, size_t warps) {
+void watch_shared(char* begin, size_t bytes, size_t warps, int rank) {
     if (bytes == 0) return;
     const size_t words = detects_races() ? bytes : 0;
-    shared.push_back({begin, bytes, false, warps, std::vector<uint64_t>(words), std::vector<uint64_t>(words * warps)});
+    shared.push_back(
+        {begin, bytes, false, rank, warps, std::vector<uint64_t>(words), std::vector<uint64_t>(words * warps)});
 }
 void forget_shared() { shared.clear(); }
 
 void watch(const void* begin, size_t bytes, bool initialised) {
     if (bytes == 0 || !detects_races()) return;
-    global.push_back({static_cast<char*>(const_cast<void*>(begin)), bytes, true, 1,
+    global.push_back({static_cast<char*>(const_cast<void*>(begin)), bytes, true, 0, 1,
                       std::vector<uint64_t>(bytes, initialised ? kBeforeLaunch : 0), std::vector<uint64_t>(bytes)});
 }
 void forget_watched() { global.clear(); }
@@ -130,12 +134,12 @@ void begin_launch() {
 
 void check_read(const void* p, size_t bytes, Site site, By by) {
     if (!detects_races() || bytes == 0) return;
-    Memory* const memory = memory_of(p, bytes, "read", site);
+    Memory* const memory = memory_of(p, bytes, "read", site, by);
     if (memory == nullptr) return;
-    if (block_number > kMaxBlocks) throw Error("too many blocks for the race detector");
+    if (cluster_number > kMaxClusters) throw Error("too many blocks for the race detector");
     const size_t begin = memory->offset(p), end = begin + bytes;
     for_words(memory->write.data(), begin, end, [&](uint64_t word, size_t i) {
-        if (word == 0 || (!memory->global && block_of(word) != block_number)) {
+        if (word == 0 || (!memory->global && cluster_of(word) != cluster_number)) {
             fail(site, "read of uninitialised %s memory at offset %zu", memory->global ? "global" : "shared", i);
         }
         if ((word & kFilling) != 0) {
@@ -156,11 +160,11 @@ void check_read(const void* p, size_t bytes, Site site, By by) {
 
 void check_write(const void* p, size_t bytes, Site site, By by) {
     if (!detects_races() || bytes == 0) return;
-    Memory* const memory = memory_of(p, bytes, "write", site);
+    Memory* const memory = memory_of(p, bytes, "write", site, by);
     if (memory == nullptr) return;
     const size_t begin = memory->offset(p), end = begin + bytes;
     for_words(memory->write.data(), begin, end, [&](uint64_t word, size_t i) {
-        if (word == 0 || (!memory->global && block_of(word) != block_number)) return;
+        if (word == 0 || (!memory->global && cluster_of(word) != cluster_number)) return;
         if ((word & kFilling) != 0) {
             fail(site, "write to shared memory at offset %zu while a copy to it is under way: a wait is missing", i);
         }
@@ -177,7 +181,7 @@ void check_write(const void* p, size_t bytes, Site site, By by) {
     });
     for (size_t reader = 0; reader < memory->readers; reader++) {
         for_words(&memory->read[reader * memory->bytes], begin, end, [&](uint64_t word, size_t i) {
-            if (word == 0 || (!memory->global && block_of(word) != block_number)) return;
+            if (word == 0 || (!memory->global && cluster_of(word) != cluster_number)) return;
             if (!in_past(word)) race(site, *memory, "write to", i, "read", word);
         });
     }
@@ -191,12 +195,12 @@ void atomic_access(const void* p, size_t bytes, Site site) {
     if (memory == nullptr) return;
     const size_t begin = memory->offset(p), end = begin + bytes;
     for_words(memory->write.data(), begin, end, [&](uint64_t word, size_t i) {
-        if (word == 0 || (!memory->global && block_of(word) != block_number)) {
+        if (word == 0 || (!memory->global && cluster_of(word) != cluster_number)) {
             fail(site, "atomic operation on uninitialised %s memory at offset %zu",
                  memory->global ? "global" : "shared", i);
         }
     });
-    const uint64_t past = memory->global ? kBeforeLaunch : uint64_t{block_number} << kBlockShift;  // clock 0
+    const uint64_t past = memory->global ? kBeforeLaunch : uint64_t{cluster_number} << kClusterShift;  // clock 0
     std::fill(&memory->write[begin], &memory->write[begin] + bytes, past);
 }
 
@@ -213,7 +217,7 @@ void mark_landed(void* p, size_t bytes, int copier, uint32_t clock) {
     Memory* const memory = detects_races() ? find(p, bytes) : nullptr;
     if (memory == nullptr) return;
     const uint64_t word =
-        kProxy | uint64_t{block_number} << kBlockShift | static_cast<uint64_t>(copier) << kThreadShift | clock;
+        kProxy | uint64_t{cluster_number} << kClusterShift | static_cast<uint64_t>(copier) << kThreadShift | clock;
     std::fill_n(memory->write.begin() + static_cast<ptrdiff_t>(memory->offset(p)), bytes, word);
 }
 void mark_filling(const void* p, size_t bytes, bool under_way) { mark(p, bytes, kFilling, under_way); }

@@ -18,14 +18,15 @@ struct Memory {
     char* begin;
     size_t bytes;
     bool global;
-    size_t readers;               // 1, or the warps of the block
+    int rank;                     // of shared memory, that of its block in the cluster
+    size_t readers;               // 1, or the warps of the cluster
     std::vector<uint64_t> write;  // a word a byte
     std::vector<uint64_t> read;   // a word a byte and reader
     size_t offset(const void* p) const { return static_cast<size_t>(static_cast<const char*>(p) - begin); }
 };
 const std::vector<Memory>& shared_memories();
 
-void watch_shared(char* begin, size_t bytes, size_t warps);
+void watch_shared(char* begin, size_t bytes, size_t warps, int rank);
 void forget_shared();
 void begin_launch();  // what earlier launches wrote is initialised, and in the past
 

@@ -23,13 +23,17 @@ constexpr size_t kMargin = 64 << 10, kStaticBytes = 48 << 10, kGap = 256;
 constexpr size_t kAlignment = 1024;         // of the dynamic part; the repeat of the widest swizzle
 constexpr uint32_t kDynamicAddress = 1024;  // in the window: the first kilobyte is the system's, 0 stays invalid
 
-char* block;  // all of it
-size_t block_bytes;
-char *dynamic, *statics;
-size_t dynamic_bytes;
-size_t statics_used;
+struct Block {
+    char* all;
+    char *dynamic, *statics;
+    size_t statics_used;
+    std::map<const void*, char*> variables;  // where each static variable lies
+};
+std::vector<Block> blocks;  // of the cluster
+size_t block_bytes, dynamic_bytes;
 size_t warp_count;
-std::map<const void*, char*> variables;  // where each static variable lies
+
+Block& own() { return blocks[current != nullptr ? static_cast<size_t>(current->rank) : 0]; }
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -37,23 +41,25 @@ constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; 
 
 SharedMemory::SharedMemory(size_t bytes, size_t warps) {
     block_bytes = kMargin + round_up(bytes, kAlignment) + kMargin + kStaticBytes + kMargin;
-    block = static_cast<char*>(std::aligned_alloc(kAlignment, block_bytes));
-    if (block == nullptr) throw std::bad_alloc();
-    dynamic = block + kMargin;
     dynamic_bytes = bytes;
-    statics = dynamic + round_up(bytes, kAlignment) + kMargin;
-    statics_used = 0;
     warp_count = warps;
-    MMK_POISON(block, block_bytes);
-    MMK_UNPOISON(dynamic, dynamic_bytes);
-    watch_shared(dynamic, dynamic_bytes, warps);
+    for (size_t rank = 0; rank < cluster_blocks; rank++) {
+        char* const all = static_cast<char*>(std::aligned_alloc(kAlignment, block_bytes));
+        if (all == nullptr) throw std::bad_alloc();
+        char* const dynamic = all + kMargin;
+        blocks.push_back({all, dynamic, dynamic + round_up(bytes, kAlignment) + kMargin, 0, {}});
+        MMK_POISON(all, block_bytes);
+        MMK_UNPOISON(dynamic, dynamic_bytes);
+        watch_shared(dynamic, dynamic_bytes, warps, static_cast<int>(rank));
+    }
 }
 
 SharedMemory::~SharedMemory() {
-    MMK_UNPOISON(block, block_bytes);
-    std::free(block);
-    block = dynamic = statics = nullptr;
-    variables.clear();
+    for (const Block& block : blocks) {
+        MMK_UNPOISON(block.all, block_bytes);
+        std::free(block.all);
+    }
+    blocks.clear();
     forget_shared();
     current = nullptr;
 }
@@ -62,35 +68,43 @@ void poison_shared() {
     for (const Memory& memory : shared_memories()) memset(memory.begin, 0xFF, memory.bytes);
 }
 
-void* dynamic_shared() { return dynamic; }
+void* dynamic_shared() { return own().dynamic; }
 
 void* static_shared(const void* variable, size_t bytes) {
-    char*& place = variables[variable];
+    Block& block = own();
+    char*& place = block.variables[variable];
     if (place == nullptr) {  // the first thread of the launch that comes by
-        if (statics_used + bytes > kStaticBytes) throw Error("more than 48 KiB of static shared memory");
-        place = statics + statics_used;
-        statics_used += round_up(bytes + kGap, kGap);
+        if (block.statics_used + bytes > kStaticBytes) throw Error("more than 48 KiB of static shared memory");
+        place = block.statics + block.statics_used;
+        block.statics_used += round_up(bytes + kGap, kGap);
         MMK_UNPOISON(place, bytes);
         memset(place, 0xFF, bytes);
-        watch_shared(place, bytes, warp_count);
+        watch_shared(place, bytes, warp_count, current->rank);
     }
     return place;
 }
 
 uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(static_cast<const char*>(p) - dynamic) + kDynamicAddress;
+    return static_cast<uint32_t>(static_cast<const char*>(p) - own().dynamic) + kDynamicAddress;
 }
-void* shared_pointer(uint32_t address) { return dynamic + (static_cast<int64_t>(address) - kDynamicAddress); }
+void* shared_pointer(uint32_t address) { return own().dynamic + (static_cast<int64_t>(address) - kDynamicAddress); }
+void* shared_pointer_of(int rank, const void* p) {
+    return blocks[static_cast<size_t>(rank)].dynamic + (static_cast<const char*>(p) - own().dynamic);
+}
 
 bool in_shared_margin(const void* p, size_t bytes) {
     const char* begin = static_cast<const char*>(p);
-    return begin + bytes > block && begin < block + block_bytes;
+    for (const Block& block : blocks) {
+        if (begin + bytes > block.all && begin < block.all + block_bytes) return true;
+    }
+    return false;
 }
-long shared_offset(const void* p) { return static_cast<const char*>(p) - dynamic; }
+long shared_offset(const void* p) { return static_cast<const char*>(p) - own().dynamic; }
 
 void check_shared(const void* p, size_t bytes, const char* what, Site site) {
     const char* begin = static_cast<const char*>(p);
     for (const Memory& memory : shared_memories()) {
+        if (memory.rank != current->rank) continue;
         if (begin >= memory.begin && begin + bytes <= memory.begin + memory.bytes) return;
     }
     fail(site, "%s: %zu bytes at offset %ld of %zu bytes of dynamic shared memory", what, bytes, shared_offset(p),

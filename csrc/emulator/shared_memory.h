@@ -1,4 +1,5 @@
-// The shared memory of a block: [margin] dynamic [margin] static variables, each with a gap behind it [margin]
+// The shared memory of each block of a cluster: [margin] dynamic [margin] static variables, each with a gap behind it
+// [margin]
 #pragma once
 #include <cstddef>
 

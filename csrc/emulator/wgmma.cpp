@@ -198,13 +198,13 @@ void execute_groups(int first, int pending, Site site) {
     for (int warp = 0; warp < kWarpgroup / kWarp; warp++) sync_clocks(first / kWarp + warp, ~0u);
 }
 
-int waiting[8];  // threads of each warpgroup
+std::vector<int> waiting;  // threads of each warpgroup
 
 }  // namespace
 
 void begin_wgmma(size_t count) {
     of_thread.assign(count, {});
-    memset(waiting, 0, sizeof waiting);
+    waiting.assign(count / kWarpgroup + 1, 0);
 }
 
 void end_wgmma(const Thread& thread) {
@@ -238,8 +238,9 @@ void wgmma_wait(int pending, std::initializer_list<const float*> accumulators, S
     State& state = of_thread[current->id];
     const int group = current->id / kWarpgroup;
     state.fenced = false;
-    if (static_cast<size_t>(group + 1) * kWarpgroup <= threads.size() && ++waiting[group] == kWarpgroup) {
-        waiting[group] = 0;
+    if (static_cast<size_t>(group + 1) * kWarpgroup <= threads.size() &&
+        ++waiting[static_cast<size_t>(group)] == kWarpgroup) {
+        waiting[static_cast<size_t>(group)] = 0;
         execute_groups(group * kWarpgroup, pending, site);
     }
     meet_warpgroup(site);

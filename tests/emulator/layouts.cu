@@ -98,7 +98,7 @@ static void check_mma(const char* what) {
         for (float& x : row) x = digit();
     for (auto& row : m.c)
         for (float& x : row) x = digit();
-    emulator::launch(mma_kernel<T, Fragments>, 1, kWarp, 0, &m);
+    emulator::launch(mma_kernel<T, Fragments>, {1, kWarp, 0}, &m);
     for (int i = 0; i < 16; i++) {
         for (int j = 0; j < 8; j++) {
             float sum = m.c[i][j];
@@ -128,7 +128,7 @@ __global__ void ldmatrix_kernel(uint32_t* out, bool transpose) {
 static void check_ldmatrix() {
     for (const bool transpose : {false, true}) {
         uint32_t out[32][4];
-        emulator::launch(ldmatrix_kernel, 1, kWarp, 0, &out[0][0], transpose);
+        emulator::launch(ldmatrix_kernel, {1, kWarp, 0}, &out[0][0], transpose);
         for (int lane = 0; lane < 32; lane++) {
             for (int i = 0; i < 4; i++) {
                 for (int half = 0; half < 2; half++) {  // thread 4 r + c / 2 holds elements c and c + 1 of row r
@@ -159,7 +159,7 @@ __global__ void shuffle_kernel(int* out) {
 
 static void check_shuffles() {
     int out[64][8];
-    emulator::launch(shuffle_kernel, 1, 64, 0, &out[0][0]);
+    emulator::launch(shuffle_kernel, {1, 64, 0}, &out[0][0]);
     for (int t = 0; t < 64; t++) {
         const int warp = t / 32 * 32, part = t / 8 * 8, lane = t % 32;
         int votes = 0;
@@ -239,7 +239,7 @@ static void check_tiles(RowSwizzle mode) {
         CHECK(!encode<BFloat16>(from_map, "test", layout), "encode, width %d", width);
         layout.base = to;
         CHECK(!encode<BFloat16>(to_map, "test", layout), "encode, width %d", width);
-        emulator::launch(tensor_copy_kernel, 1, kWarp, kBoxBytes, from_map, to_map, seen, x, y, z, bytes);
+        emulator::launch(tensor_copy_kernel, {1, kWarp, kBoxBytes}, from_map, to_map, seen, x, y, z, bytes);
         std::vector<uint16_t> expected_to(std::begin(to) - 0, std::end(to));
         for (uint16_t& number : expected_to) number = 0xABCD;
         for (int i = 0; i < bytes / 2; i++) {
@@ -374,8 +374,8 @@ static void check_wgmma(Swizzle mode_a, Swizzle mode_b) {
     call.registers = registers.data();
     call.c = c.data();
     call.d = d.data();
-    emulator::launch(wgmma_kernel<T, kA, kB, kColumns, kFromRegisters>, 1, kWarpgroup,
-                     static_cast<size_t>(call.a.bytes + call.b.bytes), call);
+    emulator::launch(wgmma_kernel<T, kA, kB, kColumns, kFromRegisters>,
+                     {1, kWarpgroup, static_cast<size_t>(call.a.bytes + call.b.bytes)}, call);
     for (int i = 0; i < 64; i++) {
         for (int j = 0; j < kColumns; j++) {
             float sum = c[i * kColumns + j];

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/isa/cluster.h"
 #include "cuda/isa/launch.h"
 #include "cuda/isa/tensor_map.h"
 #include "cuda/isa/wgmma.h"
@@ -553,13 +554,80 @@ PLANT(operand_released_by_one_warp) {  // overwritten when the warpgroup has rel
 
 // ---- running one of them
 
+// ---- clusters: what a thread of block 0 copies to both blocks
+
+constexpr int kBoxBytes = 8 * 32 * sizeof(float);
+
+MMK_DEVICE void copy_to_both(float* s, uint64_t* barrier) {
+    if (threadIdx.x != 0) return;
+    mbarrier_arrive_expect(barrier, kBoxBytes);
+    if (cluster_rank() == 0) tensor_multicast(s, &matrix_map, {0, 0}, barrier, 3);
+}
+
+PLANT(cluster_not_ready) {  // the other block has not made its barrier yet
+    SHARED_FLOATS(s);
+    THREAD;
+    uint64_t* const barrier = new_barrier(1);
+    if (!kBug) cluster_sync();
+    copy_to_both(s, barrier);
+    mbarrier_wait(barrier, 0);
+    out[cluster_rank() * kThreads + t] = s[t];
+    cluster_sync();
+}
+PLANT(live_in_the_other_block) {  // block 0 waits for the readers of both before it copies again, or for its own
+    SHARED_FLOATS(s);
+    THREAD;
+    uint64_t* const full = new_barrier(1);
+    uint64_t* const empty = new_barrier(kBug ? kThreads : 2 * kThreads, true, true, 1020);
+    cluster_sync();
+    for (int i = 0; i < 2; i++) {
+        copy_to_both(s, full);
+        mbarrier_wait(full, i);
+        out[(2 * i + cluster_rank()) * kThreads + t] = s[t];
+        if (!kBug || cluster_rank() == 0) mbarrier_arrive_at(empty, 0);
+        if (cluster_rank() == 0) mbarrier_wait(empty, i);
+    }
+    cluster_sync();
+}
+PLANT(bytes_of_the_other_block) {  // a box from each, of which one is waited for
+    SHARED_FLOATS(s);
+    THREAD;
+    uint64_t* const barrier = new_barrier(1);
+    cluster_sync();
+    if (t == 0) {
+        mbarrier_arrive_expect(barrier, kBug ? kBoxBytes : 2 * kBoxBytes);
+        tensor_multicast(s + cluster_rank() * kBoxBytes / 4, &matrix_map, {0, 0}, barrier, 3);
+    }
+    mbarrier_wait(barrier, 0);
+    out[cluster_rank() * kThreads + t] = s[(1 - cluster_rank()) * kBoxBytes / 4 + t];
+    cluster_sync();
+}
+PLANT(left_the_cluster) {  // block 1 calls, and does not wait for the answer
+    THREAD;
+    uint64_t* const barrier = new_barrier(1);
+    cluster_sync();
+    if (cluster_rank() == 1 && t == 0) mbarrier_arrive_at(barrier, 0);
+    if (cluster_rank() == 0) mbarrier_wait(barrier, 0);
+    if (cluster_rank() == 0 && t == 0) mbarrier_arrive_at(barrier, 1);
+    if (cluster_rank() == 1 && !kBug) mbarrier_wait(barrier, 0);
+}
+PLANT(outside_the_cluster) {
+    uint64_t* const barrier = new_barrier(2 * kThreads);
+    cluster_sync();
+    for (int rank = 0; rank < 2; rank++) mbarrier_arrive_at(barrier, kBug ? rank + 1 : rank);
+    mbarrier_wait(barrier, 0);
+    cluster_sync();
+}
+
 using Kernel = void (*)(const float*, float*);
 struct Plant {
     const char* name;
     Kernel bug, good;
     int blocks = 1;
+    unsigned cluster = 1;
 };
 #define ENTRY(name) {#name, name<true>, name<false>}
+#define CLUSTER(name) {#name, name<true>, name<false>, 2, 2}
 static const Plant kPlants[] = {
     ENTRY(missing_syncthreads),
     ENTRY(missing_syncwarp),
@@ -624,6 +692,11 @@ static const Plant kPlants[] = {
     ENTRY(operand_off_its_swizzle),
     ENTRY(operand_outside_shared_memory),
     ENTRY(operand_released_by_one_warp),
+    CLUSTER(cluster_not_ready),
+    CLUSTER(live_in_the_other_block),
+    CLUSTER(bytes_of_the_other_block),
+    CLUSTER(left_the_cluster),
+    CLUSTER(outside_the_cluster),
 };
 
 int main(int, char** arguments) {
@@ -641,7 +714,8 @@ int main(int, char** arguments) {
     std::string report = "nothing";
     try {
         if (const Error error = encode<float>(matrix_map, "planted", matrix)) report = error.message();
-        const Launch at{"planted", static_cast<unsigned>(found->blocks), kThreads, kSharedBytes, nullptr};
+        const Launch at{"planted",     static_cast<unsigned>(found->blocks), kThreads, kSharedBytes, nullptr,
+                        found->cluster};
         if (const Error error = launch(at, kernel, in, out)) report = error.message();
         if (std::any_of(out, out + kNumbers, [](float x) { return std::isnan(x); })) report = "NaN";
     } catch (const emulator::Error& error) {

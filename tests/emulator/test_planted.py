@@ -71,6 +71,11 @@ PLANTED = {
     "operand_off_its_swizzle": dict.fromkeys(EVERY, "does not lie on a repeat of its swizzle"),
     "operand_outside_shared_memory": dict.fromkeys(EVERY, "wgmma: 16 bytes at offset 4096 of 4096"),
     "operand_released_by_one_warp": {"race": "RACE: write to shared memory at offset 0, unordered with a read"},
+    "cluster_not_ready": {"race": "copy on an mbarrier whose init is not ordered before it|not initialised"},
+    "live_in_the_other_block": {"race": "a wait is missing|RACE: write to shared memory at offset 0"},
+    "bytes_of_the_other_block": {"race": "a wait is missing|uninitialised", "plain": "in flight", "asan": "in flight"},
+    "left_the_cluster": dict.fromkeys(EVERY, "block 1 of the cluster has ended"),
+    "outside_the_cluster": dict.fromkeys(EVERY, "block 2 of a cluster of 2"),
 }
 
 

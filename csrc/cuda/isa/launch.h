@@ -14,6 +14,7 @@ struct Launch {
     dim3 grid, block;
     size_t shared_bytes;
     cudaStream_t stream;
+    unsigned cluster = 1;  // neighbouring blocks along x that are a cluster
 };
 
 #ifdef __CUDACC__
@@ -46,9 +47,16 @@ Error launch(const Launch& at, void (*kernel)(Parameters...), const std::common_
     config.blockDim = at.block;
     config.dynamicSmemBytes = at.shared_bytes;
     config.stream = at.stream;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {at.cluster, 1, 1};
+    if (at.cluster > 1) {
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+    }
     return error_of(cudaLaunchKernelEx(&config, kernel, arguments...), at);
 #else
-    emulator::launch(kernel, at.grid, at.block, at.shared_bytes, arguments...);
+    emulator::launch(kernel, {at.grid, at.block, at.shared_bytes, at.cluster}, arguments...);
     return {};
 #endif
 }
