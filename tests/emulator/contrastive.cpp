@@ -155,15 +155,18 @@ static Error run_passes(const Passes& passes, const Header& h, const Pairs& pair
     return {};
 }
 
-// Hopper's first warpgroup is three steps ahead of the second when that begins a tile of more than four steps of 64.
+// In each block of a cluster, Hopper's first warpgroup is three steps ahead of the second when that begins a tile of
+// more than four steps of 64. The third one copies.
 static bool take_turns(const std::vector<int>& commits, int64_t width) {
     const int64_t steps = (width + 63) / 64;
-    int64_t done[2] = {0, 0};
-    for (const int group : commits) {
-        if (steps > 4 && group == 1 && done[1] % steps == 0 && done[0] < done[1] + 3) return false;
-        done[group]++;
+    int64_t done[2][2] = {};
+    for (const int warpgroup : commits) {
+        int64_t (&of_block)[2] = done[warpgroup / 3];
+        const int group = warpgroup % 3;
+        if (steps > 4 && group == 1 && of_block[1] % steps == 0 && of_block[0] < of_block[1] + 3) return false;
+        of_block[group]++;
     }
-    return done[0] == done[1];
+    return done[0][0] == done[0][1] && done[1][0] == done[1][1] && done[0][0] == done[1][0];
 }
 
 static void run_case(const Passes& passes, FILE* from, FILE* to, const Header& h) {

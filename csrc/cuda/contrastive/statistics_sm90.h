@@ -233,7 +233,7 @@ struct ClipStatisticsPass {
 #pragma unroll
             for (int warp = 1; warp < kConsumerWarps; warp++)
                 all = merged(all, found[warp * kTileColumns + column], logits);
-            if (column >= call.pairs.texts - tile.column0) continue;
+            if (column >= call.pairs.texts - tile.column0 || !tile.exists(call)) continue;
             const int64_t plane = static_cast<int64_t>(walk.tiles_m) * call.pairs.texts;
             parts[column] = all.maximum;
             parts[plane + column] = all.sum;

@@ -6,15 +6,17 @@
 //                  I T^T (of N pairs; see call.h for others)
 //   SigLIP:        N dS_ij = -z / (1 + exp(x)), its sum, its sum with I T^T, and the loss, log(1 + exp(-x)) summed
 //
-// A block has the multiprocessor to itself and walks over tiles of 128 x 256 logits. One thread copies 64 columns of
-// both features at a time, up to four steps ahead, also while a tile is being finished. Two warpgroups multiply, 64
-// rows each, and keep their 128 numbers a thread in registers for all that follows; they are kept some steps apart, so
-// that one takes its exponentials while the other has the tensor cores, instead of both waiting for the same.
+// A block has the multiprocessor to itself and walks over tiles of 128 x 256 logits, beside the other block of its
+// cluster, which has the tile below. One thread copies 64 columns of the features at a time, the images' and half of
+// the texts', which go to both blocks, up to four steps ahead, also while a tile is being finished. Two warpgroups
+// multiply, 64 rows each, and keep their 128 numbers a thread in registers for all that follows; they are kept some
+// steps apart, so that one takes its exponentials while the other has the tensor cores, instead of both waiting for the
+// same.
 //
 // What limits it: products take 16 D cycles a tile; two exponentials a logit (SigLIP: one and a reciprocal) 4096, more
-// than all other instructions where nothing is said by ids. So from D = 300 on products can hide the rest. They need 48
-// bytes a cycle and multiprocessor from the L2 cache, where 16 rows of tiles are walked column by column; about 40 are
-// known to come.
+// than all other instructions where nothing is said by ids. So from D = 300 on products can hide the rest. They need 32
+// bytes a cycle and multiprocessor from the L2 cache (48 without clusters), where 16 rows of tiles are walked column by
+// column; about 40 are known to come.
 //
 // Where ids say what belongs together, or what counts nowhere, a thread compares those of its two rows with those of a
 // tile's columns, in shared memory; the positives of rows and columns are summed beside their others in pass 1, and
@@ -123,7 +125,8 @@ struct ClipGradientPass {
         }
         if (last_tile) strips.finish();
         total[0] *= 1 / kGradientScale;
-        sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
+        sum_tile(total, sums, place, first_tile, last_tile, call.sums, tile.exists(call), walk.number_of(tile),
+                 walk.size());
     }
 
     static MMK_DEVICE PositiveWeight scaled(const PositiveWeight& x) {
@@ -228,7 +231,8 @@ struct SigLipPass {
             write_negatives(d, tile, total);
         }
         if (kWithGradient && last_tile) strips.finish();
-        sum_tile(total, sums, place, first_tile, last_tile, call.sums, walk.number_of(tile), walk.size());
+        sum_tile(total, sums, place, first_tile, last_tile, call.sums, tile.exists(call), walk.number_of(tile),
+                 walk.size());
     }
 
     // Every pair is there, and none belongs together. With e = exp(logit), the loss of a thread's sixteen of a strip is
@@ -334,7 +338,7 @@ __global__ __launch_bounds__(kThreads, 1) void contrastive_sm90_kernel(const __g
     MMK_DYNAMIC_SHARED(shared);
     Ring ring(shared);
     if (threadIdx.x == 0) start(ring);
-    __syncthreads();
+    cluster_sync();
 
     const Place place;
     const Walk walk(call.pairs, call.row0, call.row_count);
@@ -346,14 +350,15 @@ __global__ __launch_bounds__(kThreads, 1) void contrastive_sm90_kernel(const __g
     }
     take_registers<240>();
     Pass pass(call, place, shared + kRingBytes, &ds);
-    const int first = static_cast<int>(blockIdx.x), stride = static_cast<int>(gridDim.x);
-    for (int index = first; index < walk.size(); index += stride) {
+    const int first = first_step(), stride = stride_of_steps();
+    for (int index = first; index < walk.steps(); index += stride) {
         const Tile tile = walk.at(index);
         float d[kHeld];
         pass.prepare(tile);
         multiply<T>(d, ring, place, steps);
-        pass.finish(d, tile, walk, index == first, walk.size() - index <= stride);
+        pass.finish(d, tile, walk, index == first, walk.steps() - index <= stride);
     }
+    cluster_sync();  // those of the other block still have to say here that they have read
 #endif
 }
 
@@ -382,19 +387,19 @@ Error run(const char* kernel, const typename Pass::Call& call, void* ds, int64_t
     };
     CUtensorMap image, text, of_ds{};
     if (Error error = encode_features(image, pairs.image, pairs.images, kTileRows)) return error;
-    if (Error error = encode_features(text, pairs.text, pairs.texts, kTileColumns)) return error;
+    if (Error error = encode_features(text, pairs.text, pairs.texts, kTileColumns / kCluster)) return error;
     if (ds != nullptr) {  // columns up to the next multiple of 8 become zero
         const int columns = (pairs.texts + 7) / 8 * 8;
         if (Error error = encode_rows<T>(of_ds, kernel, ds, ds_stride, call.row_count, columns, {kStrip, 16}))
             return error;
     }
-    int blocks;
-    if (Error error = count_multiprocessors(blocks)) return error;
+    int multiprocessors;
+    if (Error error = count_multiprocessors(multiprocessors)) return error;
     const auto tiles_of = [](int64_t size, int tile) { return (size + tile - 1) / tile; };
-    const int64_t tiles = tiles_of(call.row_count, kTileRows) * tiles_of(pairs.texts, kTileColumns);
+    const int64_t steps = tiles_of(call.row_count, kTileRows * kCluster) * tiles_of(pairs.texts, kTileColumns);
     static_assert(kRingBytes + Pass::kSharedBytes <= kMostShared);
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tiles, blocks)));
-    const Launch at{kernel, grid, kThreads, kRingBytes + Pass::kSharedBytes, stream};
+    const auto clusters = static_cast<unsigned>(std::min<int64_t>(steps, multiprocessors / kCluster));
+    const Launch at{kernel, kCluster * clusters, kThreads, kRingBytes + Pass::kSharedBytes, stream, kCluster};
     return launch(at, contrastive_sm90_kernel<T, Pass>, image, text, of_ds, call);
 }
 

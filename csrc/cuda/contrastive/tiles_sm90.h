@@ -2,6 +2,7 @@
 // of them. Part of tiles_sm90.cu.
 #pragma once
 #include "cuda/contrastive/device.h"
+#include "cuda/isa/cluster.h"
 #include "cuda/isa/tensor_map.h"
 #include "cuda/isa/wgmma.h"
 
@@ -15,6 +16,7 @@ constexpr int kThreads = kConsumers + kWarpgroup;
 constexpr int kImageBytes = kTileRows * kStep * 2, kTextBytes = kTileColumns * kStep * 2;
 constexpr int kStageBytes = kImageBytes + kTextBytes;
 constexpr int kLead = kStages - 1;       // steps by which the first group goes ahead of the second
+constexpr int kCluster = 2;              // blocks, of neighbouring rows of tiles, that share the text's
 constexpr int kWalkedRows = 16;          // of tiles, walked column by column
 constexpr int kHeld = kTileColumns / 2;  // numbers of a tile that a thread holds
 constexpr int kMostShared = 227 * 1024;  // that a block may have
@@ -30,6 +32,11 @@ struct Tile {
     template <class Call>
     MMK_DEVICE bool whole(const Call& call) const {
         return row0 + kTileRows <= call.row0 + call.row_count && column0 + kTileColumns <= call.pairs.texts;
+    }
+    // The last row of tiles, if the cluster has no more.
+    template <class Call>
+    MMK_DEVICE bool exists(const Call& call) const {
+        return row0 < call.row0 + call.row_count;
     }
     MMK_DEVICE bool crosses_own_pairs() const { return own < kTileColumns && own > -kTileRows; }
     // Every pair is there, and none belongs together.
@@ -99,6 +106,7 @@ struct Ids {
     MMK_DEVICE int2 at(int column) const { return *reinterpret_cast<const int2*>(columns + column); }
 };
 
+// Of a cluster: a step is a tile of each of its blocks, side by side in one column.
 struct Walk {
     int tiles_m, tiles_n, first_row, offset;
 
@@ -107,14 +115,21 @@ struct Walk {
           tiles_n((pairs.texts + kTileColumns - 1) / kTileColumns),
           first_row(row0),
           offset(pairs.offset) {}
-    MMK_DEVICE int size() const { return tiles_m * tiles_n; }
+    MMK_DEVICE int size() const { return tiles_m * tiles_n; }  // in tiles
+    MMK_DEVICE int rows_of_steps() const { return (tiles_m + kCluster - 1) / kCluster; }
+    MMK_DEVICE int steps() const { return rows_of_steps() * tiles_n; }
     MMK_DEVICE int number_of(const Tile& tile) const { return tile.m * tiles_n + tile.n; }
-    MMK_DEVICE Tile at(int index) const {
-        const TileAt at = grouped_tile<kWalkedRows>(index, tiles_m, tiles_n);
-        const int row0 = first_row + at.row * kTileRows, column0 = at.column * kTileColumns;
-        return {at.row, at.column, row0, column0, row0 + offset - column0};
+    // This block's tile of a step.
+    MMK_DEVICE Tile at(int step) const {
+        const TileAt at = grouped_tile<kWalkedRows / kCluster>(step, rows_of_steps(), tiles_n);
+        const int m = at.row * kCluster + cluster_rank();
+        const int row0 = first_row + m * kTileRows, column0 = at.column * kTileColumns;
+        return {m, at.column, row0, column0, row0 + offset - column0};
     }
 };
+// The steps of a cluster: from the first on, every so many.
+MMK_DEVICE int first_step() { return static_cast<int>(blockIdx.x) / kCluster; }
+MMK_DEVICE int stride_of_steps() { return static_cast<int>(gridDim.x) / kCluster; }
 
 // ---- the ring of stages in shared memory
 
@@ -139,27 +154,36 @@ constexpr int kRingBytes = kStages * kStageBytes + 1024;  // with its barriers; 
 MMK_DEVICE void start(const Ring& ring) {
     for (int stage = 0; stage < kStages; stage++) {
         mbarrier_init(ring.full + stage, 1);
-        mbarrier_init(ring.empty + stage, kConsumerWarps);
+        mbarrier_init(ring.empty + stage, kCluster * kConsumerWarps);
     }
     mbarrier_init_fence();
 }
 
-// The one thread that copies.
+// The one thread of a block that copies: the block's own rows, and its share of the text's to every block.
 MMK_DEVICE void produce(Ring& ring, const CUtensorMap* image, const CUtensorMap* text, const Walk& walk, int steps) {
-    for (int index = static_cast<int>(blockIdx.x); index < walk.size(); index += static_cast<int>(gridDim.x)) {
+    constexpr int kShare = kTileColumns / kCluster;
+    constexpr uint16_t kEveryBlock = (1 << kCluster) - 1;
+    const int rank = cluster_rank();
+    for (int index = first_step(); index < walk.steps(); index += stride_of_steps()) {
         const Tile tile = walk.at(index);
         for (int step = 0; step < steps; step++) {
             uint64_t* const full = ring.full + ring.stage;
-            mbarrier_wait(ring.empty + ring.stage, ring.parity ^ 1);
+            mbarrier_wait(ring.empty + ring.stage, ring.parity ^ 1);  // in every block
             mbarrier_arrive_expect(full, kStageBytes);
             tensor_load(ring.image(), image, {step * kStep, tile.row0}, full);
-            tensor_load(ring.text(), text, {step * kStep, tile.column0}, full);
+            tensor_multicast(ring.text() + rank * (kTextBytes / kCluster), text,
+                             {step * kStep, tile.column0 + rank * kShare}, full, kEveryBlock);
             ring.advance();
         }
     }
 }
 
 // ---- products
+
+// A warp has read a stage, which any block of the cluster may write to.
+MMK_DEVICE void release(uint64_t* empty, const Place& place) {
+    if (place.lane < kCluster) mbarrier_arrive_at(empty, place.lane);
+}
 
 // d = the group's rows of image text^T.
 //
@@ -184,12 +208,12 @@ MMK_DEVICE void multiply(float (&d)[kHeld], Ring& ring, const Place& place, int 
         }
         wgmma_commit();
         wgmma_wait<1>();  // the step before is done
-        if (step > 0 && place.lane == 0) mbarrier_arrive(ring.empty + previous);
+        if (step > 0) release(ring.empty + previous, place);
         previous = ring.stage;
         ring.advance();
     }
     wgmma_wait<0>(d);
-    if (place.lane == 0) mbarrier_arrive(ring.empty + previous);
+    release(ring.empty + previous, place);
 }
 
 // ---- what both groups found: the first leaves its part in shared memory and goes on, the second comes later and joins
@@ -221,7 +245,7 @@ MMK_DEVICE void after_joining(bool last_tile) {
 // Sums over the tile, in float32 and a fixed order; x: the thread's own. `shared`: kConsumerWarps of each.
 template <int kSums>
 MMK_DEVICE void sum_tile(float (&x)[kSums], float* shared, const Place& place, bool first_tile, bool last_tile,
-                         float* sums, int64_t tile, int64_t tiles) {
+                         float* sums, bool exists, int64_t tile, int64_t tiles) {
 #pragma unroll
     for (int i = 0; i < kSums; i++) {
 #pragma unroll
@@ -233,7 +257,7 @@ MMK_DEVICE void sum_tile(float (&x)[kSums], float* shared, const Place& place, b
         for (int i = 0; i < kSums; i++) shared[i * kConsumerWarps + place.warp] = x[i];
     }
     if (!leave(place)) return;
-    if (place.thread < kSums) {
+    if (exists && place.thread < kSums) {
         float sum = 0;
         for (int warp = 0; warp < kConsumerWarps; warp++) sum += shared[place.thread * kConsumerWarps + warp];
         sums[place.thread * tiles + tile] = sum;
