@@ -90,7 +90,6 @@ MUTATIONS = [
             "            turns.take();\n            if (!more) break;",
             "            if (!more) break;",
         ),
-        ("the mask is a key off", "spans.see(i, walk.key0 + column)) s", "spans.see(i, walk.key0 + column + 1)) s"),
         ("half of the bytes are waited for", "(full, sizeof to)", "(full, sizeof to / 2)"),
         ("barriers unseen by TMA", "        mbarrier_init_fence();\n", ""),
         ("barriers used before they are made", "init();\n    __syncthreads();", "init();"),
@@ -102,9 +101,9 @@ MUTATIONS = [
         ),
         (
             "values are used before they are there",
-            "            mbarrier_wait(&control.value_full[at.stage], at.parity);\n            if (walk.masked()) {\n"
+            "            mbarrier_wait(&control.value_full[at.stage], at.parity);\n            if (masked) {\n"
             "                mbarrier_wait",
-            "            if (walk.masked()) {\n                mbarrier_wait",
+            "            if (masked) {\n                mbarrier_wait",
         ),
         (
             "one warp alone has looked through the values",
@@ -118,10 +117,22 @@ MUTATIONS = [
         ),
     ),
     *of(
+        "span_attention/softmax_sm90.h",
+        "test_span_attention.py",
+        ("the mask is a key off at the end", "column < end[i] ? s", "column <= end[i] ? s"),
+        ("the mask is a key off at the beginning", "column >= begin[i] ? s", "column > begin[i] ? s"),
+        (
+            "the last keys of a span are not masked",
+            "if (key0 + kKeys > hull.common_end) {",
+            "if (key0 > hull.common_end) {",
+        ),
+        ("a maximum that rose in the second row alone", "fade[0] != 1.0f || fade[1] != 1.0f", "fade[0] != 1.0f"),
+    ),
+    *of(
         "span_attention/tiles_sm90.h",
         "test_span_attention.py",
         ("a product that was never committed", "    wgmma_commit();\n", ""),
-        ("half a step along a row of keys", "k * 16 % kColumns * 2;", "k * 16 % kColumns;"),
+        ("half a step along a row of keys", "k * 16 % kColumns * 2);", "k * 16 % kColumns);"),
         ("one exponent of ones too few is looked for", "carries(was.z) | carries(was.w)", "carries(was.z)"),
     ),
     *of(
@@ -154,6 +165,7 @@ MUTATIONS = [
         "span_attention/key_grads_sm90.cu",
         "test_span_attention_backward.py",
         ("products with values are read while they are computed", "wgmma_wait<1>(dp)", "wgmma_wait<2>(dp)"),
+        ("the keys of the row before", "hold(k_left, shared.k, key - block.row,", "hold(k_left, shared.k, group * 64,"),
         ("queries are used before they are there", "    mbarrier_wait(&shared.ring.own, 0);\n", ""),
     ),
     *of(
@@ -217,6 +229,8 @@ MUTATIONS = [
             "exp2_approx(fminf((q - maximum) * factor, 0.0f))",
             "exp2_approx((q - maximum) * factor)",
         ),
+        ("small losses are added to a 1", "fmaf(x, unit, unit - 1.0f)", "sum * unit - 1.0f"),
+        ("a product is taken for the sum", "fmaf(x[2 * i], x[2 * i + 1], x[2 * i]", "(x[2 * i]"),
     ),
     *of(
         "contrastive/passes.cu",
@@ -251,6 +265,7 @@ MUTATIONS = [
             "d[i],",
         ),
         ("what is to be ignored counts in a sum", "if (columns.y == ids.row[j]) d[i + 2 * j + 1] = kLowest;", ""),
+        ("columns of a row of tiles that is not there", " || !tile.exists(call)) continue;", ") continue;"),
         (
             "ids are used before they are there",
             "alone.put(place);\n            named_barrier_sync",
@@ -266,6 +281,22 @@ MUTATIONS = [
             "Same::kIgnored && same) ds[i] = 0;",
             "Same::kIgnored && same) ds[i] *= 1;",
         ),
+        (
+            "the rounding of logits stays in the loss",
+            "total[0] -= static_cast<float>(offset * kLn2 - bias) * total[2];",
+            "",
+        ),
+        ("the loss of a product that overflows", "beyond_1 < 0x1p64f", "beyond_1 > 0"),
+        (
+            "slopes of a strip of large logits are not scaled",
+            "e[i] = pair.slope * kGradientScale;",
+            "e[i] = pair.slope;",
+        ),
+        (
+            "a block leaves while the other still says that it has read",
+            "    cluster_sync();  // those of the other block",
+            "    // those of the other block",
+        ),
     ),
     *of(
         "contrastive/tiles_sm90.h",
@@ -278,6 +309,22 @@ MUTATIONS = [
             "mbarrier_arrive_expect(full, kImageBytes)",
         ),
         ("registers not fenced before a product", "wgmma_fence();", ""),
+        (
+            "a stage is written to that the other block reads",
+            "kCluster * kConsumerWarps);",
+            "kConsumerWarps);",
+        ),
+        ("each block waits for its own readers", "mbarrier_arrive_at(empty, place.lane)", "mbarrier_arrive(empty)"),
+        (
+            "both blocks copy the first half of the texts",
+            "{step * kStep, tile.column0 + rank * kShare}",
+            "{step * kStep, tile.column0}",
+        ),
+        (
+            "sums of a row of tiles that is not there",
+            "if (exists && place.thread < kSums)",
+            "if (place.thread < kSums)",
+        ),
         ("every text lies beside its image", "row0 + offset - column0}", "row0 - column0}"),
         (
             "ids are those of the row before",
