@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import triton
+from sass import Kernel, kernels_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -249,34 +248,27 @@ def amd_report(kernel) -> dict[str, int]:
     )
 
 
-def nvidia_report(kernel) -> dict[str, int]:
-    ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
-    usage, sass = _tool("cuobjdump", cubin, "-res-usage"), _tool("nvdisasm", cubin, "-c")
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
-
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, sass))
-
+def nvidia_report(kernel) -> dict[str, object]:
+    ptx, machine_code = kernel.asm["ptx"], disassembled(kernel.asm["cubin"])
     warps = int(re.search(r"\.reqntid (\d+)", ptx).group(1)) // 32
     return dict(
         shared=kernel.metadata.shared,
-        registers=registers,
-        blocks=REGISTERS // (-(-registers // 8) * 8 * 32 * warps),
-        spills=count(r"\bLDL") + count(r"\bSTL") + stack,
-        hmma=count(r"\bHMMA"),
-        hgmma=count(r"\bHGMMA"),
-        utcmma=count(r"\bUTC\w*MMA"),
-        asynchronous=count(r"\bLDGSTS") + count(r"\bUTMALDG"),
+        registers=machine_code.registers,
+        blocks=REGISTERS // (-(-machine_code.registers // 8) * 8 * 32 * warps),
+        spills=machine_code.count("LDL|STL") + machine_code.stack,
+        hmma=machine_code.count("HMMA"),
+        hgmma=machine_code.count("HGMMA"),
+        utcmma=machine_code.count(r"UTC\w*MMA"),
+        asynchronous=machine_code.count("LDGSTS|UTMALDG"),
         atomics=len(re.findall(r"(?m)^\s*(?:@!?%p\d+\s+)?(?:atom|red)\.", ptx)),
     )
 
 
-def _tool(name: str, cubin: bytes, *options: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+def disassembled(cubin: bytes) -> Kernel:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        return kernels_of(file)[0]
 
 
 if __name__ == "__main__":

@@ -6,21 +6,14 @@ interpreted, and the rest of the suite interprets.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
+import artifacts
 import pytest
-
-ARTIFACTS = Path(__file__).with_name("artifacts.py")
-spec = importlib.util.spec_from_file_location("artifacts", ARTIFACTS)
-artifacts = importlib.util.module_from_spec(spec)
-sys.modules["artifacts"] = artifacts
-spec.loader.exec_module(artifacts)
 
 PRODUCTS = {"clip_stats", "clip_grad", "siglip", "embed", "images_grad", "weight_grad", "forward", "query_grad"}
 PRODUCTS |= {"key_grads", "key_grads again"}
@@ -30,7 +23,7 @@ TENSOR_CORES = {"sm80": "hmma", "sm90": "hgmma", "sm100": "utcmma", "cdna": "mfm
 @cache
 def start(family: str) -> subprocess.Popen:
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(ARTIFACTS), family]
+    command = [sys.executable, artifacts.__file__, family]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
