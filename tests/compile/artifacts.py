@@ -13,10 +13,12 @@ import json
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from events import Events
+from loops import Way, ways_of
 from sass import Kernel, kernels_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -261,7 +263,13 @@ def nvidia_report(kernel) -> dict[str, object]:
         utcmma=machine_code.count(r"UTC\w*MMA"),
         asynchronous=machine_code.count("LDGSTS|UTMALDG"),
         atomics=len(re.findall(r"(?m)^\s*(?:@!?%p\d+\s+)?(?:atom|red)\.", ptx)),
+        ways=[asdict(way) for way in ways_of(machine_code)],  # but for those of sm100's own instructions
     )
+
+
+def ways_in(report: dict) -> list[Way]:
+    """As they were before they became JSON."""
+    return [Way(**way | {"events": Events(**way["events"])}) for way in report["ways"]]
 
 
 def disassembled(cubin: bytes) -> Kernel:

@@ -14,6 +14,8 @@ from functools import cache
 
 import artifacts
 import pytest
+from limits import complaints, rows_without_kernel
+from triton_limits import LIMITS
 
 PRODUCTS = {"clip_stats", "clip_grad", "siglip", "embed", "images_grad", "weight_grad", "forward", "query_grad"}
 PRODUCTS |= {"key_grads", "key_grads again"}
@@ -28,7 +30,7 @@ def start(family: str) -> subprocess.Popen:
 
 
 @cache
-def reports(family: str) -> dict[str, dict[str, dict[str, int]]]:
+def reports(family: str) -> dict[str, dict[str, dict]]:
     for each in artifacts.TARGETS:
         start(each)
     out, err = start(family).communicate(timeout=600)
@@ -69,6 +71,18 @@ def test_instructions(family: str, call: str):
             assert found["hmma"] == 0, f"{name} fell back to the tensor core instructions of sm80: {found}"
         if family != "cdna":
             assert found["asynchronous"] >= copies(case, name, found), f"{name} waits for its loads: {found}"
+
+
+@pytest.mark.parametrize("family", LIMITS)
+def test_no_loop_is_slower_than_its_limit(family: str):
+    loops = {
+        f"{kernel} {call}": artifacts.ways_in(found)
+        for call, kernels in reports(family).items()
+        for kernel, found in kernels.items()
+        if found["hmma"] + found["hgmma"]
+    }
+    failures = [complaint for kernel, ways in loops.items() for complaint in complaints(kernel, ways, LIMITS[family])]
+    assert not failures + rows_without_kernel(LIMITS[family], loops), "\n".join(failures)
 
 
 def rows_of(kernel: str, found: dict[str, int]) -> int:

@@ -13,6 +13,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cuda_limits import LIMITS
+from limits import complaints, described, rows_without_kernel
+from loops import Way, ways_of
 from sass import Kernel, kernels_of_module
 
 # Kernels that multiply no matrices.
@@ -49,6 +52,12 @@ def built() -> Path:
 @pytest.fixture(scope="module")
 def kernels(built, tmp_path_factory) -> list[Kernel]:
     return kernels_of_module(built, tmp_path_factory.mktemp("cubins"))
+
+
+@pytest.fixture(scope="module")
+def loops(kernels) -> list[tuple[Kernel, list[Way]]]:
+    """Of the kernels that use tensor cores."""
+    return [(kernel, ways_of(kernel)) for kernel in kernels if kernel.count("HG?MMA")]
 
 
 def test_every_kernel_is_there_for_every_architecture(kernels):
@@ -149,18 +158,35 @@ def test_products_use_tensor_cores_and_asynchronous_copies(kernels):
     assert not lacking, "\n".join(lacking)
 
 
-def test_hopper_uses_its_own_instructions_and_none_is_serialised(kernels):
+def test_hopper_uses_its_own_instructions(kernels):
     failures = []
     for kernel in kernels:
         if kernel.architecture != HOPPER or not multiplies(kernel):
             continue
-        products, waits = kernel.count("HGMMA"), kernel.count(r"WARPGROUP\.DEPBAR")
-        if not products or not kernel.count("UTMALDG"):
-            failures.append(f"{kernel}: {products} HGMMA, {kernel.count('UTMALDG')} UTMALDG")
+        if not kernel.count("HGMMA") or not kernel.count("UTMALDG"):
+            failures.append(f"{kernel}: {kernel.count('HGMMA')} HGMMA, {kernel.count('UTMALDG')} UTMALDG")
         if kernel.count("HMMA"):
             failures.append(f"{kernel} fell back to HMMA")
-        if waits * 2 > products:  # ptxas, in doubt about an accumulator, waits after every product
-            failures.append(f"{kernel} is serialised: {waits} waits for {products} products")
         if kernel.count(r"BRA\.U\.ANY"):  # a copy in `if (lane == 0)` instead of elect_one()
             failures.append(f"{kernel} loops over lanes around a copy")
     assert not failures, "\n".join(failures)
+
+
+def test_no_loop_is_slower_than_its_limit(loops):
+    failures = [f"{kernel.architecture}: {complaint}" for kernel, ways in loops
+                for complaint in complaints(kernel.short_name, ways, LIMITS)]  # fmt: skip
+    failures += rows_without_kernel(LIMITS, [kernel.short_name for kernel, _ in loops])
+    assert not failures, "\n".join([*failures, "docs/gpu.md says how to read these figures"])
+
+
+def test_attention_on_hopper_takes_exponentials_while_it_multiplies(loops):
+    """Before it waits for what is under way: the products of the values in the forward, of d_out in the others."""
+    inner = [
+        (kernel, way)
+        for kernel, ways in loops
+        if kernel.architecture == HOPPER and "contrastive" not in kernel.name
+        for way in ways
+        if not way.name.startswith("outer")
+    ]
+    failures = [f"{kernel}, {described(way)}" for kernel, way in inner if way.events.hidden < way.events.exponentials]
+    assert inner and not failures, "\n".join(failures)
