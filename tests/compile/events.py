@@ -28,8 +28,10 @@ class Events:
         marks = [mark for mark in map(mark_of, instructions) if mark]
         _, under_way = hidden_of(marks, 0)
         hidden, _ = hidden_of(marks, under_way)  # the second time round
-        order = re.sub(r"(H|e|b)\1+", lambda found: f"{found[1]}{len(found[0])}", "".join(marks))
-        alone, products = order.count("H!w0"), marks.count("H") + marks.count("H!")
+        order = "".join(marks)
+        alone, products = len(re.findall("(?<!H)H!w0", order)), order.count("H")
+        order = re.sub(r"(H|e|b)\1+", lambda found: f"{found[1]}{len(found[0])}", order)
+        order = re.sub(r"(H!w0)\1+", lambda found: f"({found[1]}){len(found[0]) // len(found[1])}", order)
         return cls(order, hidden, marks.count("e"), 2 * alone > products)
 
 

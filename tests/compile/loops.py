@@ -164,7 +164,7 @@ def table_of(ways: Iterable[Way]) -> Table:
         figures = [*(f"{way.cycles[pipe]:.0f}" for pipe in PIPES), f"{way.issue:.2f}", f"{way.bound:.2f}"]
         hidden = f"{way.events.hidden} of {way.events.exponentials}"
         faults = ["SERIALISED"] * way.events.serialised + ["SPILLS"] * way.spills
-        table.add_row(way.name, *figures, way.busiest, hidden, " ".join([way.events.order, *faults]))
+        table.add_row(way.name, *figures, way.busiest, hidden, " ".join([*faults, way.events.order]))
     return table
 
 

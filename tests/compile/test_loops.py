@@ -140,9 +140,13 @@ def test_a_wait_leaves_groups_under_way():
     assert (events.order, events.hidden) == ("H!H!w1ew0e", 1)
 
 
-@pytest.mark.parametrize("products, serialised", [([LAST, WAIT_FOR_ALL] * 4, True), ([WGMMA] * 3 + [LAST], False)])
-def test_serialised(products, serialised):
-    assert ways(*loop(*products, WAIT_FOR_ALL), "EXIT")["plain"].events.serialised == serialised
+@pytest.mark.parametrize(
+    "products, order, serialised",
+    [([LAST, WAIT_FOR_ALL] * 4, "(H!w0)4", True), ([WGMMA, WGMMA, LAST, WAIT_FOR_ALL], "H3!w0", False)],
+)
+def test_products_that_are_waited_for_by_themselves_are_serialised(products, order, serialised):
+    events = ways(*loop(*products), "EXIT")["plain"].events
+    assert (events.order, events.serialised) == (order, serialised)
 
 
 def test_a_spill_is_seen_on_the_way_alone():
