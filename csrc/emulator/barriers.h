@@ -4,8 +4,7 @@
 namespace mmk::emulator {
 
 void begin_barriers();
-void end_barriers();
-void complete_cluster_barrier();  // if all threads of the cluster that have not ended are there  // nobody may be left
-                                  // who arrived
+void end_barriers();              // nobody may be left who arrived
+void complete_cluster_barrier();  // if all threads of the cluster are there that have not ended
 
 }  // namespace mmk::emulator
