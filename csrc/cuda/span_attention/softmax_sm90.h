@@ -32,7 +32,7 @@ struct Attention {
             each(0, [&](float& s, int i, int column) { s = column < end[i] ? s : -INFINITY; });
         }
         if (key0 < hull.common_first) {
-            const int begin[2] = {spans.lo[0] - first, spans.lo[1] - first};
+            const int begin[2] = {max(spans.lo[0], 0) - first, max(spans.lo[1], 0) - first};  // of any lo
             each(0, [&](float& s, int i, int column) { s = column >= begin[i] ? s : -INFINITY; });
         }
     }
