@@ -15,7 +15,7 @@ def test_the_python_examples_run_in_order():
 
 
 def test_both_commands_start_from_nothing():
-    for name, ending in (("bench", "mmkernels bench"), ("test", "pytest -n 2 --dist loadfile")):
+    for name, ending in (("bench", "mmkernels bench"), ("test", "pytest -n 3 --dist loadfile")):
         (command,) = re.findall(rf"<!-- {name} command -->\n```sh\n(.*)\n```", README)
         assert command.startswith("python3 -m venv .venv && ")
         assert command.endswith(ending)

@@ -72,6 +72,7 @@ def train(rank: int, folder: str, seed: int) -> None:
             found = a_step(name, how, inputs_of(name, seed, rank), seed)
             if rank == 0:
                 torch.save(found, f"{folder}/{name}, {how}")
+        torch.distributed.barrier()  # nobody leaves while another still talks to it
     finally:
         torch.distributed.destroy_process_group()
 
