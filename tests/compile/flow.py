@@ -69,7 +69,7 @@ def ends(instruction: Instruction) -> bool:
 
 def conditional(jump: Instruction) -> bool:
     """By its predicate or by one of its operands, which are a condition and where to go."""
-    return bool(jump.predicate) or re.match(r"(?:!?UP|~?UR)\w+,", jump.operands) is not None
+    return bool(jump.predicate) or re.match(r"(?:!?U?P|~?UR)\w+,", jump.operands) is not None
 
 
 def reached(step: list[list[int]], start: int, within: frozenset[int]) -> set[int]:

@@ -54,7 +54,7 @@ class Kernel:
     name: str
     registers: int
     stack: int
-    text: str
+    text: str = field(repr=False)
 
     def __str__(self) -> str:
         return f"{self.short_name} for {self.architecture}"

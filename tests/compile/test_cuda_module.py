@@ -188,5 +188,10 @@ def test_attention_on_hopper_takes_exponentials_while_it_multiplies(loops):
         for way in ways
         if not way.name.startswith("outer")
     ]
-    failures = [f"{kernel}, {described(way)}" for kernel, way in inner if way.events.hidden < way.events.exponentials]
-    assert inner and not failures, "\n".join(failures)
+    assert inner
+    failures = [
+        f"{kernel} hides {way.events.hidden} of {way.events.exponentials}\n  {described(way)}"
+        for kernel, way in inner
+        if way.events.hidden < way.events.exponentials
+    ]
+    assert not failures, "\n".join(failures)

@@ -77,6 +77,18 @@ def test_of_two_arms_one_is_taken():
     assert found["masked"].cycles["fma"] == 30 and found["masked"].cycles["alu"] == 16
 
 
+@pytest.mark.parametrize("jump", ["@P1 BRA", "@!P1 BRA", "BRA P1,", "BRA.U !UP1,", "BRA.DIV ~URZ,"])
+def test_a_jump_with_a_condition_has_two_ways(jump):
+    found = ways(*loop(LAST, f"{jump} `(.L_x_2)", *[FMA] * 20, ".L_x_2:", WAIT), "EXIT")
+    assert found["plain"].cycles["fma"] == 0
+
+
+def test_a_jump_by_a_table_has_a_way_for_each():
+    table = 'BRX R2 -0x50 (*"BRANCH_TARGETS .L_x_2,.L_x_3"*)'
+    arms = [".L_x_2:", *[FMA] * 20, "BRA `(.L_x_4)", ".L_x_3:", *[FMA] * 10, ".L_x_4:"]
+    assert ways(*loop(LAST, table, *arms, WAIT), "EXIT")["plain"].cycles["fma"] == 10
+
+
 def test_the_way_that_multiplies_most_is_taken_even_if_another_is_cheaper():
     found = ways(*loop(WGMMA, "@P1 BRA `(.L_x_2)", LAST, *[FMA] * 9, ".L_x_2:", WAIT), "EXIT")
     assert found["plain"].cycles["tensor"] == 64 and found["plain"].cycles["fma"] == 9
