@@ -156,7 +156,7 @@ _OF_LSE = [  # cases that differentiate the log-sum-exp: with and without sinks
 ]
 _OF_LSE = [replace(case, plain_draws=20) for case in _OF_LSE]
 
-HEAD_DIMS = (16, 24, 32, 48, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
+HEAD_DIMS = (16, 24, 32, 48, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256, 320, 512)
 
 CASES = (
     _SMALL,
@@ -197,6 +197,7 @@ CASES = (
     AttentionCase("D 72, values of 128", causal((50, 21)), dims=(72, 128)),
     AttentionCase("small, D 40, values of 16", causal((9, 5)), dims=(40, 16), quick=True),
     AttentionCase("D 192, values of 128", causal((50, 21)), dims=(192, 128)),
+    AttentionCase("D 576, values of 512", causal((50, 21)), dims=(576, 512)),
     AttentionCase("heads 6/2", causal((5, 90, 33)), heads=(6, 2)),
     AttentionCase("heads 5/1", causal((50, 33)), heads=(5, 1), dims=(80, 80)),
     AttentionCase("small, heads 4/2", causal((13, 6)), heads=(4, 2), dims=(16, 16), quick=True),
@@ -206,6 +207,7 @@ CASES = (
     replace(_SMALL, name="small, growing scores", layout=full(9, 70), growing=True),
     AttentionCase("clinging queries", full(150, 150), scale=0.3, clinging=True, plain_draws=20),
     AttentionCase("clinging queries, windows", blocks([61, 90], [61, 90]), scale=0.3, clinging=True, plain_draws=20),
+    AttentionCase("clinging queries, D 512", full(70, 70), heads=(1, 1), dims=(512, 512), scale=0.1, clinging=True),
     AttentionCase("scores far below zero", full(70, 301), sunken=True, plain_draws=20),
     replace(_SMALL, name="small windows, scores far below zero", layout=blocks(_ODD, _ODD), sunken=True),
     AttentionCase("softcap 20", causal((70, 41)), heads=(4, 2), softcap=20.0, scale=1.0, plain_draws=20),
@@ -215,6 +217,7 @@ CASES = (
     AttentionCase("decode, 3000 keys", full(1, 3000), heads=(2, 1), dims=(80, 72)),
     AttentionCase("decode, heads 8/2, batch", full(1, 400), heads=(8, 2), batch=2, dims=(128, 128)),
     AttentionCase("decode, heads 16/1", full(1, 333), heads=(16, 1), dims=(61, 61)),
+    AttentionCase("decode, D 576, values of 512", full(1, 333), heads=(16, 1), dims=(576, 512)),
     AttentionCase("decode, cache partly filled", scattered(1, 300, batch=3, empty=0), heads=(4, 2), batch=3),
     AttentionCase("decode, batch of 8", filled(700, 1, 0, 640, 64, 3, 513, 256), heads=(4, 2), batch=8),
     AttentionCase("small decode", full(1, 90), heads=(4, 2), batch=2, dims=(32, 32), quick=True),

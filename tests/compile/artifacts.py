@@ -127,20 +127,27 @@ class Attention:
     keys: int = 1501
     batch: int = 40
     lse_gradient: bool = False
+    values: int | None = None  # numbers of a head of them, if not as many
 
     def run(self) -> None:
         heads, key_heads = 6, 2
 
-        def tensor(tokens: int, heads: int) -> torch.Tensor:
-            return torch.empty(self.batch, tokens, heads, self.head, dtype=getattr(torch, self.dtype), device="meta")
+        def tensor(tokens: int, heads: int, numbers: int) -> torch.Tensor:
+            return torch.empty(self.batch, tokens, heads, numbers, dtype=getattr(torch, self.dtype), device="meta")
 
-        q, k, v = tensor(self.queries, heads), tensor(self.keys, key_heads), tensor(self.keys, key_heads)
+        q, k = tensor(self.queries, heads, self.head), tensor(self.keys, key_heads, self.head)
+        v = tensor(self.keys, key_heads, self.values or self.head)
         lo = torch.empty(1, 1, self.queries, dtype=torch.int32, device="meta")
         params = Params(lo, lo, RowSpans(lo, lo, self.keys).hulls(), None, self.head**-0.5, 0.0)
         out, lse = span_attention.span_attention(q, k, v, params)
         if self.queries > 1:
             d_lse = lse if self.lse_gradient else None
             span_attention.span_attention_backward(out, q, k, v, out, lse, d_lse, params)
+
+    @property
+    def row(self) -> int:
+        """Numbers of a key and its value."""
+        return self.head + (self.values or self.head)
 
     @property
     def resized(self) -> Attention:
@@ -198,7 +205,10 @@ CALLS = {
     "attention-72": Attention(72),
     "attention-128": Attention(128),
     "attention-256": Attention(256),
+    "attention-512": Attention(512),
+    "attention-576-512": Attention(576, values=512),
     "attention-128-decode": Attention(128, queries=1),
+    "attention-576-512-decode": Attention(576, queries=1, values=512),
     "attention-64-float32": Attention(64, dtype="float32"),
     "attention-64-lse": Attention(64, lse_gradient=True),
     "rotary-80": Rotation(80),

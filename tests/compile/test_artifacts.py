@@ -97,7 +97,7 @@ def copies(case, kernel: str, found: dict[str, int]) -> int:
         stages = found["num_stages"] if found["num_stages"] > 1 else 0
         size = 4 if case.dtype == "float32" else 2
         both_loops = walked + max(walked // 2, 16)
-        return both_loops * 2 * case.head * size * stages // (16 * 32 * found["num_warps"])
+        return both_loops * case.row * size * stages // (16 * 32 * found["num_warps"])
     pixels = {"uint8": 1, "bfloat16": 2, "float32": 4}[getattr(case, "image_dtype", case.dtype)]
     if not getattr(case, "gathered", True):
         pixels = 0

@@ -185,6 +185,7 @@ static std::vector<Case> decoding() {
         {"wild spans of few", 2, 9, 166, 2, 1, 16, 9, 1, wild},
         {"one span for all", 3, 2, 140, 3, 2, 8, 8, 1, all, 0.3, 0, true},
         {"beside a prefill", 1, 47, 1001, 2, 1, 12, 12, 1, prefill},
+        {"wide heads of few", 1, 1, 140, 1, 3, 576, 512, 1, all, 0.05},
         {"softcap of few", 1, 2, 175, 1, 1, 9, 9, 1, all, 4, 2.5},
         {"negative scale of few", 1, 2, 157, 1, 1, 9, 9, 1, all, -0.7},
     };
@@ -202,6 +203,7 @@ static std::vector<Case> short_segments() {
         {"one query of a group", 2, 1, 127, 1, 9, 33, 9, 1, all},
         {"all keys of a block", 1, 70, 128, 2, 1, 80, 72, 1, all},
         {"causal windows", 1, 192, 192, 1, 1, 64, 96, 1, documents({64, 127}, true)},
+        {"wide heads of a block", 1, 19, 19, 1, 1, 512, 513, 1, documents({9, 10}, true), 0.05},
         {"wild spans of a block", 2, 147, 66, 1, 2, 16, 9, 1, wild},
         {"softcap of a block", 1, 60, 75, 1, 1, 9, 9, 1, all, 4, 2.5},
         {"negative scale of a block", 1, 49, 57, 1, 1, 9, 9, 1, all, -0.7},
@@ -235,6 +237,7 @@ static std::vector<Case> cases() {
         {"several panels of keys", 1, 100, 4500, 1, 1, 5, 3, 1,
          [](int64_t, int64_t, int64_t i) { return Run{static_cast<int32_t>(i * 20), static_cast<int32_t>(4000 + i)}; }},
         {"several parts", 1, 1700, 100, 1, 1, 4, 4, 1, all},
+        {"wide heads", 1, 17, 131, 1, 1, 515, 290, 1, all, 0.05},
     };
     for (const int64_t size : {15, 16, 17, 47, 48, 49, 97})
         found.push_back({"tails", 1, size, size + 129, 1, 1, size, size, 1, all});

@@ -79,26 +79,35 @@ def memory(what):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
 torch.set_num_threads(2)
 def step(tokens):
-    q, k, v = (torch.randn(tokens, 1, 16, requires_grad=True) for _ in range(3))
-    spans = RowSpans.packed(torch.tensor([0, tokens]), causal=True, window=2048)
-    out = span_attention(q, k, v, spans, backend="cpu")
+    q, k, v = (torch.randn(tokens, 1, {dim}, requires_grad=True) for _ in range(3))
+    spans = RowSpans.packed(torch.tensor([0, tokens]), causal=True, window={window})
     before = memory("VmRSS")
-    out.backward(torch.ones_like(out))
+    span_attention(q, k, v, spans, backend="cpu").sum().backward()
     return memory("VmHWM") - before, q.nbytes
-step(256)
+step(64)
 more, size = step({tokens})
 print(more / size)
 """
 
 
+def memory_of_a_step(folder: Path, **sizes) -> float:
+    """Of forward and backward, in tensors of q's size."""
+    run = subprocess.run([sys.executable, "-c", MEMORY.format(**sizes)], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return float(run.stdout)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_of_32768_tokens(tmp_path):
     """P would be 2000 times q. A call takes three gradients, packed rows a thread, and dQ a chunk of keys."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY.format(tokens=32768)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 24
+    assert memory_of_a_step(tmp_path, tokens=32768, dim=16, window=2048) < 24
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_of_wide_heads(tmp_path):
+    """A number of a head of 512 takes what one of a head of 256 does."""
+    narrow, wide = (memory_of_a_step(tmp_path, tokens=4096, dim=dim, window=None) for dim in (256, 512))
+    assert wide < 24 and wide < 1.5 * narrow
 
 
 @pytest.mark.parametrize("program", bounds("sanitize_span_attention_backward.cpp"), ids=str)

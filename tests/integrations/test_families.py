@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from agreement import assert_agrees, assert_restored, in_float64, misses
-from families import FAMILIES, drawn
+from families import FAMILIES, drawn, gemma4_inputs, gemma4_of_real_heads
 from torch.utils._pytree import tree_map
 
 from mmkernels import accelerate
@@ -69,6 +69,12 @@ def test_outputs_and_gradients_agree(family, side):
     assert len({entry.path for entry in report.swapped}) == len(report.swapped)
     assert not report.fallbacks, report
     assert_restored(model, fast, inputs)
+
+
+def test_gemma4_of_real_heads():
+    """256 and 512 numbers; images are seen both ways, and no further than the window in its sliding layer."""
+    fast = assert_agrees(gemma4_of_real_heads(), gemma4_inputs("left"))
+    assert not accelerate(fast, verbose=False).fallbacks
 
 
 def test_transforms_of_torch_func_see_the_plain_model(family):

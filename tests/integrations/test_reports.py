@@ -115,9 +115,9 @@ def test_nothing_is_called_swapped_that_always_falls_back(name):
     assert ran and not fell & ran
 
 
-def test_wide_heads_of_gemma4_fall_back_and_say_so():
-    """Its full layers have heads of 512, wider than any kernel's; the sliding ones attend by spans."""
-    model, inputs = drawn(gemma4(global_head_dim=512)()), gemma4_inputs("left")
+def test_wider_heads_of_gemma4_fall_back_and_say_so():
+    """Than any kernel serves: those of the full layers; the sliding ones attend by spans."""
+    model, inputs = drawn(gemma4(global_head_dim=640)()), gemma4_inputs("left")
     fast = copy.deepcopy(model)
     report = accelerate(fast, verbose=False)
     assert [entry.cls for entry in report.swapped] == ["Gemma4VisionAttention"] * 2 + ["Gemma4TextAttention"] * 2
@@ -126,7 +126,7 @@ def test_wide_heads_of_gemma4_fall_back_and_say_so():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     fell = accelerate(fast, verbose=False).fallbacks
     assert [entry.path for entry in fell] == ["model.language_model.layers.1.self_attn"]
-    assert "no kernel serves heads of 512 numbers" in fell[0].what
+    assert "no kernel serves heads of 640 numbers" in fell[0].what
 
 
 def test_a_library_that_does_not_fit_takes_no_other_down(monkeypatch):

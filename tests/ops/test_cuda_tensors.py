@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mmkernels
+from mmkernels import backends
 
 LOADED = ("mmkernels.ops._cuda_tensors", "mmkernels.ops.span_attention.cuda")  # with the made-up module in them
 
@@ -70,6 +71,21 @@ def test_a_head_that_is_too_large_is_named_with_the_largest(load):
     assert unsupported(tensor(head=256), tensor(head=256), tensor(head=256)) is None
     said = unsupported(tensor(), tensor(), tensor(head=257))
     assert said == "it serves heads of up to 256 numbers, those of v have 257"
+
+
+@pytest.mark.parametrize(
+    ("head", "chosen", "why_not"),
+    [(256, "cuda", None), (257, "triton", "up to 256 numbers"), (577, "reference", "up to 256 numbers")],
+)
+def test_heads_too_large_for_cuda_are_tritons(load, monkeypatch, head, chosen, why_not):
+    pytest.importorskip("triton", reason="the Triton backend needs triton, which has wheels for Linux only")
+    kernels, real = load("span_attention.cuda"), backends._load
+    monkeypatch.setattr(backends, "missing", lambda name: None if name != "flash-attn" else "not installed")
+    monkeypatch.setattr(backends, "_load", lambda op, name: kernels if name == "cuda" else real(op, name))
+    found = backends._candidates("span_attention", "auto", *[tensor(head=head)] * 3)
+    assert [each.backend for each in found if each.chosen] == [chosen]
+    (cuda,) = (each for each in found if each.backend == "cuda")
+    assert cuda.reason == why_not if why_not is None else why_not in cuda.reason
 
 
 @pytest.mark.parametrize(

@@ -37,16 +37,35 @@ def results(backend: str, spans: RowSpans, tensors, **options):
 
 
 def test_reasons():
-    x, wide = torch.zeros(1, 3, 2, 64), torch.zeros(1, 3, 2, 264)
+    x, wide = torch.zeros(1, 3, 2, 64), torch.zeros(1, 3, 2, 577)
     assert backend.unsupported(x, x, x) is None
-    assert "heads of up to 256 numbers, those of q have 264" in backend.unsupported(wide, wide, x)
-    assert "those of v have 264" in backend.unsupported(x, x, wide)
+    assert "heads of up to 576 numbers, those of q have 577" in backend.unsupported(wide, wide, x)
+    assert "those of v have 577" in backend.unsupported(x, x, wide)
     assert "q has dtype torch.float64" in backend.unsupported(x.double(), x.double(), x.double())
+
+
+def test_float32_ends_at_256_on_a_gpu(monkeypatch):
+    """Where its products are exact, and no tile of wider heads fits into shared memory."""
+    monkeypatch.setattr(_triton, "family", lambda device: "sm90")
+    wide = torch.zeros(1, 3, 2, 264)
+    assert backend.unsupported(wide, wide, wide) == (
+        "in float32 it serves heads of up to 256 numbers, those of q have 264"
+    )
+    assert backend.unsupported(*[wide.bfloat16()] * 3) is None
 
 
 def test_heads_are_cut_where_padding_would_cost():
     cut = {1: (16, 0), 24: (32, 0), 40: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 112: (128, 0)}
-    cut |= {128: (128, 0), 160: (128, 32), 192: (128, 64), 256: (256, 0)}
+    cut |= {
+        128: (128, 0),
+        160: (128, 32),
+        192: (128, 64),
+        256: (256, 0),
+        264: (256, 64),
+        320: (256, 64),
+        384: (256, 128),
+    }
+    cut |= {512: (512, 0), 576: (512, 64)}
     for numbers, parts in cut.items():
         assert tiles.Width(numbers).parts == parts
         assert sum(parts) >= tiles.Width(numbers).padded >= numbers
@@ -56,10 +75,10 @@ def test_heads_are_cut_where_padding_would_cost():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_head_has_tiles_that_the_kernels_can_walk(family, dtype):
     for kernel in ("forward", "few_rows", "query_grad", "key_grads"):
-        for numbers in range(1, tiles.LARGEST_HEAD + 1):
+        for numbers in range(1, tiles.largest_head(family, dtype) + 1):
             tile = tiles.tile_of(kernel, family, dtype, tiles.Width(numbers), tiles.Width(17))
             assert max(tile.BLOCK_M, tile.BLOCK_N) <= tiles.LARGEST_BLOCK  # offsets in a tile take 32 bits
-            assert kernel != "key_grads" or tile.BLOCK_M % 32 == 0  # a table entry tells of 32 queries
+            assert kernel != "key_grads" or tile.BLOCK_M == 16 or tile.BLOCK_M % 32 == 0  # an entry tells of 32 queries
             assert kernel != "few_rows" or tile.BLOCK_M == tiles.FEW_ROWS
 
 
@@ -80,6 +99,29 @@ def test_random_layouts(seed, runs):
     generator = random.Random(seed)
     spans = random_spans(generator.randint(65, 110), generator.randint(100, 160), runs, generator)
     tensors = inputs(spans)
+    for ours, right in zip(results("triton", spans, tensors), results("reference", spans, tensors), strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "queries"), [(264, 320, 20), (512, 512, 20), (576, 512, 20), (576, 512, 1)]
+)
+def test_wide_heads(dim, value_dim, queries):
+    spans = RowSpans.packed(torch.tensor([0, queries]), torch.tensor([0, 45]), causal=True).to(DEVICE)
+    q, k, _ = inputs(spans, dim=dim)
+    tensors = q, k, torch.randn(*k.shape[:-1], value_dim, device=DEVICE)
+    for ours, right in zip(results("triton", spans, tensors), results("reference", spans, tensors), strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+def test_the_gradients_of_keys_in_steps_of_half_an_entry_of_their_table(seed, monkeypatch):
+    """Where more rows of wide heads do not fit."""
+    spans = random_spans(90, 130, 2, random.Random(seed))
+    tensors, whole = inputs(spans), backend.tile_of
+    half = _triton.Tile(16, 32, None, 4, 1)
+    monkeypatch.setattr(
+        backend, "tile_of", lambda kernel, *call: half if kernel == "key_grads" else whole(kernel, *call)
+    )
     for ours, right in zip(results("triton", spans, tensors), results("reference", spans, tensors), strict=True):
         torch.testing.assert_close(ours, right)
 

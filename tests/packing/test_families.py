@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from documents import NAMES, document, documents_of, model_of
+from families import gemma4_of_real_heads
 from rich.console import Console
 
 from mmkernels import accelerate
@@ -44,6 +45,20 @@ def test_a_pack_is_its_documents(name):
         return pack | {"attention_mask": torch.ones_like(pack["input_ids"])}
 
     assert_equal_to_separate(model, documents, guarded, console=quiet())
+
+
+def test_gemma4_of_real_heads():
+    """A pack of its documents is these, plain and one at a time; no layer falls back."""
+    plain, documents = gemma4_of_real_heads().eval(), documents_of("gemma4")[:4]
+    fast = copy.deepcopy(plain)
+    accelerate(fast, verbose=False)
+    collator = Collator.of(fast)
+    assert_no_leak(fast, collator(documents), console=quiet())
+    with torch.no_grad():
+        theirs = torch.cat([plain(**one).logits[0] for one in documents])
+        ours = fast(**collator(documents)).logits[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
+    assert not accelerate(fast, verbose=False).fallbacks
 
 
 def test_the_table_is_of_all_families():

@@ -68,21 +68,7 @@ struct KeyPanel {
 
 // ---- a block of keys
 
-// scores[key][lane] of one group; the highest of each lane is raised.
-template <class Operand, int kVectors>
-void score_group(const uint32_t* keys, int64_t units, int64_t longest, const uint32_t* queries, float* scores,
-                 Vec* highest, Prefetcher& prefetcher) {
-    Vec top[kVectors];  // first of the first row: no register is held while the product runs
-    const auto finish = [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
-        store(scores + r * kTileColumns + v * kLanes, sum);
-        top[v] = max(sum, r == 0 ? highest[v] : top[v]);
-    };
-    multiply_in_chains<Operand, kTileRows, kVectors>(keys, units, queries, kTileColumns, units, longest, finish,
-                                                     [&]() MMK_INLINE_LAMBDA { prefetcher.step(); });
-    for (int v = 0; v < kVectors; v++) highest[v] = top[v];
-}
-
-// The same with AMX, whose sums go to memory.
+// scores[key][lane] of one group, with AMX, whose sums go to memory; the highest of each lane is raised.
 template <class Operand, int kVectors>
 void score_group_in_tiles(const uint32_t* keys, int64_t units, const uint32_t* queries, float* scores, Vec* highest,
                           Prefetcher& prefetcher) {
@@ -93,6 +79,25 @@ void score_group_in_tiles(const uint32_t* keys, int64_t units, const uint32_t* q
             highest[v] = max(load(scores + r * kTileColumns + v * kLanes), highest[v]);
         }
     }
+}
+
+// The same at every level.
+template <class Operand, int kVectors>
+void score_group(const uint32_t* keys, int64_t units, int64_t longest, const uint32_t* queries, float* scores,
+                 Vec* highest, Prefetcher& prefetcher) {
+    if constexpr (kHasAmx) {
+        if (chains_of<Operand>(units, longest) == 1) {
+            return score_group_in_tiles<Operand, kVectors>(keys, units, queries, scores, highest, prefetcher);
+        }
+    }
+    Vec top[kVectors];  // first of the first row: no register is held while the product runs
+    const auto finish = [&](int r, int v, Vec sum) MMK_INLINE_LAMBDA {
+        store(scores + r * kTileColumns + v * kLanes, sum);
+        top[v] = max(sum, r == 0 ? highest[v] : top[v]);
+    };
+    multiply_in_chains<Operand, kTileRows, kVectors>(keys, units, queries, kTileColumns, units, longest, finish,
+                                                     [&]() MMK_INLINE_LAMBDA { prefetcher.step(); });
+    for (int v = 0; v < kVectors; v++) highest[v] = top[v];
 }
 
 // out[d][lane] = out * decay + sum over units of values[d] weights[lane], for one panel of kTileRows d.
@@ -348,12 +353,8 @@ class Forward {
                 float* to = work.scores + i * kTileColumns + stretch.vector * kLanes;
                 Vec unused[kVectors] = {};
                 Vec* top = plain ? highest + stretch.vector : unused;
-                if constexpr (kHasAmx) {
-                    score_group_in_tiles<Operand, kVectors>(keys, panel.key_units, queries, to, top, work.prefetcher);
-                } else {
-                    score_group<Operand, kVectors>(keys, panel.key_units, longest_chain_, queries, to, top,
-                                                   work.prefetcher);
-                }
+                score_group<Operand, kVectors>(keys, panel.key_units, longest_chain_, queries, to, top,
+                                               work.prefetcher);
                 for (int v = 0; v < kVectors && !plain; v++) {
                     const int lane = (stretch.vector + v) * kLanes;
                     const Vec seen =

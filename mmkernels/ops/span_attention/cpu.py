@@ -11,7 +11,7 @@ from .._core_tensors import heads_of, unsupported_tensor
 from .limits import too_wide
 from .params import Params
 
-MAX_HEAD = 256
+MAX_HEAD = 576
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params | None = None) -> str | None:

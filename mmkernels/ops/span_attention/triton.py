@@ -28,14 +28,16 @@ import torch
 import triton
 from torch import Tensor
 
+from ...spans import HULL_ROWS
 from .. import _triton
 from .._aligned_rows import aligned_rows
+from .._checks import in_words
 from .._triton import Tile, launch
 from .limits import too_wide
 from .params import Params
 from .triton_backward import key_grads, key_table, query_grad
 from .triton_forward import forward, merge
-from .triton_tiles import FEW_ROWS, LARGEST_BLOCK, LARGEST_HEAD, Width, gradient_passes, tile_of
+from .triton_tiles import FEW_ROWS, LARGEST_BLOCK, LARGEST_HEAD, Width, gradient_passes, largest_head, tile_of
 
 PROGRAMS = 256  # that a split of the keys, or of the queries, aims at: two for each multiprocessor of the largest GPUs
 # Keys, or queries, that are worth a program of their own. Few when interpreted, so that small tests split.
@@ -44,7 +46,12 @@ MERGE_ROWS, TABLE_BLOCK = 16, 256
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params | None = None) -> str | None:
-    return too_wide(q, k, v, LARGEST_HEAD) or _triton.unsupported_tensor("q", q)
+    unsupported = _triton.unsupported_tensor("q", q)
+    if unsupported:
+        return unsupported
+    largest = largest_head(_triton.family(q.device), q.dtype)
+    wide = too_wide(q, k, v, largest)
+    return f"in {in_words([q.dtype])} {wide}" if wide and largest < LARGEST_HEAD else wide
 
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
@@ -140,7 +147,7 @@ def _key_grads(rows, row_terms, d_k, d_v, params: Params, meta) -> None:
 def _key_table(hulls: Tensor, queries: int, keys: int, blocks: int, tile: Tile) -> Tensor:
     batch, runs, count, _ = hulls.shape
     table = hulls.new_empty(batch, runs, blocks, 4)
-    sizes = dict(BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK=TABLE_BLOCK)
+    sizes = dict(BLOCK_M=max(tile.BLOCK_M, HULL_ROWS), BLOCK_N=tile.BLOCK_N, BLOCK=TABLE_BLOCK)
     launch(key_table, batch * runs * blocks, hulls, table, count, queries, keys, **sizes)
     return table
 

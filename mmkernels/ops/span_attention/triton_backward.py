@@ -262,19 +262,23 @@ def _key_run(
     HEAD: tl.constexpr, VALUE: tl.constexpr, MATH: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    # The table tells of blocks of ROWS queries, of which a step takes a part: where masks are none, the whole of it if
+    # BLOCK_M is that.
+    ROWS: tl.constexpr = BLOCK_M if BLOCK_M > HULL else HULL
+    HALF: tl.constexpr = BLOCK_M // 2 if BLOCK_M > 16 else BLOCK_M
     first, end = tl.load(p_table), tl.load(p_table + 1)
     full, full_end = tl.load(p_table + 2), tl.load(p_table + 3)
     within = full_end - full
     dk0, dk1, dv0, dv1 = _key_loop(
         dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, reference, delta, lo, hi, stride_qt8, stride_qh8, stride_gt8,
-        stride_gh8, j, queries, group, full * BLOCK_M, 0, 0, within, part, parts, to_cap, factor,
+        stride_gh8, j, queries, group, full * ROWS, 0, 0, within * (ROWS // BLOCK_M), part, parts, to_cap, factor,
         HEAD, VALUE, MATH, WANT_K, WANT_V, BLOCK_M, False,
     )  # fmt: skip
-    HALF: tl.constexpr = BLOCK_M // 2
     return _key_loop(
         dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad, reference, delta, lo, hi, stride_qt8, stride_qh8, stride_gt8,
-        stride_gh8, j, queries, group, first * BLOCK_M, (full - first) * 2, within * BLOCK_M,
-        (end - first - within) * 2, part, parts, to_cap, factor, HEAD, VALUE, MATH, WANT_K, WANT_V, HALF, True,
+        stride_gh8, j, queries, group, first * ROWS, (full - first) * (ROWS // HALF), within * ROWS,
+        (end - first - within) * (ROWS // HALF), part, parts, to_cap, factor, HEAD, VALUE, MATH, WANT_K, WANT_V, HALF,
+        True,
     )  # fmt: skip
 
 

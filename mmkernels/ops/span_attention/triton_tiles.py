@@ -29,7 +29,7 @@ class Width:
     def parts(self) -> tuple[int, int]:
         whole = max(triton.next_power_of_2(self.padded), 16)
         first = whole // 2
-        rest = max(triton.next_power_of_2(self.padded - first), 16)
+        rest = max(triton.next_power_of_2(self.padded - first), 16 if first < 256 else 64)  # thinner ones spill there
         return (whole, 0) if first < 16 or first + rest >= whole else (first, rest)
 
     @property
@@ -37,9 +37,9 @@ class Width:
         return self.padded, *self.parts
 
 
-# By kernel and architecture: heads of up to 64, 96, 128 and 256 numbers.
-Tiles = tuple[Tile, Tile, Tile, Tile]
-HEADS = (64, 96, 128, 256)
+# By kernel and architecture: heads of up to 64, 96, 128, 256, 512 and 576 numbers. Float32's end at 256.
+Tiles = tuple[Tile, ...]
+HEADS = (64, 96, 128, 256, 512, 576)
 LARGEST_HEAD, LARGEST_BLOCK = HEADS[-1], 128
 
 
@@ -51,6 +51,8 @@ def _each(*tiles) -> Tiles:
     return tuple(Tile(m, n, None, *rest) for m, n, *rest in tiles)
 
 
+# Of heads above 256, sums of 64 rows, the fewest that wgmma and tcgen05 multiply, spill wherever they are not in the
+# table: 32 rows are left to sm80's instructions. Of those above 512, 16 rows at a time fit into sm80's shared memory.
 TILES: dict[str, dict[str, Tiles]] = {
     "interpreter": {
         "forward": _same(32, 32, 4, 1),
@@ -59,31 +61,38 @@ TILES: dict[str, dict[str, Tiles]] = {
         "key_grads": _same(32, 32, 4, 1),
     },
     "sm80": {
-        "forward": _each((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-        "few_rows": _each((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
-        "query_grad": _each((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 16, 8, 2)),
-        "key_grads": _each((32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+        "forward": _each((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2), *[(32, 16, 8, 2)] * 2),
+        "few_rows": _each(*[(16, 64, 4, 3)] * 3, (16, 32, 4, 2), *[(16, 16, 4, 2)] * 2),
+        "query_grad": _each(
+            (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)
+        ),
+        "key_grads": _each(
+            (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 4, 2)
+        ),
     },
     "sm90": {
-        "forward": _each((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
-        "few_rows": _each((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
-        "query_grad": _each((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
-        "key_grads": _each((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
+        "forward": _each((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2), *[(32, 32, 8, 3)] * 2),
+        "few_rows": _each(*[(16, 64, 4, 3)] * 3, (16, 32, 4, 3), *[(16, 16, 4, 3)] * 2),
+        "query_grad": _each(*[(128, 64, 8, 2)] * 3, (64, 32, 8, 2), *[(32, 32, 8, 2)] * 2),
+        "key_grads": _each((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), *[(32, 32, 8, 2)] * 2),
     },
     "sm100": {
-        "forward": _each((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
-        "few_rows": _each((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
-        "query_grad": _each((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-        "key_grads": _each((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
+        "forward": _each(*[(128, 128, 8, 2)] * 3, (64, 64, 8, 2), (64, 16, 8, 2), (32, 32, 8, 2)),
+        "few_rows": _each(*[(16, 64, 4, 3)] * 3, (16, 32, 4, 3), *[(16, 16, 4, 2)] * 2),
+        "query_grad": _each(
+            (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)
+        ),
+        "key_grads": _each(*[(64, 128, 8, 2)] * 3, (32, 128, 8, 2), *[(32, 32, 8, 2)] * 2),
     },
     "cdna": {
-        "forward": _each((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)),
-        "few_rows": _each((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
-        "query_grad": _each((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
-        "key_grads": _each((32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
+        "forward": _each(*[(128, 64, 4, 2)] * 3, (64, 32, 4, 2), *[(32, 16, 4, 2)] * 2),
+        "few_rows": _each(*[(16, 64, 4, 2)] * 3, (16, 32, 4, 2), *[(16, 16, 4, 2)] * 2),
+        "query_grad": _each(*[(64, 32, 4, 1)] * 4, *[(32, 16, 4, 1)] * 2),
+        "key_grads": _each(*[(32, 64, 4, 1)] * 3, (32, 32, 4, 1), *[(16, 32, 4, 1)] * 2),
     },
 }
-# Float32, exact, is multiplied without tensor cores, from registers: small tiles, and many warps.
+# Float32, exact, is multiplied without tensor cores, from registers: small tiles, and many warps. Of heads above 256 no
+# tile fits into shared memory.
 FLOAT32: dict[str, Tiles] = {
     "forward": _each((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
     "few_rows": _each((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
@@ -92,10 +101,17 @@ FLOAT32: dict[str, Tiles] = {
 }
 
 
+def _tiles(family: str, dtype: torch.dtype) -> dict[str, Tiles]:
+    return FLOAT32 if dtype == torch.float32 and family != "interpreter" else TILES[family]
+
+
+def largest_head(family: str, dtype: torch.dtype) -> int:
+    return HEADS[len(_tiles(family, dtype)["forward"]) - 1]
+
+
 def tile_of(kernel: str, family: str, dtype: torch.dtype, *widths: Width) -> Tile:
-    tiles = FLOAT32 if dtype == torch.float32 and family != "interpreter" else TILES[family]
     numbers = max(sum(width.parts) for width in widths)
-    return tiles[kernel][next(index for index, limit in enumerate(HEADS) if numbers <= limit)]
+    return _tiles(family, dtype)[kernel][next(index for index, limit in enumerate(HEADS) if numbers <= limit)]
 
 
 def gradient_passes(*widths: Width) -> tuple[tuple[bool, bool], ...]:
