@@ -114,9 +114,10 @@ def _groups_as_queries(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tenso
 
 
 def _flex() -> Function:
-    """Compiled, for this shape only; the block mask of every call is made by compiled code too.
+    """Compiled, for this shape only; the block mask is made anew in every call, as for every batch of documents.
 
-    What a query sees is read from two numbers, which costs less than any function of documents and images.
+    What a query sees is read from two numbers, which costs less than any function of documents and images, and blocks
+    are made of these without asking for each pair; of one window alone compiled code makes both.
     """
     attention = torch.compile(flex_attention, dynamic=False)
     make_mask = torch.compile(create_block_mask, dynamic=False)
@@ -125,9 +126,10 @@ def _flex() -> Function:
         batched = q.dim() == 4
         queries, keys, values = (x.transpose(1, 2) if batched else _heads_first(x) for x in (q, k, v))
         block_mask = None
-        if layout.dense is not None:
-            rule = _rule(layout)
+        if rule := _window_rule(layout):
             block_mask = make_mask(rule, None, None, queries.shape[2], keys.shape[2], device=q.device)
+        elif layout.dense is not None:
+            block_mask = layout.spans().to_block_mask()
         out = attention(queries, keys, values, block_mask=block_mask, enable_gqa=queries.shape[1] != keys.shape[1])
         return out.transpose(1, 2) if batched else out[0].transpose(0, 1)
 
@@ -135,13 +137,11 @@ def _flex() -> Function:
 
 
 @functools.lru_cache(maxsize=1)
-def _rule(layout: Layout) -> Callable[..., Tensor]:
+def _window_rule(layout: Layout) -> Callable[..., Tensor] | None:
     window = layout.window
-    if window and len(layout.segments) == 1:
-        return lambda batch, head, query, key: (key <= query) & (query - key < window)
-    spans = layout.spans()
-    lo, hi = spans.lo, spans.hi
-    return lambda batch, head, query, key: (lo[query] <= key) & (key < hi[query])
+    if not window or len(layout.segments) != 1:
+        return None
+    return lambda batch, head, query, key: (key <= query) & (query - key < window)
 
 
 def _varlen_peers(call: Call) -> dict[str, Function]:

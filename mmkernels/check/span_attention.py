@@ -196,6 +196,7 @@ CASES = (
     AttentionCase("D 64, values of 40", causal((50, 21)), dims=(64, 40)),
     AttentionCase("D 72, values of 128", causal((50, 21)), dims=(72, 128)),
     AttentionCase("small, D 40, values of 16", causal((9, 5)), dims=(40, 16), quick=True),
+    AttentionCase("small, D 320, values of 300", causal((9, 5)), dims=(320, 300), quick=True),
     AttentionCase("D 192, values of 128", causal((50, 21)), dims=(192, 128)),
     AttentionCase("D 576, values of 512", causal((50, 21)), dims=(576, 512)),
     AttentionCase("heads 6/2", causal((5, 90, 33)), heads=(6, 2)),

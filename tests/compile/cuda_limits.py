@@ -4,6 +4,7 @@ from limits import Row
 
 MASKS = "each score of a masked step is compared and selected at both ends of its span"
 FRAGMENTS = "a fragment that ldmatrix reads from shared memory serves a warp's 16 rows alone"
+PARTS = FRAGMENTS + ", and warps that share these rows add up their parts of the scores there"
 SMALL = "heads of 32 have half as many products as those of 64 for the same exponentials and masks"
 SUMS = "sums over positives of rows and columns go from lane to lane, beside those over all pairs"
 
@@ -45,6 +46,9 @@ LIMITS = [
     Row("span_attention_forward_kernel<*, 128>", (1.06, 0.59), (1.12, 0.92), [(1.06, 0.62)]),
     Row("span_attention_forward_kernel<*, 192>", (1.31, 0.61), (1.35, 0.83), [(1.31, 0.63)], why=FRAGMENTS),
     Row("span_attention_forward_kernel<*, 256>", (1.30, 0.56), (1.33, 0.72), [(1.30, 0.58)], why=FRAGMENTS),
+    Row("span_attention_forward_kernel<*, 384>", (1.47, 0.63), (1.51, 0.84), [(1.47, 0.65)], why=PARTS),
+    Row("span_attention_forward_kernel<*, 512>", (1.42, 0.57), (1.45, 0.74), [(1.42, 0.59)], why=PARTS),
+    Row("span_attention_forward_kernel<*, 576>", (1.40, 0.59), (1.43, 0.72), [(1.40, 0.61)], why=PARTS),
     Row("span_attention_query_gradient_kernel<*, 32>", (1.25, 0.83), (1.42, 1.41), [(1.25, 0.84)], why=SMALL),
     Row("span_attention_query_gradient_kernel<*, 64>", (1.05, 0.55), (1.14, 0.84), [(1.05, 0.56)]),
     Row("span_attention_query_gradient_kernel<*, 80>", (1.05, 0.49), (1.11, 0.72), [(1.05, 0.50)]),
@@ -52,6 +56,9 @@ LIMITS = [
     Row("span_attention_query_gradient_kernel<*, 128>", (1.05, 0.45), (1.09, 0.60), [(1.05, 0.46)]),
     Row("span_attention_query_gradient_kernel<*, 192>", (1.40, 0.46), (1.43, 0.57), [(1.40, 0.47)], why=FRAGMENTS),
     Row("span_attention_query_gradient_kernel<*, 256>", (1.39, 0.43), (1.41, 0.53), [(1.39, 0.45)], why=FRAGMENTS),
+    Row("span_attention_query_gradient_kernel<*, 384>", (1.95, 0.66), outer=[(1.95, 0.68)], why=PARTS),
+    Row("span_attention_query_gradient_kernel<*, 512>", (1.46, 0.55), outer=[(1.46, 0.56)], why=PARTS),
+    Row("span_attention_query_gradient_kernel<*, 576>", (1.42, 0.52), outer=[(1.42, 0.56)], why=PARTS),
     Row("span_attention_key_gradient_kernel<*, 32, *>", (1.35, 0.82), (1.86, 1.50), why=SMALL),
     Row("span_attention_key_gradient_kernel<*, 64, *>", (1.22, 0.55), (1.48, 0.89), why=FRAGMENTS),
     Row("span_attention_key_gradient_kernel<*, 80, *>", (1.19, 0.49), (1.40, 0.76), why=FRAGMENTS),
@@ -61,6 +68,9 @@ LIMITS = [
     Row("span_attention_key_gradient_kernel<*, 192, true, *>", (1.43, 0.49), (1.54, 0.63), why=FRAGMENTS),
     Row("span_attention_key_gradient_kernel<*, 256, false, *>", (1.06, 0.51), (1.19, 0.66)),
     Row("span_attention_key_gradient_kernel<*, 256, true, *>", (1.41, 0.49), (1.50, 0.60), why=FRAGMENTS),
+    Row("span_attention_key_gradient_kernel<*, 384, *>", (1.77, 0.71), why=PARTS),
+    Row("span_attention_key_gradient_kernel<*, 512, *>", (1.65, 0.63), why=PARTS),
+    Row("span_attention_key_gradient_kernel<*, 576, *>", (1.86, 0.58), why=PARTS),
     Row("clip_statistics_kernel<*>", (1.00, 0.32)),
     Row("gradient_kernel<*>", (1.00, 0.32)),
     Row("patch_embed_kernel<__*>", (1.00, 0.44)),

@@ -47,7 +47,14 @@ MUTATIONS = [
         ("values that are NaN stay", "if (masked) make_finite", "if (p.runs < 0) make_finite"),
         ("flags of rows that are not finite are never cleared", "next_flags[thread] = 0", "next_flags[thread] += 0"),
         ("shared memory a tile short", "(kRows + 2 * kKeys) *", "(kRows + kKeys) *"),
-        ("a warp stores beyond the queries", "row < present) lse[row]", "row <= present) lse[row]"),
+        ("a warp stores beyond the queries", "row < present)", "row <= present)"),
+        ("wide heads: scores of half of the numbers", "x[n][0] += its.x, ", ""),
+        (
+            "wide heads: the other warp's scores are read before they are there",
+            "named_barrier_sync(",
+            "if (false) named_barrier_sync(",
+        ),
+        ("wide heads: both warps add the first columns", "values + column0", "values"),
     ),
     *of(
         "span_attention/device.h",
@@ -153,6 +160,24 @@ MUTATIONS = [
         ("every run goes by the first one's queries", "entry[static_cast<int64_t>(run) * key_blocks()]", "entry[0]"),
         ("queries beyond the last are read", "present = p.queries - walk.row0", "present = kStep"),
         ("masks are left out at the end of the keys", " || hull.common_end < key_end", ""),
+        ("wide heads: a warp's scores are those of the first", "part * kOwn / 2 + x / 2", "x / 2"),
+        ("wide heads: the last warp's part is left out", "other < kParts", "other < kParts - 1"),
+        (
+            "wide heads: sums are overwritten while they are read",
+            "__syncwarp();  // other lanes may",
+            "// other lanes may",
+        ),
+        (
+            "wide heads: sums are read before they are there",
+            "            meet();\n            float4 sum",
+            "            float4 sum",
+        ),
+        (
+            "wide heads: weights are read before they are there",
+            "            meet();\n#pragma unroll\n            for (int i = 0; i < kCount * kParts",
+            "#pragma unroll\n            for (int i = 0; i < kCount * kParts",
+        ),
+        ("wide heads: results of all warps lie in the first columns", "head), warp.column0);", "head), 0);"),
     ),
     *of(
         "span_attention/query_grad_sm90.cu",

@@ -116,6 +116,11 @@ def packed_case(case: Case, *bodies: Tensor, results: list[torch.Size]) -> bytes
     return packed + b"".join(map(bytes_of, (lo, hi, case.spans.hulls())))
 
 
+def head_of(case: Case) -> int:
+    """The numbers of its wider one."""
+    return max(case.head_size, case.value_size or 0)
+
+
 def readable_by_tma(case: Case) -> Case:
     """Rows of what is read that begin at multiples of 16 bytes, if they do not."""
     aligned = case.place != "odd" and (case.head_size | (case.value_size or 0)) % 8 == 0
@@ -183,6 +188,10 @@ def all_cases(rng: random.Random) -> list[Case]:
         Case("other keys", RowSpans.packed(torch.tensor([0, 64, 128]), torch.tensor([0, 150, 300])), 1, 1, 64),
         Case("no scale", documents(40, causal=False), 1, 1, 88, scale=0.0),
         Case("any width", documents(23, 20), 1, 1, rng.randint(1, 256)),
+        Case("wider", documents(75, 9, padding=3), 2, 1, 512),
+        Case("widest", by_batch(2, 37, 90), 2, 2, 576, value_size=512, place="heads first"),
+        Case("any width, wider", documents(23, 40, causal=False), 2, 1, rng.randint(257, 576), softcap=9.0),
+        Case("values wider", several_runs(40, 70), 1, 1, rng.randint(1, 320), value_size=321, place="odd"),
         Case("one token", RowSpans.full(1, 1), 1, 1, rng.randint(1, 256)),
         Case("one query", RowSpans.full(1, 190), 2, 1, 32),
         Case("no keys", RowSpans.full(5, 0), 1, 1, 64),

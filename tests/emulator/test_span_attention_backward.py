@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulator_build import CSRC, compiled_by_nvcc, disassembled, needs_nvcc
-from span_attention_cases import Case, all_cases, documents, failures, packed_case, run_program
+from span_attention_cases import Case, all_cases, documents, failures, head_of, packed_case, run_program
 from torch import Tensor
 
 from mmkernels import RowSpans
@@ -76,8 +76,7 @@ def served(kernel: str, cases: list[Case]) -> list[Case]:
     """Those of `cases` that the kernel serves; for Hopper's, in a place that TMA reads and writes."""
     if kernel == "sm_80":
         return cases
-    sizes = ((case, max(case.head_size, case.value_size or 0)) for case in cases)
-    cases = [case for case, size in sizes if size <= 128 and case.spans.num_queries > 0 and case.spans.num_keys > 0]
+    cases = [x for x in cases if head_of(x) <= 128 and x.spans.num_queries > 0 and x.spans.num_keys > 0]
     aligned = [case.place != "odd" and (case.head_size | (case.value_size or 0)) % 8 == 0 for case in cases]
     return [case if fits else replace(case, place="gaps") for case, fits in zip(cases, aligned, strict=True)]
 
@@ -107,12 +106,16 @@ def test_gradients_are_within_the_budget(run, kernel, seed, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_what_does_not_see_each_other_reaches_nothing(run, kernel, tmp_path, poison):
+@pytest.mark.parametrize(
+    ("kernel", "head", "poisoned"),
+    [("sm_80", 80, (3, 70, 108, 115, 124)), ("sm_80", 320, (70,)), ("sm_90a", 80, (3, 70, 108, 115, 124))],
+)
+def test_what_does_not_see_each_other_reaches_nothing(run, kernel, head, poisoned, tmp_path, poison):
     """To the bit; and a NaN reaches the gradients of all that see it, however late in the walk."""
     spans = documents(20, 90, 13, padding=3)
-    clean = Backward.draw(Case("clean", spans, head_size=80), with_d_lse=True)
+    clean = Backward.draw(Case("clean", spans, head_size=head), with_d_lse=True)
     sees, cases = spans.to_dense(), [clean]
-    for token in (3, 70, 108, 115, 124):  # the last is padding
+    for token in poisoned:  # 124 is padding
         for name in ("q", "k", "v", "d_out", "d_lse"):
             case = replace(clean.case, name=f"{name} {token}", **{x: getattr(clean.case, x).clone() for x in "qkv"})
             dirty = Backward(case, clean.d_out.clone(), clean.d_lse.clone())

@@ -68,16 +68,27 @@ def test_a_dtype_that_no_kernel_has_is_named_with_those_that_one_has(load):
 
 def test_a_head_that_is_too_large_is_named_with_the_largest(load):
     unsupported = load("span_attention.cuda").unsupported
-    assert unsupported(tensor(head=256), tensor(head=256), tensor(head=256)) is None
-    said = unsupported(tensor(), tensor(), tensor(head=257))
-    assert said == "it serves heads of up to 256 numbers, those of v have 257"
+    assert unsupported(tensor(head=576), tensor(head=576), tensor(head=576)) is None
+    said = unsupported(tensor(), tensor(), tensor(head=577))
+    assert said == "it serves heads of up to 576 numbers, those of v have 577"
+
+
+@pytest.mark.parametrize(("device", "fits"), [((8, 0), True), ((8, 6), False), ((8, 9), False), ((12, 0), False)])
+def test_wide_heads_need_a_device_whose_blocks_have_the_shared_memory(load, capability, device, fits):
+    capability[0], name = device, "sm_{}{}".format(*device)
+    unsupported = load("span_attention.cuda").unsupported
+    assert unsupported(*[tensor(head=256)] * 3) is None
+    said = "it serves heads of up to 256 numbers, those of q have 257"
+    said = None if fits else f"on {name}, whose blocks have 99 KiB of shared memory, {said}"
+    assert unsupported(*[tensor(head=257)] * 3) == said
 
 
 @pytest.mark.parametrize(
-    ("head", "chosen", "why_not"),
-    [(256, "cuda", None), (257, "triton", "up to 256 numbers"), (577, "reference", "up to 256 numbers")],
+    ("device", "head", "chosen", "why_not"),
+    [((9, 0), 576, "cuda", None), ((9, 0), 577, "reference", "576"), ((8, 6), 257, "triton", "up to 256 numbers")],
 )
-def test_heads_too_large_for_cuda_are_tritons(load, monkeypatch, head, chosen, why_not):
+def test_heads_too_large_for_cuda_are_others(load, capability, monkeypatch, device, head, chosen, why_not):
+    capability[0] = device
     pytest.importorskip("triton", reason="the Triton backend needs triton, which has wheels for Linux only")
     kernels, real = load("span_attention.cuda"), backends._load
     monkeypatch.setattr(backends, "missing", lambda name: None if name != "flash-attn" else "not installed")

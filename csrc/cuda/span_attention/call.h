@@ -7,7 +7,7 @@
 
 namespace mmk::cuda {
 
-constexpr int kLargestHead = 256;
+constexpr int kLargestHead = 576;
 constexpr int kHullRows = 32;  // HULL_ROWS of mmkernels/spans.py
 
 // A (batch, T, heads, width) tensor of 16-bit numbers, unit stride in its last dimension; strides in elements.
@@ -30,8 +30,8 @@ struct SpanAttention {
 // out and lse from the rest; sm_80 and later. Sizes may be zero.
 Error span_attention_forward(const SpanAttention& call, cudaStream_t stream);
 
-// The same for Hopper alone (sm_90a), and only where q, k and v can be copied by TMA: their data and those of their
-// strides that matter lie at multiples of 16 bytes.
+// The same for Hopper alone (sm_90a), for heads of up to 256 numbers, and only where q, k and v can be copied by TMA:
+// their data and those of their strides that matter lie at multiples of 16 bytes.
 bool span_attention_forward_sm90_serves(const SpanAttention& call);
 Error span_attention_forward_sm90(const SpanAttention& call, cudaStream_t stream);
 

@@ -38,7 +38,10 @@ Error with_width(const SpanAttention& call, const F& f) {
     if (width <= 96) return f(std::integral_constant<int, 96>());
     if (width <= 128) return f(std::integral_constant<int, 128>());
     if (width <= 192) return f(std::integral_constant<int, 192>());
-    return f(std::integral_constant<int, 256>());
+    if (width <= 256) return f(std::integral_constant<int, 256>());
+    if (width <= 384) return f(std::integral_constant<int, 384>());
+    if (width <= 512) return f(std::integral_constant<int, 512>());
+    return f(std::integral_constant<int, 576>());
 }
 
 // A row of a tile in shared memory: kWidth numbers, a multiple of 16; columns beyond a head's width are zero.
@@ -61,6 +64,12 @@ template <class T>
 MMK_DEVICE Matrix<T> matrix(const Heads& x, int width, int64_t batch, int64_t row, int64_t head) {
     const bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.batch | x.row | x.head | width) % 8 == 0;
     return {static_cast<T*>(x.data) + batch * x.batch + row * x.row + head * x.head, x.row, width, aligned};
+}
+
+// The columns of a matrix from `first` on, a multiple of 8. There may be none.
+template <class T>
+MMK_DEVICE Matrix<T> columns(const Matrix<T>& of, int first) {
+    return {of.data + first, of.stride, of.width - first, of.aligned};
 }
 
 // Calls f(row, column) of the thread's own chunks of eight numbers in kCount rows. The widest heads need every register
@@ -93,17 +102,17 @@ MMK_DEVICE void load_rows(T* to, const Matrix<T>& from, int64_t row0, int presen
     });
 }
 
-// Sixteen rows of a warp, times a factor each, by way of the warp's own sixteen of shared memory. In the registers of
-// lane 4 g + t, element e of tile n is row g + 8 (e / 2), column 8 n + 2 t + e % 2.
-template <int kWidth, class T>
-MMK_DEVICE void store_rows(T* through, const float (&rows)[kWidth / 8][4], const float (&factors)[2],
+// kColumns of sixteen rows of a warp, times a factor each, by way of as many of shared memory that are the warp's own.
+// In the registers of lane 4 g + t, element e of tile n is row g + 8 (e / 2), column 8 n + 2 t + e % 2.
+template <int kWidth, int kColumns, class T>
+MMK_DEVICE void store_rows(T* through, const float (&rows)[kColumns / 8][4], const float (&factors)[2],
                            const Matrix<T>& to, int present, int lane) {
-    constexpr int kPitch = Row<kWidth>::kPitch, kChunks = Row<kWidth>::kChunks;
+    constexpr int kPitch = Row<kWidth>::kPitch, kChunks = kColumns / 8;
     __syncwarp();  // other lanes may have read what lay here as operands
 #pragma unroll
     for (int i = 0; i < 2; i++) {
 #pragma unroll
-        for (int n = 0; n < kWidth / 8; n++) {
+        for (int n = 0; n < kColumns / 8; n++) {
             const uint32_t both = pack2<T>(rows[n][2 * i] * factors[i], rows[n][2 * i + 1] * factors[i]);
             memcpy(through + (lane / 4 + 8 * i) * kPitch + n * 8 + lane % 4 * 2, &both, sizeof both);
         }
@@ -217,7 +226,9 @@ struct Spans {
             hi[i] = inside ? min(p.hi[slice * p.queries + row], p.keys) : 0;
         }
     }
-    MMK_DEVICE bool see(int i, int key) const { return lo[i] <= key && key < hi[i]; }
+    MMK_DEVICE bool see(int i, int key) const {  // i may be known only at run time: no array is indexed by it
+        return (i == 0 ? lo[0] : lo[1]) <= key && key < (i == 0 ? hi[0] : hi[1]);
+    }
 };
 
 // ---- the backward's workspace

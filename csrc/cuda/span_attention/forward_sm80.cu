@@ -4,9 +4,10 @@
 //   out_i = sum_j exp(s_ij - lse_i) v_j;  a query that sees nothing: out = 0, lse = -inf
 //
 // A block of four warps makes 64 queries of one head, a warp 16 of them, and walks the keys between the first and the
-// last that any of them sees. Keys and values take turns in shared memory: the values of a step are under way while its
-// scores are computed, the keys of the next while its values are added. The maximum, the sum of the weights and the
-// weighted values stay in registers.
+// last that any of them sees. Of heads above 256 numbers two warps have the same queries, and half of the numbers each:
+// see add_parts; both make all weights. Keys and values take turns in shared memory: the values of a step are under way
+// while its scores are computed, the keys of the next while its values are added. The maximum, the sum of the weights
+// and the weighted values stay in registers.
 //
 // Memory moved, in numbers: a block reads its q once and as many k and v as it walks, and writes its out and lse once.
 // Keys are read again by every block of 64 queries that sees them, mostly out of the L2 cache.
@@ -19,32 +20,54 @@
 namespace mmk::cuda {
 namespace {
 
-constexpr int kRows = 64, kThreads = 128;
+constexpr int kRows = 64;
 
 template <int kWidth>
 struct Tile {
     static constexpr int kKeys = kWidth <= 128 ? 64 : 32;
     static constexpr bool kKeepQueries = kWidth <= 128;  // in registers; wider heads need them for their values
-    static constexpr size_t kSharedBytes = sizeof(uint16_t) * (kRows + 2 * kKeys) * Row<kWidth>::kPitch;
+    static constexpr int kParts = kWidth <= 256 ? 1 : 2, kColumns = kWidth / kParts;
+    static constexpr int kThreads = kRows / 16 * kParts * kWarp;
+    static constexpr int kGroupTile = kParts == 1 ? 0 : kParts * kKeys / 8 * kWarp;  // float4s of add_parts
+    static constexpr size_t kTileBytes = sizeof(uint16_t) * (kRows + 2 * kKeys) * Row<kWidth>::kPitch;
+    static constexpr size_t kSharedBytes = kTileBytes + kRows / 16 * kGroupTile * sizeof(float4);
 };
+
+// Two warps with the same rows: what the part of the numbers of a head that is the warp's own gives to the scores
+// becomes what all give. `shared` is for these warps alone; between two uses of it a block has to meet at a barrier.
+template <int kParts, int kTiles>
+MMK_DEVICE void add_parts(float (&x)[kTiles][4], float4* shared, int group, int part, int lane) {
+    if constexpr (kParts == 2) {
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) {
+            shared[(part * kTiles + n) * kWarp + lane] = {x[n][0], x[n][1], x[n][2], x[n][3]};
+        }
+        named_barrier_sync(1 + group, kParts * kWarp);
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) {
+            const float4 its = shared[((1 - part) * kTiles + n) * kWarp + lane];
+            x[n][0] += its.x, x[n][1] += its.y, x[n][2] += its.z, x[n][3] += its.w;
+        }
+    }
+}
 
 template <class T, int kWidth>
 struct Attention {
-    static constexpr int kKeys = Tile<kWidth>::kKeys, kPitch = Row<kWidth>::kPitch;
-    float s[kKeys / 8][4];                                             // scores, then weights
-    float o[kWidth / 8][4] = {};                                       // sum of weighted values
-    float top[2] = {-INFINITY, -INFINITY};                             // largest score so far, in units of log 2
-    float total[2] = {};                                               // this lane's share of the sum of weights
-    uint32_t q[Tile<kWidth>::kKeepQueries ? kWidth / 16 : 1][4] = {};  // the queries
+    static constexpr int kKeys = Tile<kWidth>::kKeys, kPitch = Row<kWidth>::kPitch, kColumns = Tile<kWidth>::kColumns;
+    float s[kKeys / 8][4];                                               // scores, then weights
+    float o[kColumns / 8][4] = {};                                       // sum of weighted values
+    float top[2] = {-INFINITY, -INFINITY};                               // largest score so far, in units of log 2
+    float total[2] = {};                                                 // this lane's share of the sum of weights
+    uint32_t q[Tile<kWidth>::kKeepQueries ? kColumns / 16 : 1][4] = {};  // the queries
 
     MMK_DEVICE void keep_queries(const T* queries, int lane) {
         if constexpr (Tile<kWidth>::kKeepQueries) {
 #pragma unroll
-            for (int k = 0; k < kWidth / 16; k++) left_operand<kWidth>(q[k], queries, k * 16, lane);
+            for (int k = 0; k < kColumns / 16; k++) left_operand<kWidth>(q[k], queries, k * 16, lane);
         }
     }
 
-    // s = q keys^T
+    // s = q keys^T over the warp's columns, to which all pointers point
     MMK_DEVICE void score(const T* queries, const T* keys, int lane) {
 #pragma unroll
         for (int n = 0; n < kKeys / 8; n++) {
@@ -52,7 +75,7 @@ struct Attention {
             for (int e = 0; e < 4; e++) s[n][e] = 0;
         }
 #pragma unroll
-        for (int k = 0; k < kWidth / 16; k++) {
+        for (int k = 0; k < kColumns / 16; k++) {
             if constexpr (!Tile<kWidth>::kKeepQueries) left_operand<kWidth>(q[0], queries, k * 16, lane);
 #pragma unroll
             for (int n = 0; n < kKeys / 16; n++) {
@@ -94,7 +117,7 @@ struct Attention {
                 for (int e = 2 * i; e < 2 * i + 2; e++) total[i] += s[n][e] = exp2_approx(s[n][e] * factor - pivot);
             }
 #pragma unroll
-            for (int n = 0; n < kWidth / 8; n++) {
+            for (int n = 0; n < kColumns / 8; n++) {
                 o[n][2 * i] *= fade;
                 o[n][2 * i + 1] *= fade;
             }
@@ -108,7 +131,7 @@ struct Attention {
             uint32_t a[4];
             left_operand<T>(a, s[2 * k], s[2 * k + 1]);
 #pragma unroll
-            for (int n = 0; n < kWidth / 16; n++) {
+            for (int n = 0; n < kColumns / 16; n++) {
                 uint32_t b[4];
                 right_operand<kWidth>(b, values + k * 16 * kPitch, n * 16, lane);
                 mma<T>(o[2 * n], a, b);
@@ -124,7 +147,7 @@ struct Attention {
         });
     }
 
-    // The warp's rows of `out`, by way of its own rows of shared memory, and of lse.
+    // The warp's rows of `out`, by way of its own rows of shared memory, and of lse if it is not null.
     MMK_DEVICE void store(T* through, const Matrix<T>& out, float* lse, int present, int lane) {
         float factors[2];
 #pragma unroll
@@ -134,30 +157,37 @@ struct Attention {
             const bool empty = total[i] == 0;
             factors[i] = empty ? 0.0f : 1.0f / total[i];
             const int row = lane / 4 + 8 * i;
-            if (lane % 4 == 0 && row < present) lse[row] = empty ? -INFINITY : (top[i] + log2f(total[i])) * kLn2;
+            if (lse != nullptr && lane % 4 == 0 && row < present)
+                lse[row] = empty ? -INFINITY : (top[i] + log2f(total[i])) * kLn2;
         }
-        store_rows<kWidth>(through, o, factors, out, present, lane);
+        store_rows<kWidth, kColumns>(through, o, factors, out, present, lane);
     }
 };
 
 template <class T, int kWidth>
-__global__ __launch_bounds__(kThreads, 2) void span_attention_forward_kernel(const SpanAttention p) {
-    constexpr int kKeys = Tile<kWidth>::kKeys, kPitch = Row<kWidth>::kPitch;
+__global__ __launch_bounds__(Tile<kWidth>::kThreads,
+                             Tile<kWidth>::kParts == 1 ? 2
+                                                       : 1) void span_attention_forward_kernel(const SpanAttention p) {
+    constexpr int kKeys = Tile<kWidth>::kKeys, kPitch = Row<kWidth>::kPitch, kThreads = Tile<kWidth>::kThreads;
+    constexpr int kParts = Tile<kWidth>::kParts;
     MMK_DYNAMIC_SHARED(shared);
     MMK_SHARED(int, non_finite, 2 * kKeys);  // by turns: one half is cleared while the other is in use
     T *const queries = reinterpret_cast<T*>(shared), *const keys = queries + kRows * kPitch;
     T* const values = keys + kKeys * kPitch;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+    const int group = warp / kParts, part = warp % kParts, column0 = part * Tile<kWidth>::kColumns;
+    float4* const of_parts =
+        reinterpret_cast<float4*>(shared + Tile<kWidth>::kTileBytes) + group * Tile<kWidth>::kGroupTile;
 
     // The last blocks of a causal text are the longest: they begin first.
     const int blocks = (p.queries + kRows - 1) / kRows;
     const int rest = static_cast<int>(blockIdx.x) / blocks, head = rest % p.heads, batch = rest / p.heads;
     const int block = blocks - 1 - static_cast<int>(blockIdx.x) % blocks;
-    const int row0 = block * kRows, warp_row0 = row0 + warp * 16, key_head = head / (p.heads / p.key_heads);
+    const int row0 = block * kRows, warp_row0 = row0 + group * 16, key_head = head / (p.heads / p.key_heads);
     const auto k = matrix<T>(p.k, p.head_size, batch, 0, key_head);
     const auto v = matrix<T>(p.v, p.value_size, batch, 0, key_head);
     const Factors factors(p);
-    T* const own_queries = queries + warp * 16 * kPitch;
+    T* const own_queries = queries + group * 16 * kPitch + column0;
 
     Attention<T, kWidth> attention;
     load_rows<kWidth, kRows, kThreads>(queries, matrix<T>(p.q, p.head_size, batch, row0, head), 0, p.queries - row0);
@@ -180,7 +210,8 @@ __global__ __launch_bounds__(kThreads, 2) void span_attention_forward_kernel(con
             if (thread < kKeys) next_flags[thread] = 0;
             if (turn == 0) attention.keep_queries(own_queries, lane);
 
-            attention.score(own_queries, keys, lane);
+            attention.score(own_queries, keys + column0, lane);
+            add_parts<kParts>(attention.s, of_parts, group, part, lane);
             if (!factors.plain) attention.each(lane, [&](float& s, int, int) { s = factors.apply(s); });
             const bool masked = j0 < hull.common_first || j0 + kKeys > hull.common_end;
             if (masked) {
@@ -196,22 +227,22 @@ __global__ __launch_bounds__(kThreads, 2) void span_attention_forward_kernel(con
             if (hull.end - j0 > kKeys) load_rows<kWidth, kKeys, kThreads>(keys, k, j0 + kKeys, hull.end - j0 - kKeys);
             cp_async_commit();
             if (masked) attention.make_nan(flags, spans, j0, lane);
-            attention.add(values, lane);
+            attention.add(values + column0, lane);
         }
     }
     cp_async_wait<0>();
     __syncthreads();  // without any step, queries are still on their way
 
-    const auto out = matrix<T>(p.out, p.value_size, batch, warp_row0, head);
+    const auto out = columns(matrix<T>(p.out, p.value_size, batch, warp_row0, head), column0);
     float* const lse = p.lse + (static_cast<int64_t>(batch) * p.heads + head) * p.queries + warp_row0;
-    attention.store(own_queries, out, lse, p.queries - warp_row0, lane);
+    attention.store(own_queries, out, part == 0 ? lse : nullptr, p.queries - warp_row0, lane);
 }
 
 template <class T>
 Error run(const SpanAttention& call, unsigned blocks, cudaStream_t stream) {
     return with_width(call, [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
-        const Launch at{"span_attention_forward", blocks, kThreads, Tile<kWidth>::kSharedBytes, stream};
+        const Launch at{"span_attention_forward", blocks, Tile<kWidth>::kThreads, Tile<kWidth>::kSharedBytes, stream};
         return launch(at, span_attention_forward_kernel<T, kWidth>, call);
     });
 }

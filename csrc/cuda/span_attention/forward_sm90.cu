@@ -342,6 +342,7 @@ __global__ __launch_bounds__(kThreads,
 // ---- launching
 
 constexpr const char* kName = "span_attention_forward_sm90";
+constexpr int kWidest = 256;
 
 template <class T, int kWidth>
 Error run(const SpanAttention& call, unsigned tiles, cudaStream_t stream) {
@@ -374,13 +375,14 @@ Error run(const SpanAttention& call, unsigned tiles, cudaStream_t stream) {
     if (width <= 96) return run<T, 96>(call, tiles, stream);
     if (width <= 128) return run<T, 128>(call, tiles, stream);
     if (width <= 192) return run<T, 192>(call, tiles, stream);
-    return run<T, 256>(call, tiles, stream);
+    return run<T, kWidest>(call, tiles, stream);
 }
 
 }  // namespace
 
 bool span_attention_forward_sm90_serves(const SpanAttention& call) {
-    return readable(call.q, call.batch, call.queries, call.heads) &&
+    return std::max(call.head_size, call.value_size) <= kWidest &&
+           readable(call.q, call.batch, call.queries, call.heads) &&
            readable(call.k, call.batch, call.keys, call.key_heads) &&
            readable(call.v, call.batch, call.keys, call.key_heads);
 }
@@ -390,7 +392,8 @@ Error span_attention_forward_sm90(const SpanAttention& call, cudaStream_t stream
     if (Error error = wrong_sizes(kName, call)) return error;
     if (!span_attention_forward_sm90_serves(call)) {
         return Error(std::string(kName) +
-                     ": q, k and v have to begin, and their strides to be, at multiples of 16 bytes");
+                     ": heads have to be of at most 256 numbers, and q, k and v to begin, and their strides to be, at "
+                     "multiples of 16 bytes");
     }
     const int64_t tiles = (int64_t{call.queries} + kBlockRows - 1) / kBlockRows * call.heads * call.batch;
     if (tiles > INT_MAX || call.queries > INT_MAX - kBlockRows || call.keys > INT_MAX - kBlockRows) {

@@ -55,8 +55,8 @@ def span_attention(
             and that of a query that sees no key is its sink. It is of autograd's graph: detach() one that is kept.
         backend: "cuda", "triton", "cpu", "reference"; None takes the fastest of them that supports the call. Or, by
             name only, "flash-attn": flash-attn's kernels, or torch's build of them, for spans of `RowSpans.packed` and
-            `RowSpans.full`. Heads of more than 256 numbers are served by "cpu" and "triton" (on a GPU not in float32),
-            up to 576, and by "reference".
+            `RowSpans.full`. Heads of more than 256 numbers are served up to 576, but not by "flash-attn", not by
+            "triton" in float32 on a GPU, and not by "cuda" where blocks have 99 KiB of shared memory (sm_86, 89, 120).
 
     Returns:
         (Tq, Hq, Dv) of q's dtype, contiguous, with the batch axis of q if it has one; differentiable once in q, k, v

@@ -7,15 +7,21 @@ from torch import Tensor
 
 from ... import _cuda
 from .._address import address
-from .._cuda_tensors import launch, unsupported_tensor
+from .._cuda_tensors import capability, launch, unsupported_tensor
 from .limits import too_wide
 from .params import Params
 
-MAX_HEAD = 256
+MAX_HEAD, MAX_HEAD_IN_99_KIB = 576, 256  # of shared memory a block; wider ones take up to 163
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, params: Params | None = None) -> str | None:
-    return too_wide(q, k, v, MAX_HEAD) or unsupported_tensor("q", q)
+    return unsupported_tensor("q", q) or too_wide(q, k, v, MAX_HEAD) or _too_wide_for_the_device(q, k, v)
+
+
+def _too_wide_for_the_device(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    major, minor = capability(q.device)
+    wide = too_wide(q, k, v, MAX_HEAD_IN_99_KIB) if major == 12 or (major, minor) in ((8, 6), (8, 9)) else None
+    return wide and f"on sm_{major}{minor}, whose blocks have 99 KiB of shared memory, {wide}"
 
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> tuple[Tensor, Tensor]:
