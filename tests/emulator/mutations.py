@@ -33,7 +33,6 @@ MUTATIONS = [
             "if (masked)",
         ),
         ("no barrier before values are used", "__syncthreads();  // the values are here", "// the values are here"),
-        ("the mask is a key off", "spans.see(i, j0 + column)) s =", "spans.see(i, j0 + column + 1)) s ="),
         ("the last blocks of a span are not masked", "j0 + kKeys > hull.common_end", "j0 > hull.common_end"),
         ("a row that sees nothing yet", "largest == -INFINITY ? 0.0f : largest", "largest"),
         (
@@ -62,6 +61,13 @@ MUTATIONS = [
         ("rows are read beyond the last", "row < present && column < from.width;", "row <= present;"),
         ("the span of a query behind the last", "inside = row < p.queries", "inside = row <= p.queries"),
         ("ends beyond the keys", "min(p.hi[slice * p.queries + row], p.keys)", "p.hi[slice * p.queries + row]"),
+        ("the mask is a key off at the end", "column < end[i] ? s", "column <= end[i] ? s"),
+        ("the mask is a key off at the beginning", "column >= begin[i] ? s", "column > begin[i] ? s"),
+        (
+            "the last keys of a span are not masked",
+            "if (key0 + kKeys > hull.common_end) {",
+            "if (key0 > hull.common_end) {",
+        ),
         ("ldmatrix meets conflicts of banks", "kPitch = kWidth + 8", "kPitch = kWidth"),
         ("operands of the right are not transposed", "ldmatrix_x4_trans(b", "ldmatrix_x4(b"),
     ),
@@ -126,13 +132,6 @@ MUTATIONS = [
     *of(
         "span_attention/softmax_sm90.h",
         "test_span_attention.py",
-        ("the mask is a key off at the end", "column < end[i] ? s", "column <= end[i] ? s"),
-        ("the mask is a key off at the beginning", "column >= begin[i] ? s", "column > begin[i] ? s"),
-        (
-            "the last keys of a span are not masked",
-            "if (key0 + kKeys > hull.common_end) {",
-            "if (key0 > hull.common_end) {",
-        ),
         ("a maximum that rose in the second row alone", "fade[0] != 1.0f || fade[1] != 1.0f", "fade[0] != 1.0f"),
     ),
     *of(

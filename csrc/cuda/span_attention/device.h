@@ -217,6 +217,7 @@ MMK_DEVICE int64_t first_slice(const SpanAttention& p, int batch) {
 struct Spans {
     int lo[2], hi[2];
 
+    Spans() = default;
     MMK_DEVICE Spans(const SpanAttention& p, int64_t slice, int row0) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -230,6 +231,22 @@ struct Spans {
         return (i == 0 ? lo[0] : lo[1]) <= key && key < (i == 0 ? hi[0] : hi[1]);
     }
 };
+
+// Of a step whose first of kKeys keys is key0, the scores of keys that are not seen become -inf, whatever they were:
+// only where the step reaches beyond what all queries see is there anything to ask. Ends may be any numbers, and no key
+// is below 0. `scores` has each(lane, f), which calls f(score, i, column).
+template <int kKeys, class Scores>
+MMK_DEVICE void mask(Scores& scores, const Spans& spans, const Hull& hull, int key0, int lane) {
+    const int first = key0 + lane % 4 * 2;
+    if (key0 + kKeys > hull.common_end) {
+        const int end[2] = {max(spans.hi[0], 0) - first, max(spans.hi[1], 0) - first};
+        scores.each(0, [&](float& s, int i, int column) { s = column < end[i] ? s : -INFINITY; });
+    }
+    if (key0 < hull.common_first) {
+        const int begin[2] = {max(spans.lo[0], 0) - first, max(spans.lo[1], 0) - first};
+        scores.each(0, [&](float& s, int i, int column) { s = column >= begin[i] ? s : -INFINITY; });
+    }
+}
 
 // ---- the backward's workspace
 

@@ -255,7 +255,7 @@ struct Consumer {
                     attention.each(lane, [&](float& s, int, int) { s *= factors.before; });
                 }
             }
-            if (masked) attention.mask(spans, walk.hull, walk.key0, lane);
+            if (masked) mask<kKeys>(attention, spans, walk.hull, walk.key0, lane);
             attention.weigh(factors.after);
 
             // That one waits for keys here matters to ptxas too: within one basic block it would wait for the values'

@@ -23,20 +23,6 @@ struct Attention {
         for (int e = 0; e < kKeys / 2; e++) f(s[e], e / 2 % 2, e / 4 * 8 + lane % 4 * 2 + e % 2);
     }
 
-    // Scores of keys that are not seen become -inf, whatever they were: only where the step, whose first key is key0,
-    // reaches beyond what all queries see is there anything to ask. Ends may be any numbers, and no key is below 0.
-    MMK_DEVICE void mask(const Spans& spans, const Hull& hull, int key0, int lane) {
-        const int first = key0 + lane % 4 * 2;
-        if (key0 + kKeys > hull.common_end) {
-            const int end[2] = {max(spans.hi[0], 0) - first, max(spans.hi[1], 0) - first};
-            each(0, [&](float& s, int i, int column) { s = column < end[i] ? s : -INFINITY; });
-        }
-        if (key0 < hull.common_first) {
-            const int begin[2] = {max(spans.lo[0], 0) - first, max(spans.lo[1], 0) - first};
-            each(0, [&](float& s, int i, int column) { s = column >= begin[i] ? s : -INFINITY; });
-        }
-    }
-
     // Scores into weights relative to the largest score so far.
     MMK_DEVICE void weigh(float factor) {
 #pragma unroll
