@@ -126,8 +126,15 @@ def lost_digits(inputs: Inputs, ours: dict[str, Tensor], truth: dict[str, Tensor
 # ---- losses near zero, and large logits
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("loss", [1e-9, 1e-6, 1e-3, 1.0, 10.0])
+@pytest.mark.parametrize(
+    ("loss", "dtype"),
+    [
+        *((loss, torch.float32) for loss in (1e-9, 1e-6, 1e-3, 1.0, 10.0)),
+        *((loss, torch.bfloat16) for loss in (1e-9, 1e-3, 10.0)),
+        *((loss, torch.float16) for loss in (1e-9, 1e-6, 1.0)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
 @pytest.mark.parametrize(("op", "smoothing"), [("clip_loss", 0.0), ("clip_loss", 0.1), ("siglip_loss", 0.0)])
 def test_no_digits_are_lost(backend, op, smoothing, scale, loss, dtype):
