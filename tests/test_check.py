@@ -120,10 +120,19 @@ def plant(monkeypatch, **wrong):
     """Make the backend "triton" the reference with some functions replaced."""
     references = [importlib.import_module(f"mmkernels.ops.{name}.reference") for name in backends.HOT_PATHS]
     good = {name: value for module in references for name, value in vars(module).items() if not name.startswith("_")}
-    good["unsupported"] = lambda *tensors: None
+    good |= {"unsupported": lambda *tensors: None, "patch_embed": rounded_once}
     load, missing, fake = backends._load, backends.missing, SimpleNamespace(**(good | wrong))
     monkeypatch.setattr(backends, "_load", lambda op, name: fake if name == "triton" else load(op, name))
     monkeypatch.setattr(backends, "missing", lambda name: None if name == "triton" else missing(name))
+
+
+def rounded_once(patches, additions):
+    """Tokens as kernels make them; the reference rounds half types before it adds to them."""
+    weight = patches.weight
+    wide = torch.empty_strided(weight.shape, weight.stride(), dtype=torch.promote_types(weight.dtype, torch.float32))
+    added = (None if x is None else x.to(wide.dtype) for x in additions)
+    tokens = patch_reference.patch_embed(patches._replace(weight=wide.copy_(weight)), type(additions)(*added))
+    return tokens.to(weight.dtype)
 
 
 def case_named(op, name):
@@ -136,13 +145,17 @@ def failures(op, name, dtype=torch.float32, seed=0):
     return "\n".join(outcome.failures)
 
 
-def clip_with_grads(change):
+def with_grads(op, change):
     def wrong(*call):
-        results = list(contrastive_reference.clip_loss_with_grads(*call))
+        results = list(getattr(contrastive_reference, f"{op}_with_grads")(*call))
         change(results)
         return tuple(results)
 
-    return {"clip_loss_with_grads": wrong}
+    return {f"{op}_with_grads": wrong}
+
+
+def clip_with_grads(change):
+    return with_grads("clip_loss", change)
 
 
 def patch_forward(change):
@@ -192,11 +205,59 @@ def test_finds_a_half_precision_loss(monkeypatch):
     assert "loss is off by" in failures("clip_loss", "37x65", torch.bfloat16)
 
 
+@pytest.mark.parametrize(("op", "case"), [("clip_loss", "37x65"), ("clip_loss", "captions"), ("siglip_loss", "37x65")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finds_what_half_code_would_excuse(monkeypatch, op, case, dtype):
+    """The loss and its gradients by numbers of float32 are as exact as float32, whatever the features are."""
+    names = ("loss", "d_image_features", "d_text_features", "d_logit_scale", "d_logit_bias")
+    factors = {"loss": 1.00001, "d_logit_scale": 1.0001} | ({"d_logit_bias": 1.0001} if op == "siglip_loss" else {})
+    for name, factor in factors.items():
+        index = names.index(name)
+        plant(monkeypatch, **with_grads(op, lambda results, i=index, by=factor: results[i].mul_(by)))
+        assert f"{name} is off by" in failures(op, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_finds_a_gradient_that_half_code_has_lost(monkeypatch, dtype):
+    """Of a pair that is told apart half logits leave nothing, which excused anything."""
+    plant(monkeypatch, **with_grads("clip_loss", lambda results: results[1].mul_(1.05)))
+    assert "d_image_features is off by" in failures("clip_loss", "one image", dtype)
+
+
 def test_finds_a_wrong_last_row(monkeypatch):
     plant(monkeypatch, **clip_with_grads(lambda results: results[1][-1].zero_()))
     assert "d_image_features is off by" in failures("clip_loss", "37x65")
     plant(monkeypatch, **patch_forward(lambda tokens, *_: tokens[-1, -1].add_(0.01)))
     assert "tokens is off by" in failures("patch_embed", "P16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_finds_sums_in_half(monkeypatch, dtype):
+    """Sums are promised in float32: here 32 products at a time are rounded."""
+
+    def in_half(patches, additions):
+        pixels, rows = patch_reference._pixels(patches), patch_reference._rows(patches.weight, patches.geometry)
+        tokens = sum(x @ w.T for x, w in zip(pixels.split(32, -1), rows.split(32, -1), strict=True))
+        return tokens.reshape(patches.geometry.result_shape(len(rows), 0))
+
+    plant(monkeypatch, patch_embed=in_half)
+    assert "tokens is off by" in failures("patch_embed", "rows, chw, Conv3d", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_finds_small_numbers_lost(monkeypatch, dtype):
+    """An element is rounded by itself: the ulp of a large one excuses no small one."""
+
+    def lost(x):
+        return x.masked_fill(x.abs() < torch.finfo(dtype).eps * x.abs().max(), 0)
+
+    plant(
+        monkeypatch,
+        rotary_embed=lambda *args: lost(rotary_reference.rotary_embed(*args)),
+        patch_embed=lambda *args: lost(rounded_once(*args)),
+    )
+    assert "out is off by" in failures("rotary_embed", "T 37, H 3, D 80", dtype)
+    assert "tokens is off by" in failures("patch_embed", "E 130, 300 patches", dtype)
 
 
 def test_finds_an_element_not_written(monkeypatch):
@@ -220,7 +281,7 @@ def test_a_close_verdict_is_settled_by_more_draws(monkeypatch, overrun, growth, 
         tokens += overrun * budget
 
     plant(monkeypatch, **patch_forward(shift))
-    monkeypatch.setattr(Quantity, "budget", property(lambda _: budget * (growth if len(calls) > DRAWS + 1 else 1)))
+    monkeypatch.setattr(Quantity, "allowance", property(lambda _: budget * (growth if len(calls) > DRAWS + 1 else 1)))
     outcome = run_case(case_named("patch_embed", "P16"), torch.float32, "triton", seed=seed)
     assert outcome.passed == passes and len(calls) == draws + 1  # the first draw is run twice
 
@@ -343,9 +404,28 @@ def test_finds_the_wrong_log_sum_exp_of_nothing(monkeypatch):
     assert "lse is off by inf" in failures("span_attention", "small, padding")
 
 
-def test_finds_a_half_precision_log_sum_exp(monkeypatch):
-    plant(monkeypatch, **span_forward(lambda out, lse, *_: lse.copy_(lse.bfloat16())))
-    assert "lse is off by" in failures("span_attention", "small causal", torch.bfloat16)
+@pytest.mark.parametrize("wrong", [lambda lse: lse.bfloat16(), lambda lse: lse + 1e-5], ids=["half", "shifted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finds_a_log_sum_exp_short_of_float32(monkeypatch, wrong, dtype):
+    plant(monkeypatch, **span_forward(lambda out, lse, *_: lse.copy_(wrong(lse))))
+    assert "lse is off by" in failures("span_attention", "small causal", dtype)
+
+
+def test_finds_a_softmax_of_half_scores(monkeypatch):
+    """As eager code computes capped ones; the softmax is promised in float32."""
+    scores = span_reference._scores
+
+    def rounded(q, k, mask, params):
+        exact, derivative = scores(q, k, mask, params)
+        return exact.to(q.dtype).to(exact.dtype), derivative
+
+    def in_half(*args):
+        with monkeypatch.context() as patched:
+            patched.setattr(span_reference, "_scores", rounded)
+            return span_reference.span_attention(*args)
+
+    plant(monkeypatch, span_attention=in_half)
+    assert "out is off by" in failures("span_attention", "softcap 20", torch.bfloat16)
 
 
 def test_finds_written_spans(monkeypatch):

@@ -11,11 +11,12 @@ from .op import Truth, Values
 
 
 def judge(values: Values, plain: Values | None, truth: Truth, call: Call, op_name: str, is_ours: bool) -> Quantity:
-    """The worst of the quantities. Without plain values the budget is that much smaller.
+    """The worst of the quantities. Without plain values the budget is that much smaller. They are eager PyTorch's as it
+    is measured, in the dtype of the inputs, but of what `plain_values` knows better.
 
     A peer may return its result in another dtype; what ours is in is a promise.
     """
-    op = OPS[op_name].op
+    op = OPS[op_name].op.held_to_half()
     found = []
     for name, value in values.items():
         exact = truth.values[name]

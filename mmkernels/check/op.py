@@ -75,9 +75,13 @@ class Op:
     seconds: tuple[float, float]  # that a case takes on one core of a server: here, and in Triton's interpreter
     # See mmkernels.check.budget; the largest of each quantity's elements.
     response: Callable[[Call], dict[str, float]] = lambda call: {}
-    wide: tuple[str, ...] = ()  # outputs exact to float32, even of half inputs: their budget is plain float32 code's
-    # Whether a call rounds to half on the way to those outputs: their budget is plain half code's then.
-    rounds_between: Callable[[Call], bool] = lambda call: False
+    wide: tuple[str, ...] = ()  # outputs that are float32 even of half inputs
+    # Outputs and gradients that are as exact as plain code in float32, even of half inputs: see mmkernels.check.budget.
+    exact: tuple[str, ...] = ()
+    # Whether kernels may round to the inputs' dtype on the way to those. `plain` in float32 is told which that is, as
+    # `rounding`, and rounds what they may.
+    rounds: bool = False
+    plain_reference: bool = False  # the reference is plain code that computes in half types itself, and held to that
     # Arguments and outputs whose last axes may be put in another order, those of a group in the same one.
     orders: tuple[tuple[str, ...], ...] = ()
     # What else a backend may do wrong: the failures of `run`, which is `call` served by it.
@@ -91,12 +95,21 @@ class Op:
         """What a call returned by name: all outputs, or the first where it was not asked for more."""
         return dict(zip(self.outputs, returned if isinstance(returned, tuple) else (returned,), strict=False))
 
+    def served_by(self, backend: str) -> Op:
+        """What is promised of this backend's results."""
+        return self.held_to_half() if self.plain_reference and backend == "reference" else self
+
+    def held_to_half(self) -> Op:
+        """The same where plain code computes what is not `wide` in the dtype of the inputs."""
+        return replace(self, exact=self.wide)
+
     def dtypes_of(self, name: str, call: Call) -> tuple[torch.dtype, torch.dtype]:
         """Of an output or gradient: the dtype that is promised, and the one plain PyTorch computes it in."""
         dtype = call.tensors[self.typed_by].dtype
-        if name in self.wide:
-            return torch.promote_types(dtype, torch.float32), torch.float32
-        return dtype if name in self.outputs else call.tensors[name.removeprefix("d_")].dtype, dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        result = wide if name in self.wide else dtype
+        promised = result if name in self.outputs else call.tensors[name.removeprefix("d_")].dtype
+        return promised, wide if name in self.exact else dtype
 
 
 def evaluate(
@@ -115,3 +128,15 @@ def evaluate(
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
     }
     return {name: value.detach() for name, value in outputs.items()} | named
+
+
+def evaluate_plain(op: Op, call: Call, upstream: Tensor) -> dict[str, Tensor]:
+    """By name: what eager PyTorch makes of a call in its dtype, and in float32 where that much is promised."""
+    dtype = call.tensors[op.typed_by].dtype
+    if dtype == torch.float32 or not op.exact:
+        return evaluate(op.plain, call, op, upstream)
+    options = {"rounding": dtype} if op.rounds else {}
+    found = evaluate(op.plain, call.in_dtype(torch.float32), op, upstream, **options)
+    if set(found) <= set(op.exact):
+        return found
+    return evaluate(op.plain, call, op, upstream) | {name: found[name] for name in found if name in op.exact}

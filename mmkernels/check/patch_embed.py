@@ -16,12 +16,15 @@ from .poison import guarded
 
 
 def plain_patch_embed(
-    images, weight, bias=None, *, pos_embed=None, prefix=None, mean=None, std=None, layout="chw"
+    images, weight, bias=None, *, pos_embed=None, prefix=None, mean=None, std=None, layout="chw", rounding=None
 ):  # fmt: skip
-    """The strided convolution of a vision model, or the linear layer where the patches come as rows."""
+    """The strided convolution of a vision model, or the linear layer where the patches come as rows.
+
+    rounding: pixels are converted to the dtype of the weight.
+    """
     if images.dtype == torch.uint8:
         images = normalized(images, mean, std, weight, layout)
-    images = images.to(weight.dtype)
+    images = images.to(rounding or weight.dtype).to(weight.dtype)
     if images.dim() >= 4 and weight.dim() >= 4:
         tokens = _convolution(images, weight, bias)
     elif images.dim() >= 4:
@@ -86,7 +89,17 @@ def _channel_of_column(channels: int, columns: int, weight: Tensor, layout: str)
     return torch.arange(columns, device=weight.device) // pixels % channels
 
 
-PATCH_EMBED = Op("patch_embed", ("tokens",), patch_embed, plain_patch_embed, typed_by="weight", seconds=(0.06, 2.5))
+PATCH_EMBED = Op(
+    "patch_embed",
+    ("tokens",),
+    patch_embed,
+    plain_patch_embed,
+    typed_by="weight",
+    seconds=(0.06, 2.5),
+    exact=("tokens", "d_images", "d_weight", "d_bias", "d_pos_embed", "d_prefix"),
+    rounds=True,
+    plain_reference=True,
+)
 OPS = (PATCH_EMBED,)
 
 

@@ -25,7 +25,15 @@ def plain_rotary_embed(x, cos, sin, *, interleaved=False):
     return (wide * cos + turned * sin).to(x.dtype)
 
 
-ROTARY_EMBED = Op("rotary_embed", ("out",), rotary_embed, plain_rotary_embed, typed_by="x", seconds=(0.1, 0.5))
+ROTARY_EMBED = Op(
+    "rotary_embed",
+    ("out",),
+    rotary_embed,
+    plain_rotary_embed,
+    typed_by="x",
+    seconds=(0.1, 0.5),
+    exact=("out", "d_x", "d_cos", "d_sin"),
+)
 OPS = (ROTARY_EMBED,)
 
 

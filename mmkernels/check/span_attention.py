@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.span_attention import span_attention
+from .budget import ulp
 from .draw import DTYPES, Draw
 from .op import Call, Op
 from .poison import guarded
 from .span_attention_layouts import Layout, beyond, blocks, causal, filled, full, last_rows, scattered
 
 
-def plain_span_attention(q, k, v, spans, *, scale=None, softcap=None, sinks=None, return_lse=False):
+def plain_span_attention(q, k, v, spans, *, scale=None, softcap=None, sinks=None, return_lse=False, rounding=None):
     """SDPA with a dense mask, or with a softcap the eager code that Gemma 2 is left with, and with sinks gpt-oss.
 
     A row without keys sees all of them and is zeroed afterwards, as idefics does; what no query sees is zeroed before,
-    since a masked NaN is a NaN.
+    since a masked NaN is a NaN. rounding: weights have the dtype of the values that they are multiplied with.
     """
     mask = spans.to_dense()
     mask = mask if mask.dim() == 2 else mask[:, None]  # over the heads
@@ -41,11 +42,11 @@ def plain_span_attention(q, k, v, spans, *, scale=None, softcap=None, sinks=None
             return capped
         return torch.cat([capped, sinks.to(q.dtype)[:, None, None].expand(*capped.shape[:-1], 1)], -1)
 
-    if softcap is None and sinks is None:
+    if softcap is None and sinks is None and rounding is None:
         out = _sdpa(queries, keys, values, mask | idle, scale)
     else:
         wide = torch.promote_types(q.dtype, torch.float32)
-        weights = scores(mask | idle).softmax(-1, dtype=wide).to(q.dtype)
+        weights = scores(mask | idle).softmax(-1, dtype=wide).to(rounding or q.dtype).to(q.dtype)
         out = weights[..., : mask.shape[-1]] @ values
     out = out.masked_fill(idle, 0.0).transpose(-3, -2)
     if not return_lse:
@@ -64,6 +65,16 @@ def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
     return out.view(*queries.shape[:-1], width)[..., : values.shape[-1]]
 
 
+def response_of_lse(softcap: float | None, dtype: torch.dtype) -> float:
+    """How far the log-sum-exp moves when every score moves by 2 ulp of the cap. Kernels for half types make tanh of an
+    exponential, which near zero is a difference from 1, and off by ulps of that."""
+    return 2 * ulp(torch.float32, softcap) if softcap and dtype != torch.float32 else 0.0
+
+
+def _response(call: Call) -> dict[str, float]:
+    return {"lse": response_of_lse(call.options["softcap"], call.tensors["q"].dtype)}
+
+
 SPAN_ATTENTION = Op(
     "span_attention",
     ("out", "lse"),
@@ -71,7 +82,10 @@ SPAN_ATTENTION = Op(
     plain_span_attention,
     typed_by="q",
     seconds=(0.4, 3.0),
+    response=_response,
     wide=("lse",),
+    exact=("out", "lse", "d_v"),
+    rounds=True,
     orders=(("q", "k"), ("v", "out")),
 )
 OPS = (SPAN_ATTENTION,)
@@ -213,6 +227,7 @@ CASES = (
     replace(_SMALL, name="small windows, scores far below zero", layout=blocks(_ODD, _ODD), sunken=True),
     AttentionCase("softcap 20", causal((70, 41)), heads=(4, 2), softcap=20.0, scale=1.0, plain_draws=20),
     replace(_SMALL, name="small, softcap", softcap=2.0, scale=0.5, plain_draws=20),
+    replace(_SMALL, name="small, softcap 50", softcap=50.0),
     AttentionCase("softcap, two runs", scattered(60, 110, runs=2), softcap=5.0, dims=(96, 96), plain_draws=20),
     AttentionCase("decode", full(1, 700), heads=(4, 4)),
     AttentionCase("decode, 3000 keys", full(1, 3000), heads=(2, 1), dims=(80, 72)),

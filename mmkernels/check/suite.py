@@ -18,7 +18,7 @@ from .. import backends
 from .budget import Quantity
 from .cases import CASES, OPS
 from .draw import DRAWS, Draw
-from .op import Call, Case, Op, evaluate
+from .op import Call, Case, Op, evaluate, evaluate_plain
 from .poison import poisoned
 from .precision import exact_float32
 
@@ -129,7 +129,7 @@ class _Drawn:
 
     @classmethod
     def of(cls, case: Case, dtype: torch.dtype, outcome: Outcome, number: int) -> _Drawn:
-        op = OPS[case.op]
+        op = OPS[case.op].served_by(outcome.backend)
         draw = Draw(outcome.seed, case.op, case.name, number)
         call = case.make(draw, dtype, outcome.device)
         wide = call.in_dtype(torch.float64)
@@ -137,10 +137,7 @@ class _Drawn:
             shape_like = op.named(op.call(**wide.tensors, **wide.options, backend="reference"))[op.result]
         upstream = case.upstream(draw, shape_like).to(outcome.device, dtype)
         truth = evaluate(op.call, wide, op, upstream, backend="reference")
-        plains = [evaluate(op.plain, call, op, upstream)]
-        if op.wide and dtype != torch.float32 and not op.rounds_between(call):
-            exact = evaluate(op.plain, call.in_dtype(torch.float32), op, upstream)
-            plains[0] |= {name: exact[name] for name in op.wide}
+        plains = [evaluate_plain(op, call, upstream)]
         if dtype == torch.float32:  # half numbers are rounded too coarsely for any order to matter
             plains += [_plain_in_another_order(op, call, upstream, draw) for _ in range(ORDERS if op.orders else 0)]
         return cls(op, call, upstream, truth, plains, op.response(call))
