@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmkernels.check.budget import Quantity, largest, ulp
 from mmkernels.check.contrastive_truth import contrastive_truth
 from mmkernels.ops.contrastive.pairing import Pairing, Shares, label
 from mmkernels.ops.contrastive.weights import no_statistics, weigh
@@ -53,6 +54,29 @@ def counts_of(pairing: Pairing, n: int, m: int) -> tuple[torch.Tensor, torch.Ten
     return positives.sum(1), positives.sum(0)
 
 
+def over_budget(op: str, call: tuple, found: list[torch.Tensor], **options) -> list[str]:
+    """found: the loss and its gradients. Half features are multiplied with a dS that is rounded to their dtype. In one
+    draw a few elements make up that error, and how far plain code is off is luck. So twice the most that it can be is
+    allowed: how far the gradients respond to logits that move by its epsilon."""
+    image, text, scale, *bias = call
+    truth, response = contrastive_truth(op, *call, **options)
+    values = dict(zip(("loss", *truth.named)[: len(found)], found, strict=True))
+    if image.dtype == torch.float64:
+        errors = {name: largest(value - getattr(truth, name)) for name, value in values.items()}
+        return [name for name, error in errors.items() if error > 1e-11 * max(1.0, largest(getattr(truth, name)))]
+    plain, _ = contrastive_truth(op, *call, dtype=torch.float32, **options)
+    logits, failures = scale * image.double() @ text.double().T + sum(bias), []
+    rounding = torch.finfo(image.dtype).eps if image.dtype != torch.float32 else 0.0
+    for name, value in values.items():
+        moved = largest(getattr(response, name))
+        if name.endswith("features"):
+            moved *= 1 + rounding / (2 * ulp(torch.float32, largest(logits)))
+        quantity = Quantity(name, torch.float32, torch.float32)
+        quantity.add(value.float(), getattr(plain, name), getattr(truth, name), moved)
+        failures.append(quantity.failure())
+    return [failure for failure in failures if failure]
+
+
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=str)
 def test_pieces_are_the_whole(backend, dtype, seed):
     kernels, rng = kernels_of(backend), random.Random(seed)
@@ -81,12 +105,8 @@ def test_pieces_are_the_whole(backend, dtype, seed):
             found[1:] = found[1] + d_image, [*found[2], d_text], found[3] + d_scale
         found[2] = torch.cat(found[2])
 
-        truth, _ = contrastive_truth("clip_loss", image, text, scale, pairing=pairing, direction=direction)
-        expected = truth.loss, truth.image_features, truth.text_features, truth.logit_scale
-        limit = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
-        for name, value, exact in zip(("loss", "image", "text", "scale"), found, expected, strict=True):
-            error = (value - exact).abs().max().item()
-            assert error <= limit * max(1.0, exact.abs().max().item()), (name, error, n, m, pairing, direction, scale)
+        failures = over_budget("clip_loss", (image, text, scale), found, pairing=pairing, direction=direction)
+        assert not failures, (failures, n, m, pairing, direction, scale)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=str)
@@ -102,7 +122,5 @@ def test_siglips_pieces_add_up(backend, dtype, seed):
         loss, d_image, d_text, *d_scalars = zip(*(kernels.siglip_loss_with_grads(*x) for x in calls), strict=True)
         found = sum(loss), sum(d_image), torch.cat(d_text), *map(sum, d_scalars)
         torch.testing.assert_close(sum(loss), sum(kernels.siglip_loss(*x) for x in calls))
-        truth, _ = contrastive_truth("siglip_loss", image, text, 8.0, -3.0, pairing=pairing)
-        limit = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
-        for value, exact in zip(found, (truth.loss, *truth.gradients().values()), strict=True):
-            assert (value - exact).abs().max() <= limit * max(1.0, exact.abs().max().item())
+        failures = over_budget("siglip_loss", (image, text, 8.0, -3.0), found, pairing=pairing)
+        assert not failures, (failures, n, m, pairing)

@@ -101,8 +101,8 @@ def inputs_of_loss(op: str, loss: float, scale: float, dtype: torch.dtype, smoot
 
 
 def over_budget(inputs: Inputs, ours: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    rough = inputs.evaluate(OPS[inputs.op].plain, dtype)
-    rough["loss"] = inputs.evaluate(OPS[inputs.op].plain, torch.float32)["loss"]  # promised in float32
+    roundings = {} if dtype == torch.float32 else {"rounding": dtype}
+    rough = inputs.evaluate(OPS[inputs.op].plain, torch.float32, **roundings)
     numbers = (inputs.scale, inputs.bias, inputs.smoothing)
     _, response = contrastive_truth(inputs.op, inputs.image, inputs.text, *numbers)
     found = []
