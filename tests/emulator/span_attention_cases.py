@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmkernels import RowSpans
 from mmkernels.check.budget import Quantity
-from mmkernels.check.span_attention import plain_span_attention
+from mmkernels.check.span_attention import plain_span_attention, response_of_lse
 from mmkernels.ops.span_attention import reference
 from mmkernels.ops.span_attention.params import Params
 
@@ -56,10 +56,12 @@ class Case:
     def truth(self) -> tuple[Tensor, Tensor]:
         return reference.span_attention(*(x.double() for x in (self.q, self.k, self.v)), self.params)
 
-    def plain(self) -> tuple[Tensor, Tensor]:
-        return plain_span_attention(
-            self.q, self.k, self.v, self.spans, scale=self.scale, softcap=self.softcap or None, return_lse=True
-        )
+    def plain(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """In float32 as exact as they are promised."""
+        q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
+        options = {"scale": self.scale, "softcap": self.softcap or None, "return_lse": True}
+        options |= {} if dtype == self.dtype else {"rounding": self.dtype}
+        return plain_span_attention(q, k, v, self.spans, **options)
 
     @property
     def out_shape(self) -> torch.Size:
@@ -199,10 +201,16 @@ def all_cases(rng: random.Random) -> list[Case]:
     ]
 
 
-def failures(case: Case, names: str, results, rough, truths) -> Iterator[str]:
-    for name, ours, plain_result, truth in zip(names.split(), results, rough, truths, strict=True):
+def failures(case: Case, names: str, results, drawn: list[tuple]) -> Iterator[str]:
+    """drawn: what plain PyTorch makes, and the truth, of the case and of other draws: of few numbers, one would be
+    luck."""
+    (rough, truths), *_ = drawn
+    for i, (name, ours, plain_result, truth) in enumerate(zip(names.split(), results, rough, truths, strict=True)):
         if truth.numel():
             quantity = Quantity(f"{case.name}, {case.dtype}: {name}", ours.dtype, plain_result.dtype)
-            quantity.add(ours, plain_result.view(truth.shape), truth)
+            quantity.add_ours(ours, truth)
+            response = response_of_lse(case.softcap, case.dtype) if name == "lse" else 0.0
+            for others, exact in drawn:
+                quantity.add_plain(others[i].view(truth.shape), exact[i], response)
             if failure := quantity.failure():
                 yield failure

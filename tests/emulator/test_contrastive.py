@@ -16,6 +16,7 @@ from torch import Tensor
 from mmkernels.check.budget import Quantity
 from mmkernels.check.cases import OPS
 from mmkernels.check.contrastive_truth import contrastive_truth
+from mmkernels.check.suite import SMALL_PLAIN_DRAWS
 from mmkernels.ops.contrastive.pairing import Pairing, Shares
 from mmkernels.ops.contrastive.smoothing import FeatureSums
 
@@ -109,12 +110,13 @@ class Result:
 
 
 def plain_result(case: Case) -> Result:
-    """Eager PyTorch and autograd. Beside ids, its own pairs are the first ones, to which texts are turned."""
+    """Eager PyTorch and autograd in float32, as exact as the results are promised. Beside ids, its own pairs are the
+    first ones, to which texts are turned."""
     turn = case.own[0] if case.ids else 0
     names = ["image_features", "text_features", "logit_scale", *(["logit_bias"] if case.op == "siglip_loss" else [])]
     values = [case.image, case.text.roll(-turn, 0), torch.tensor(case.scale), torch.tensor(case.bias)]
-    inputs = {name: value.clone().requires_grad_() for name, value in zip(names, values, strict=False)}
-    options = {}
+    inputs = {name: value.float().clone().requires_grad_() for name, value in zip(names, values, strict=False)}
+    options = {"rounding": case.dtype}
     if case.ids:
         options |= {"image_ids": case.image_ids, "text_ids": case.text_ids.roll(-turn, 0), "same": case.same}
     elif case.own != (0, 0, -1):  # as plain code has it, by ids
@@ -266,6 +268,7 @@ def cases_for_hopper(rng: random.Random) -> list[Case]:
         Case("clip_loss", 300, 330, scale=100.0),
         Case("clip_loss", 260, 330, texts=530, ids="captions", scale=50.0),
         Case("siglip_loss", 520, 20, chunk=200),
+        Case("siglip_loss", 140, 20, texts=560, scale=100.0, bias=5.0),
     ]
 
 
@@ -275,18 +278,24 @@ def row_of_tiles(count: int) -> int:
 
 
 def complaints(case: Case, ours: Result) -> list[str]:
-    bias = case.bias if case.op == "siglip_loss" else 0.0
-    options = dict(pairing=case.pairing, direction=case.direction)
-    truth, response = contrastive_truth(
-        case.op, case.image, case.text, case.scale, bias, case.label_smoothing, **options
-    )
-    rough, found = plain_result(case).named(), []
-    for name, value in ours.named().items():
-        quantity = Quantity(f"{case.name}, {case.dtype}: {name}", value.dtype, rough[name].dtype)
-        expected, moved = getattr(truth, name), getattr(response, name).abs().max().item() if case.width else 0.0
-        quantity.add(value, rough[name], expected, moved)
-        found.append(quantity.failure())
-    return [failure for failure in found if failure]
+    """Of few numbers, one draw of plain PyTorch would be luck."""
+    quantities = {
+        name: Quantity(f"{case.name}, {case.dtype}: {name}", value.dtype, torch.float32)
+        for name, value in ours.named().items()
+    }
+    for number, each in enumerate([case, *(case.draw() for _ in range(SMALL_PLAIN_DRAWS))]):
+        bias = each.bias if each.op == "siglip_loss" else 0.0
+        options = dict(pairing=each.pairing, direction=each.direction)
+        truth, response = contrastive_truth(
+            each.op, each.image, each.text, each.scale, bias, each.label_smoothing, **options
+        )
+        rough = plain_result(each).named()
+        for name, quantity in quantities.items():
+            moved = getattr(response, name).abs().max().item() if each.width else 0.0
+            quantity.add_plain(rough[name], getattr(truth, name), moved)
+            if number == 0:
+                quantity.add_ours(ours.named()[name], getattr(truth, name))
+    return [failure for quantity in quantities.values() if (failure := quantity.failure())]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -315,12 +324,18 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def test_losses_near_zero_keep_their_digits(run, kernel, tmp_path):
-    """Of pairs told apart, to a few roundings of the products. Where products are exact, so are their differences,
-    though the logits are some 10^4; what is left of the column of ones is rounding in any case."""
+    """Of pairs told apart, and of texts that belong to no image, to a few roundings of the products. Where these are
+    exact, so are their differences, though the logits are some 10^4, and what SigLIP's bias leaves of 10^3; what is
+    left of the column of ones is rounding in any case."""
     apart = [Case("clip_loss", 140, 72, scale=scale, aligned=True).draw() for scale in (30.0, 60.0)]
+    apart += [Case("siglip_loss", 140, 72, texts=560, own=(0, 0, 0), scale=30.0, bias=-30.0).draw()]
     exact = [exact_products(scale, smoothing) for scale in (9999.7, -9999.7) for smoothing in (0.0, 0.1)]
+    many = exact_products(1000.0, 0.0)
+    many = replace(many, texts=4 * len(many.text), text=many.text.repeat(4, 1))  # whole tiles of Hopper's, too
+    exact += [replace(many, op="siglip_loss", own=(0, 0, 0), bias=-1010.0)]
     for case, ours in zip(apart + exact, run_cases(run, kernel, tmp_path, apart + exact), strict=True):
-        truth, _ = contrastive_truth(case.op, case.image, case.text, case.scale, 0.0, case.label_smoothing)
+        numbers = case.scale, case.bias, case.label_smoothing
+        truth, _ = contrastive_truth(case.op, case.image, case.text, *numbers, pairing=case.pairing)
         first = 1 if case.width > case.images else 0
         limit = 2e-6 if first else 8 * torch.finfo(torch.float32).eps * case.scale
         assert relative_error(ours.loss, truth.loss) < limit, f"{case.name}: loss"

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmkernels.check.budget import Quantity
 from mmkernels.check.cases import OPS
 from mmkernels.check.draw import Draw
-from mmkernels.check.op import Call, evaluate
+from mmkernels.check.op import Call, evaluate, evaluate_plain
 from mmkernels.check.patch_embed import CASES, PatchCase
 from mmkernels.ops.patch_embed.geometry import PatchGeometry, patch_geometry
 from mmkernels.ops.patch_embed.pixels import Pixels, weight_view
@@ -51,7 +51,7 @@ class Drawn:
         if tf32:
             tensors = {name: rounded_to_tf32(x) for name, x in call.tensors.items()}
             rough, rough_upstream = replace(call, tensors=tensors), rounded_to_tf32(upstream)
-        plain = evaluate(op.plain, rough, op, rough_upstream)
+        plain = evaluate_plain(op, rough, rough_upstream)
         more = [cls.of(replace(case, plain_draws=0), dtype, seed + i, tf32) for i in range(1, case.plain_draws + 1)]
         return cls(f"{case.name}, {dtype}{', tf32' * tf32}", call, upstream, tf32, truth, plain, more)
 
