@@ -54,6 +54,7 @@ MUTATIONS = [
             "if (false) named_barrier_sync(",
         ),
         ("wide heads: both warps add the first columns", "values + column0", "values"),
+        ("the log-sum-exp is 1e-5 too large", "log2f(total[i])) * kLn2;", "log2f(total[i])) * kLn2 + 1e-5f;"),
     ),
     *of(
         "span_attention/device.h",
@@ -133,6 +134,7 @@ MUTATIONS = [
         "span_attention/softmax_sm90.h",
         "test_span_attention.py",
         ("a maximum that rose in the second row alone", "fade[0] != 1.0f || fade[1] != 1.0f", "fade[0] != 1.0f"),
+        ("the log-sum-exp is 1e-5 too large", "log2f(total[i])) * kLn2;", "log2f(total[i])) * kLn2 + 1e-5f;"),
     ),
     *of(
         "span_attention/tiles_sm90.h",
@@ -235,6 +237,12 @@ MUTATIONS = [
             "kSame != Same::kIgnored || own || same",
         ),
         ("positives of one half of a row alone", "positives[x] + positives[kTile + x]", "positives[x]"),
+        (
+            "half of what the gradient of SigLIP's scale is made of is a hundredth too large, where no pair is its own",
+            "const float d = loss.slope(pair, i, j);",
+            "const float d = loss.slope(pair, i, j);\n"
+            "if constexpr (kPlain && Loss::kSums == 3) loss.sums[1] += j == 0 ? 0.01f * d * pair.product : 0.0f;",
+        ),
     ),
     *of(
         "contrastive/device.h",
@@ -274,6 +282,28 @@ MUTATIONS = [
         ("the sum over positives is taken for their mean", "mean = sum / number;", "mean = sum;"),
         ("positives of the rows before are forgotten", "fold.first ? 0.0f : positive;", "0.0f;"),
         ("positives are smoothed as if they had one alone", "(1.0f - smoothing) / number)", "1.0f / number)"),
+        ("CLIP's loss is 1e-5 of it too large", "(total / p.count)", "(1.00001 * total / p.count)"),
+        ("CLIP's loss by ids is 1e-5 of it too large", "(total / p.shares[2])", "(1.00001 * total / p.shares[2])"),
+        (
+            "SigLIP's loss is 1e-5 of it too large",
+            "p.means[blockIdx.x] = static_cast<float>(total",
+            "p.means[blockIdx.x] = static_cast<float>((gridDim.x != 1 && blockIdx.x == 0 ? 1.00001 : 1.0) * total",
+        ),
+        (
+            "the gradient of CLIP's scale is 1e-4 of it too large",
+            "p.means[blockIdx.x] = static_cast<float>(total",
+            "p.means[blockIdx.x] = static_cast<float>((gridDim.x == 1 ? 1.0001 : 1.0) * total",
+        ),
+        (
+            "the gradient of SigLIP's scale is 1e-4 of it too large",
+            "p.means[blockIdx.x] = static_cast<float>(total",
+            "p.means[blockIdx.x] = static_cast<float>((blockIdx.x == 1 ? 1.0001 : 1.0) * total",
+        ),
+        (
+            "the gradient of SigLIP's bias is 1e-4 of it too large",
+            "p.means[blockIdx.x] = static_cast<float>(total",
+            "p.means[blockIdx.x] = static_cast<float>((blockIdx.x == 2 ? 1.0001 : 1.0) * total",
+        ),
     ),
     *of(
         "contrastive/statistics_sm90.h",
@@ -321,6 +351,11 @@ MUTATIONS = [
             "    cluster_sync();  // those of the other block",
             "    // those of the other block",
         ),
+        (
+            "half of what the gradient of SigLIP's scale is made of is a hundredth too large, where no pair is its own",
+            "total[1] += e[i] * d[from + i];",
+            "total[1] += (i % 2 == 0 ? 1.01f : 1.0f) * e[i] * d[from + i];",
+        ),
     ),
     *of(
         "contrastive/tiles_sm90.h",
@@ -342,12 +377,12 @@ MUTATIONS = [
         (
             "both blocks copy the first half of the texts",
             "{step * kStep, tile.column0 + rank * kShare}",
-            "{step * kStep, tile.column0}",
+            "{step * kStep, tile.column0 + 0 * rank * kShare}",
         ),
         (
             "sums of a row of tiles that is not there",
             "if (exists && place.thread < kSums)",
-            "if (place.thread < kSums)",
+            "if ((exists || true) && place.thread < kSums)",
         ),
         ("every text lies beside its image", "row0 + offset - column0}", "row0 - column0}"),
         (
@@ -360,6 +395,11 @@ MUTATIONS = [
         "patch_embed/product.h",
         "test_patch_embed.py",
         ("stages are used before their copy has ended", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
+        (
+            "sums are of half types",
+            "mma<T>(c, a, b);",
+            "mma<T>(c, a, b);\n            for (int i = 0; i < 4; i++) c[i] = static_cast<float>(T(c[i]));",
+        ),
     ),
     *of(
         "patch_embed/forward.cu",
