@@ -179,7 +179,7 @@ class LossCase:
     ids: str = ""  # "captions": some of them several times; "classes": few, and one that no text has
     same: str = "positives"
     direction: str = "both"
-    plain_draws: int = 20  # draws that measure plain PyTorch only: of scalars it takes many
+    plain_draws: int = 6  # draws that measure plain PyTorch only: of scalars it takes some
     quick: bool = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
