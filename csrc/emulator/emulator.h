@@ -18,12 +18,11 @@
 //          accesses of two threads or two blocks, memory read before it is written or while a copy to it is under way,
 //          accesses outside every watched tensor, a missing fence between ordinary stores and the async proxy.
 //
-// Clusters. Blocks of a cluster reach each other's shared memory by multicast copies and by arrivals at each other's
-// mbarriers, and in no other way; nobody may once a block has ended.
+// Clusters. Blocks of a cluster reach each other's shared memory by multicast copies, by arrivals at each other's
+// mbarriers and by loads, and in no other way; nobody may once a block has ended.
 //
-// Beyond it: loads and stores of another block's shared memory, waiting between clusters, memory ordering weaker than
-// the clocks, and time. Sums of products are in float32 in the order of k, the hardware's are not: no comparison to the
-// bit.
+// Beyond it: stores to another block's shared memory, waiting between clusters, memory ordering weaker than the clocks,
+// and time. Sums of products are in float32 in the order of k, the hardware's are not: no comparison to the bit.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -135,7 +134,8 @@ void async_proxy_fence();
 int cluster_rank();
 void cluster_arrive(Site site);
 void cluster_wait(Site site);
-void mbarrier_arrive_at(uint64_t* barrier, int rank, Site site);  // at the same barrier of another block
+void mbarrier_arrive_at(uint64_t* barrier, int rank, Site site);                // at the same barrier of another block
+void load_from(void* to, size_t bytes, const void* here, int rank, Site site);  // what lies there in another block
 
 void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier, Site site);
 void bulk_store(void* to, const void* from, int bytes, Site site);

@@ -30,7 +30,7 @@ void watch_shared(char* begin, size_t bytes, size_t warps, int rank);
 void forget_shared();
 void begin_launch();  // what earlier launches wrote is initialised, and in the past
 
-enum class By { kThread, kAsyncProxy };
+enum class By { kThread, kThreadAcrossBlocks, kAsyncProxy };  // across: by an instruction for other blocks' memory
 
 // The current thread reads or writes.
 void check_read(const void* p, size_t bytes, Site site, By by = By::kThread);

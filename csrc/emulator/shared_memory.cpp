@@ -92,6 +92,15 @@ void* shared_pointer_of(int rank, const void* p) {
     return blocks[static_cast<size_t>(rank)].dynamic + (static_cast<const char*>(p) - own().dynamic);
 }
 
+void load_from(void* to, size_t bytes, const void* here, int rank, Site site) {
+    check_block(rank, "load", site);
+    check_aligned(here, bytes, "load from another block", site);
+    check_shared(here, bytes, "load from another block", site);
+    const void* const there = shared_pointer_of(rank, here);
+    check_read(there, bytes, site, By::kThreadAcrossBlocks);
+    memcpy(to, there, bytes);
+}
+
 bool in_shared_margin(const void* p, size_t bytes) {
     const char* begin = static_cast<const char*>(p);
     for (const Block& block : blocks) {

@@ -611,6 +611,15 @@ PLANT(left_the_cluster) {  // block 1 calls, and does not wait for the answer
     if (cluster_rank() == 0 && t == 0) mbarrier_arrive_at(barrier, 1);
     if (cluster_rank() == 1 && !kBug) mbarrier_wait(barrier, 0);
 }
+PLANT(numbers_of_the_other_block) {  // are read before it has written them
+    SHARED_FLOATS(s);
+    THREAD;
+    s[t] = static_cast<float>(t);
+    if (!kBug) cluster_sync();
+    const float4 its = load_from(1 - cluster_rank(), reinterpret_cast<const float4*>(s) + t / 4);
+    out[cluster_rank() * kThreads + t] = its.x;
+    cluster_sync();
+}
 PLANT(outside_the_cluster) {
     uint64_t* const barrier = new_barrier(2 * kThreads);
     cluster_sync();
@@ -696,6 +705,7 @@ static const Plant kPlants[] = {
     CLUSTER(live_in_the_other_block),
     CLUSTER(bytes_of_the_other_block),
     CLUSTER(left_the_cluster),
+    CLUSTER(numbers_of_the_other_block),
     CLUSTER(outside_the_cluster),
 };
 

@@ -75,6 +75,7 @@ PLANTED = {
     "live_in_the_other_block": {"race": "a wait is missing|RACE: write to shared memory at offset 0"},
     "bytes_of_the_other_block": {"race": "a wait is missing|uninitialised", "plain": "in flight", "asan": "in flight"},
     "left_the_cluster": dict.fromkeys(EVERY, "block 1 of the cluster has ended"),
+    "numbers_of_the_other_block": {"race": "RACE: read of shared memory at offset|uninitialised"},
     "outside_the_cluster": dict.fromkeys(EVERY, "block 2 of a cluster of 2"),
 }
 

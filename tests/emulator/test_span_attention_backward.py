@@ -142,6 +142,21 @@ def test_what_does_not_see_each_other_reaches_nothing(run, kernel, head, poisone
             assert not spoilt or not ours[:, may].isfinite().all(-1).any(), f"{each.case.name}: d_{what}"
 
 
+@pytest.mark.parametrize("head", [64, 72, 128])
+def test_two_blocks_share_keys(run, tmp_path, head):
+    """On Hopper, where keys are few and steps many; in one case none of the steps is the second block's."""
+    cases = [
+        Case("many queries", RowSpans.full(530, 200), 2, 1, head, value_size=head - 8),
+        Case("causal", RowSpans.packed(torch.tensor([0, 600]), torch.tensor([0, 230]), causal=True), 2, 1, head),
+        Case("one step", documents(40, padding=1000, num_keys=40), 1, 1, head),
+    ]
+    drawn = [Backward.draw(case, with_d_lse=True) for case in cases]
+    results, found = run_cases(run, "sm_90a", tmp_path, drawn), []
+    for each, result in zip(drawn, results, strict=True):
+        found += failures(each.case, "d_q d_k d_v", result, [(each.plain(), each.truth())])
+    assert not found, "\n".join(found)
+
+
 def test_keys_that_nobody_sees_and_queries_that_see_nothing_have_no_gradient(run, kernel, tmp_path):
     spans = documents(0, 70, 40, padding=90, num_keys=230)
     each = Backward.draw(Case("padding", spans, head_size=40), with_d_lse=True)

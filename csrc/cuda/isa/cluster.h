@@ -4,6 +4,7 @@
 //   cluster_sync()                  once, when barriers are initialised: nobody reaches another block before
 //   tensor_multicast(...)           lands at the same place of each block, and on the same barrier of each
 //   mbarrier_arrive_at(empty, i)    so that whoever copies knows when block i may be written to again
+//   load_from(i, p)                 what block i has written, and a cluster_sync has ordered before
 //   cluster_sync()                  at the end: nobody leaves while others may still reach it
 #pragma once
 #include "cuda/isa/tma.h"
@@ -46,6 +47,25 @@ MMK_DEVICE void mbarrier_arrive_at(uint64_t* barrier, int rank MMK_SITE) {
 #else
     emulator::mbarrier_arrive_at(barrier, rank, site);
 #endif
+}
+
+// What lies in block `rank` as `here`, aligned to 16 bytes, does here.
+MMK_DEVICE float4 load_from(int rank, const float4* here MMK_SITE) {
+    float4 x;
+#ifdef __CUDACC__
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
+        "}"
+        : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+        : "r"(shared_address(here)), "r"(rank)
+        : "memory");
+#else
+    emulator::load_from(&x, sizeof x, here, rank, site);
+#endif
+    return x;
 }
 
 // A box of two dimensions, as by tensor_load, to the same place of every block whose bit is set; it completes on the

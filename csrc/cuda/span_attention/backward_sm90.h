@@ -1,6 +1,7 @@
 // What the two kernels of span attention's backward on Hopper have in common: the ring in which steps go round, scores,
 // and what they are launched with. backward_sm90.cu says how they work.
 #pragma once
+#include "cuda/isa/cluster.h"
 #include "cuda/span_attention/tiles_sm90.h"
 
 namespace mmk::cuda::sm90 {
@@ -140,6 +141,7 @@ struct Scores {
 struct Call : SpanAttentionBackward {
     explicit Call(const SpanAttentionBackward& call) : SpanAttentionBackward(call), scores(call.forward) {}
     Scores scores;
+    int sharers = 1;  // blocks of a cluster that have the same keys, and every so manieth step each
 };
 
 // ---- launching
@@ -185,6 +187,6 @@ inline unsigned count_blocks(int rows, int heads, int batch) {
 }
 
 Error launch_query_grad(const Call& call, cudaStream_t stream);
-Error launch_key_grads(const Call& call, cudaStream_t stream);
+Error launch_key_grads(Call call, cudaStream_t stream);
 
 }  // namespace mmk::cuda::sm90

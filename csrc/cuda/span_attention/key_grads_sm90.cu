@@ -4,6 +4,10 @@
 //   s = k q^T and dp = v d_out^T;  p = exp(s - lse) while the second is under way;  d_v += p d_out;
 //   ds = p (dp - delta) while that is;  d_k += ds q
 //
+// Where there are fewer blocks than multiprocessors, two share the keys: they are a cluster, take every other step, and
+// the first adds the sums of the second to its own, out of that one's shared memory. So the first keys of a causal
+// text, which all its queries see, no longer take twice as long as the mean.
+//
 // Of its registers, a thread that computes has 32 for s, 32 for dp, 16 for p rounded and a head's width for both sums:
 // 208 for heads of 128. Heads of 64 leave room for the block's own k and v, so that a step reads them once less from
 // shared memory, which would limit them else.
@@ -14,7 +18,8 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kQueries = 64;  // in a step
+constexpr int kQueries = 64;       // in a step
+constexpr int kWorthSharing = 16;  // steps: to hand over its sums takes a block about as long as four
 
 template <int kWidth>
 struct KeyShared {
@@ -28,9 +33,11 @@ struct KeyShared {
     Ring<kStages> ring;
 };
 
-// Calls f of every step.
+// Calls f of every step that is the block's own.
 template <class F>
 MMK_DEVICE void walk_queries(const Call& call, const Place& block, const F& f) {
+    const int own = cluster_rank();
+    int step_number = 0;
     const SpanAttention& p = call.forward;
     const KeyBlock* const table = workspace_of(call).table;
     const int group = p.heads / p.key_heads, table_size = (p.keys + kTableKeys - 1) / kTableKeys;
@@ -47,7 +54,7 @@ MMK_DEVICE void walk_queries(const Call& call, const Place& block, const F& f) {
             for (int row = first_row; row < end_row; row += kQueries) {
                 const Hull hull = hull_of<kQueries>(p, slice, row);
                 const Step step{run, {row, head, block.batch}, {how(hull, block.row, half), how(hull, half, end)}};
-                if (step.concerns_anyone()) f(step);
+                if (step.concerns_anyone() && step_number++ % call.sharers == own) f(step);
             }
         }
     }
@@ -180,6 +187,31 @@ MMK_DEVICE void differentiate(uint32_t (&left)[kQueries / 16][4], const float (&
     });
 }
 
+// What a cluster's blocks have summed up, in the registers of the first; the others have nothing left to do.
+template <int kWidth>
+MMK_DEVICE bool add_sharers(float (&dk)[kWidth / 2], float (&dv)[kWidth / 2], KeyShared<kWidth>& shared, int group,
+                            int thread) {
+    static_assert(kGroups * kWarpgroup * kWidth * sizeof(float) <= offsetof(KeyShared<kWidth>, ring));
+    constexpr int kStride = kGroups * kWarpgroup, kCount = kWidth / 8;
+    float4* const sums = reinterpret_cast<float4*>(&shared) + group * kWarpgroup + thread;
+    const bool first = cluster_rank() == 0;
+    cluster_sync();  // no step needs its tiles any more
+#pragma unroll
+    for (int i = 0; i < kCount && !first; i++) {
+        sums[i * kStride] = {dk[4 * i], dk[4 * i + 1], dk[4 * i + 2], dk[4 * i + 3]};
+        sums[(kCount + i) * kStride] = {dv[4 * i], dv[4 * i + 1], dv[4 * i + 2], dv[4 * i + 3]};
+    }
+    cluster_sync();  // the sums are there
+#pragma unroll
+    for (int i = 0; i < kCount && first; i++) {
+        const float4 k = load_from(1, sums + i * kStride), v = load_from(1, sums + (kCount + i) * kStride);
+        dk[4 * i] += k.x, dk[4 * i + 1] += k.y, dk[4 * i + 2] += k.z, dk[4 * i + 3] += k.w;
+        dv[4 * i] += v.x, dv[4 * i + 1] += v.y, dv[4 * i + 2] += v.z, dv[4 * i + 3] += v.w;
+    }
+    cluster_sync();  // and read
+    return first;
+}
+
 template <class T, int kWidth>
 MMK_DEVICE void compute_key_grads(KeyShared<kWidth>& shared, const Maps& maps, const Call& call, const Place& block,
                                   int group) {
@@ -223,6 +255,7 @@ MMK_DEVICE void compute_key_grads(KeyShared<kWidth>& shared, const Maps& maps, c
         add_product<T>(dk, ds_left, stage.q);
         wgmma_wait<0>(dk, dv);
     });
+    if (call.sharers > 1 && !add_sharers<kWidth>(dk, dv, shared, group, thread)) return;
     store<T>(dk, p.scale, shared.k, group, maps.d_k, rows);
     store<T>(dv, 1.0f, shared.v, group, maps.d_v, rows);
 }
@@ -238,9 +271,9 @@ __global__ __launch_bounds__(kThreads, 1) void key_grads_kernel(const __grid_con
     const int warp = __shfl_sync(kAllLanes, thread / kWarp, 0);
 
     // The first keys of a causal text are seen by the most queries: their blocks begin first.
-    const int blocks = (p.keys + kBlockRows - 1) / kBlockRows;
-    const int rest = static_cast<int>(blockIdx.x) / blocks;
-    const Place block{static_cast<int>(blockIdx.x) % blocks * kBlockRows, rest % p.key_heads, rest / p.key_heads};
+    const int blocks = (p.keys + kBlockRows - 1) / kBlockRows, number = static_cast<int>(blockIdx.x) / call.sharers;
+    const int rest = number / blocks;
+    const Place block{number % blocks * kBlockRows, rest % p.key_heads, rest / p.key_heads};
 
     if (thread == 0) shared.ring.init();
     __syncthreads();
@@ -260,13 +293,19 @@ __global__ __launch_bounds__(kThreads, 1) void key_grads_kernel(const __grid_con
 
 }  // namespace
 
-Error sm90::launch_key_grads(const Call& call, cudaStream_t stream) {
+Error sm90::launch_key_grads(Call call, cudaStream_t stream) {
     const SpanAttention& p = call.forward;
+    const unsigned blocks = count_blocks(p.keys, p.key_heads, p.batch);
+    const int64_t most_steps = (int64_t{p.queries} + kQueries - 1) / kQueries * (p.heads / p.key_heads);
+    int multiprocessors = 0;
+    if (Error error = count_multiprocessors(multiprocessors)) return error;
+    if (blocks <= static_cast<unsigned>(multiprocessors) && most_steps >= kWorthSharing) call.sharers = 2;
     return with_type_and_width(p, [&](auto type, auto width) {
         using T = decltype(type);
         constexpr int kWidth = decltype(width)::value;
-        const Launch at{"span_attention_key_grads_sm90", count_blocks(p.keys, p.key_heads, p.batch), kThreads,
-                        sizeof(KeyShared<kWidth>), stream};
+        const auto sharers = static_cast<unsigned>(call.sharers);
+        const Launch at{"span_attention_key_grads_sm90", blocks * sharers, kThreads,
+                        sizeof(KeyShared<kWidth>),       stream,           sharers};
         Maps maps;
         if (Error error = encode_all<T, kWidth>(maps, at.kernel, call)) return error;
         return launch(at, key_grads_kernel<T, kWidth>, maps, call);
