@@ -55,7 +55,7 @@ MMK_DEVICE void add_parts(float (&x)[kTiles][4], float4* shared, int group, int 
 // Sixteen queries of a warp.
 template <class T, int kWidth>
 struct Attention {
-    static constexpr int kKeys = Tile<kWidth>::kKeys, kPitch = Row<kWidth>::kPitch, kColumns = Tile<kWidth>::kColumns;
+    static constexpr int kKeys = Tile<kWidth>::kKeys, kColumns = Tile<kWidth>::kColumns;
     float s[kKeys / 8][4];                                               // scores, then weights
     float o[kColumns / 8][4] = {};                                       // sum of weighted values
     float top[2] = {-INFINITY, -INFINITY};                               // largest score so far, in units of log 2
