@@ -48,7 +48,8 @@ def test_a_pack_is_its_documents(name):
 
 
 def test_gemma4_of_real_heads():
-    """A pack of its documents is these, plain and one at a time; no layer falls back."""
+    """A pack of its documents is these, plain and one at a time, but for float32's rounding, of sums in another order
+    over heads of 512; no layer falls back."""
     plain, documents = gemma4_of_real_heads().eval(), documents_of("gemma4")[:4]
     fast = copy.deepcopy(plain)
     accelerate(fast, verbose=False)

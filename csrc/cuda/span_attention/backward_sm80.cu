@@ -13,8 +13,9 @@
 // registers for both sums: d_k and d_v are a launch each. Of heads above 256 numbers a block keeps 32 rows, and four
 // warps have the same rows, and a quarter of the numbers each. A warp makes the sums of its own columns, and of the
 // first products what these give to each score; of a quarter of the scores it adds what all four give, makes p and ds,
-// and gives them to the others. The tiles of a step are copied while those of the last are
-// multiplied; one barrier a step.
+// and gives them to the others.
+//
+// The tiles of a step are copied while those of the last are multiplied; one barrier of the block a step.
 //
 // Memory moved, in numbers: what is kept and the gradients once; what is walked once a block that walks it, mostly out
 // of the L2 cache. What limits it is shared memory: an ldmatrix feeds two products, which take as long as it does on
@@ -92,9 +93,9 @@ struct Warp {
         } else {
 #pragma unroll
             for (int pair = 0; pair < kParts; pair++) {
-                const float *const its = &s_part[pair / 2][pair % 2 * 2], *const its_ds =
-                                                                              &ds_part[pair / 2][pair % 2 * 2];
-                sums(pair)[part * kWarp + lane] = {its[0], its[1], its_ds[0], its_ds[1]};
+                const float* const its_s = &s_part[pair / 2][pair % 2 * 2];
+                const float* const its_ds = &ds_part[pair / 2][pair % 2 * 2];
+                sums(pair)[part * kWarp + lane] = {its_s[0], its_s[1], its_ds[0], its_ds[1]};
             }
             meet();
             float4 sum = sums(part)[lane];

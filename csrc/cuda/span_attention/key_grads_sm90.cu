@@ -4,8 +4,8 @@
 //   s = k q^T and dp = v d_out^T;  p = exp(s - lse) while the second is under way;  d_v += p d_out;
 //   ds = p (dp - delta) while that is;  d_k += ds q
 //
-// Where there are fewer blocks than multiprocessors, two share the keys: they are a cluster, take every other step, and
-// the first adds the sums of the second to its own, out of that one's shared memory. So the first keys of a causal
+// Where there are no more blocks than multiprocessors, two share the keys: they are a cluster, take every other step,
+// and the first adds the sums of the second to its own, out of that one's shared memory. So the first keys of a causal
 // text, which all its queries see, no longer take twice as long as the mean.
 //
 // Of its registers, a thread that computes has 32 for s, 32 for dp, 16 for p rounded and a head's width for both sums:
@@ -19,7 +19,7 @@ namespace {
 using namespace sm90;
 
 constexpr int kQueries = 64;       // in a step
-constexpr int kWorthSharing = 16;  // steps: to hand over its sums takes a block about as long as four
+constexpr int kWorthSharing = 16;  // steps, of all queries: the sums that are handed over are 1 KiB times the width
 
 template <int kWidth>
 struct KeyShared {
