@@ -42,11 +42,13 @@ int choose_lane(uint32_t ready) {
     return __builtin_ctz(ready);
 }
 
-// The next thread that can go on, null if there is none. Those that poll come last: asynchronous work lands late.
+// The next thread that can go on, null if there is none. Those that poll come last: asynchronous work lands late. Warps
+// follow in the order of lanes: of two blocks of a cluster now the first ends before the other, now the second.
 Thread* choose() {
     const int count = static_cast<int>(warps.size());
+    const int step = options().order == Order::kHighestFirst ? count - 1 : 1;
     for (int i = 0; i < count; i++) {
-        Warp& warp = warps[(turn + i) % count];
+        Warp& warp = warps[(turn + i * step) % count];
         if (warp.ready == 0) continue;
         turn = warp.id;
         const int lane = choose_lane(warp.ready);

@@ -199,6 +199,7 @@ MUTATIONS = [
         ("blocks that share keys: a part of the sums is left out", "dk[4 * i + 1] += k.y, ", ""),
         ("blocks that share keys: sums lie on tiles in use", "cluster_sync();  // no step", "// no step"),
         ("blocks that share keys: sums are read before they are there", "cluster_sync();  // the sums", "// the sums"),
+        ("blocks that share keys: one leaves while its sums are read", "cluster_sync();  // and read", "// and read"),
         ("the keys of the row before", "hold(k_left, shared.k, key - block.row,", "hold(k_left, shared.k, group * 64,"),
         ("queries are used before they are there", "    mbarrier_wait(&shared.ring.own, 0);\n", ""),
     ),
