@@ -1,7 +1,6 @@
 """What every test shares: random inputs from a printed seed, and the packages that need help to import on a CPU."""
 
 import os
-import random
 from pathlib import Path
 
 # Before torch is imported: the threads of two workers of a parallel run would spin on each other's processors.
@@ -9,15 +8,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from draws import SEED
 from torchvision_stub import make_importable
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 make_importable()  # timm and open_clip import it
-
-# Handed down by the environment, so that all processes of a parallel run draw from one seed.
-SEED = int(os.environ.setdefault("MMKERNELS_TEST_SEED", str(random.randrange(2**31))))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import SEED
 from ranks import on_ranks
 from torch.distributed.tensor import DTensor
 
@@ -89,7 +90,7 @@ def batch_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_accumulated_gradients_are_those_of_the_whole(tmp_path, wrap):
-    on_ranks(2, tmp_path, check_accumulation, int(os.environ["MMKERNELS_TEST_SEED"]), wrap)
+    on_ranks(2, tmp_path, check_accumulation, SEED, wrap)
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])

@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from programs import Builds, Program
+from programs import LEVELS, Builds, Program
 from torch import Tensor
 
 from mmkernels import _core
 
 
-@pytest.fixture(params=_core.isa_levels())
+@pytest.fixture(params=LEVELS)
 def level(request, monkeypatch) -> str:
-    """Each instruction-set level this processor runs, chosen for the test."""
+    """An instruction-set level, chosen for the test."""
     monkeypatch.setenv("MMKERNELS_CPU_ISA", request.param)
     assert _core.isa() == request.param
     return request.param

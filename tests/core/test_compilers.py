@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pybind11
 import pytest
+from draws import some
 from programs import CSRC, FLAGS, HERE, RUN
 
 KERNELS = sorted(set((CSRC / "cpu").rglob("*.cpp")) - set(RUN))
@@ -73,7 +74,8 @@ def for_arm(source: Path, level: str, folder: Path) -> Path:
     return built
 
 
-PROGRAMS = [(path, "neon_bf16") for path in sorted(HERE.glob("sanitize_*.cpp"))]  # all the code that neon has, and more
+# This level has all the code that neon has, and more. Half of the programs, which take a minute each.
+PROGRAMS = [(HERE / name, "neon_bf16") for name in some(sorted(path.name for path in HERE.glob("sanitize_*")), 3)]
 QUICK = [(HERE / f"sanitize_{name}.cpp", level) for name in ("patch_embed", "rotary_embed") for level in AARCH64[:2]]
 
 

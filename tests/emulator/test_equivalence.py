@@ -3,9 +3,10 @@ takes the place of the GPU. Each call runs under another order of threads, so th
 give the same bits, shows what depends on it."""
 
 import json
-import random
 
-from emulator_build import CSRC, HERE, run_emulated
+import pytest
+from draws import some
+from emulator_build import BUILDS, CSRC, HERE, run_emulated
 
 from mmkernels.backends import HOT_PATHS
 
@@ -13,13 +14,17 @@ CAPABILITIES = ("8.0", "9.0")
 OPS = {folder.parent.name for folder in (CSRC.parent / "mmkernels" / "ops").glob("*/cuda.py")}
 
 
-def some(build: str, seed: int) -> list[str]:
-    """All capabilities; where each instruction is watched one of them, drawn: there each kernel has its own test."""
-    return list(CAPABILITIES) if build == "plain" else [random.Random(seed).choice(CAPABILITIES)]
+# Where each instruction is watched, in one build of the two and for one capability: there each kernel has its own test.
+in_builds = pytest.mark.parametrize("build", ["plain", *some(BUILDS[1:])], indirect=True)
 
 
+def capabilities(build: str) -> list[str]:
+    return list(CAPABILITIES) if build == "plain" else some(CAPABILITIES)
+
+
+@in_builds
 def test_every_kernel_equals_its_reference(build, module, seed, tmp_path):
-    for capability in some(build, seed):
+    for capability in capabilities(build):
         assert_equal_to_the_reference(build, module, capability, seed, tmp_path / f"{capability}.json")
 
 
@@ -37,10 +42,11 @@ def assert_equal_to_the_reference(build, module, capability, seed, file):
     assert unserved <= {"float32"}
 
 
+@in_builds
 def test_pieces_of_the_losses_are_the_whole(build, module, seed):
     """What schedules across ranks call, of rows and columns in pieces, with ids and without."""
     file = HERE.parent / "ops" / "test_contrastive_rectangle.py"
-    for capability in some(build, seed):
+    for capability in capabilities(build):
         options = {"MMKERNELS_EMULATED_CAPABILITY": capability, "MMKERNELS_TEST_SEED": str(seed)}
         ran = run_emulated(build, module, "pytest", "-p", "no:cacheprovider", "-k", "cuda", str(file), **options)
         assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from draws import SEED
 from ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -24,7 +25,6 @@ from mmkernels.check.contrastive import plain_clip_loss, plain_siglip_loss
 from mmkernels.ops._comm import Comm
 from mmkernels.ops.contrastive import distributed
 
-SEED = int(os.environ["MMKERNELS_TEST_SEED"])  # conftest's
 SCALE, BIAS = 9.0, -2.0
 
 

@@ -1,12 +1,11 @@
 """No step makes a tensor of tokens by tokens: packs of 8192 tokens, eager and compiled, and the largest tensor seen."""
 
 import math
-import os
-import random
 
 import pytest
 import torch
 from documents import NAMES, document, documents_of, model_of
+from draws import some
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils import _pytree as pytree
@@ -75,8 +74,7 @@ def test_of_a_step(name, of_ones):
 
 # Compiling takes ten seconds a family. Those whose masks need care of their own, and each time some of the others.
 CARE = ["gemma3", "idefics", "idefics3", "llama4", "mllama", "molmo2", "paligemma"]
-SEED = int(os.environ["MMKERNELS_TEST_SEED"])  # conftest's
-OTHERS = random.Random(SEED).sample([name for name in NAMES if name not in CARE], 4)
+OTHERS = some((name for name in NAMES if name not in CARE), 4)
 
 
 @pytest.mark.parametrize(("name", "of_ones"), [*((x, False) for x in CARE + OTHERS), ("llava", True), ("llama4", True)])
