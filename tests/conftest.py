@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_install.py")  # minutes of builds, on one worker
 
 
-def pytest_report_header() -> str:
-    return f"inputs drawn with MMKERNELS_TEST_SEED={SEED}"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"drawn with MMKERNELS_TEST_SEED={SEED}")
 
 
 @pytest.fixture(autouse=True)
