@@ -127,6 +127,7 @@ CASES = (
     AttentionCase("sliding-window", documents((4096,), window=512), (4, 1), 256, compiled=_BOTH),
     AttentionCase("full-2048", full(2048, 2048)),
     AttentionCase("full-2048-d128", full(2048, 2048), (8, 8), 128),
+    AttentionCase("clip-texts", documents((77,) * 64), (8, 8)),
     AttentionCase("vision-windows", blocks((64,) * 64, (64,) * 64), (8, 8), 80),
     AttentionCase("cross-immediate", media(1024, range(0, 1024, 256), (1601,) * 4, "immediate")),
     AttentionCase("cross-previous", media(1024, range(0, 1024, 256), (1601,) * 4, "previous"), (8, 8)),

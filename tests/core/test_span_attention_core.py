@@ -6,6 +6,7 @@ get wrong is tried: tails of every block, work cut differently among threads, me
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,35 @@ def test_every_level_equals_the_reference(level, case, dtype, seed):
 
 def documents(lengths: list[int], **options) -> RowSpans:
     return RowSpans.packed(torch.tensor([0, *lengths]).cumsum(0), **options)
+
+
+def spans_of_a_segment(queries: int, keys: int, rng: random.Random) -> RowSpans:
+    """Any; one in eight sees nothing, and others so much that all share keys. Neighbours see much the same."""
+    lo, hi = torch.zeros(2, queries, dtype=torch.int32)
+    for i in range(queries):
+        first = (keys - 1) * i // queries
+        lo[i], hi[i] = max(0, first - rng.randrange(12)), min(keys, first + 9 + rng.randrange(12))
+        if rng.randrange(8) == 0:
+            hi[i] = lo[i]
+    return RowSpans(lo, hi, keys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1)], ids=str)
+def test_masks_within_short_segments(level, heads, dtype, seed):
+    """Of each few queries only the keys that they see are met: spans that begin and end anywhere in the tiles."""
+    rng = random.Random(f"{seed} {heads} {dtype}")
+    for keys in (9, 16, 33, 64, 77, 128, 190, 192):
+        queries = rng.choice((keys, max(keys // 2, 8), min(2 * keys, 160)))
+        dim, value_dim = rng.choice((16, 40, 72)), rng.choice((16, 40, 80, 90))
+        layouts = spans_of_a_segment(queries, keys, rng), documents([keys], causal=True, window=rng.choice((None, 20)))
+        for spans in layouts:
+            q = torch.randn(spans.num_queries, heads[0], dim).to(dtype)
+            k, v = (torch.randn(keys, heads[1], n).to(dtype) for n in (dim, value_dim))
+            found = span_attention(q, k, v, spans, return_lse=True, backend="cpu")
+            truth = span_attention(q.double(), k.double(), v.double(), spans, return_lse=True, backend="reference")
+            for x, y, digits in zip(found, truth, (torch.finfo(dtype).eps, 4e-7), strict=True):
+                torch.testing.assert_close(x.double(), y, rtol=0, atol=10 * digits)
 
 
 LAYOUTS = {
