@@ -65,7 +65,7 @@ def assert_agrees(model: nn.Module, inputs: dict, gradients: bool = True) -> nn.
     return fast
 
 
-def assert_agrees_over_draws(draw: Callable[[], tuple[nn.Module, dict]], count: int = 3) -> nn.Module:
+def assert_agrees_over_draws(draw: Callable[[], tuple[nn.Module, dict]], count: int = 5) -> nn.Module:
     """The same of the median of several draws, where one in thirty is far off by rounding alone: the last copy."""
     draws = []
     for _ in range(count):
