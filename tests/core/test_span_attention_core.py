@@ -1,6 +1,6 @@
-"""The compiled span attention at every instruction-set level: right, steady, in bounds, in little memory.
+"""The compiled span attention at instruction-set levels: right, steady, in bounds, in little memory.
 
-tests/test_check.py covers the level this processor would choose; here each of them is run, and what only the C++ can
+tests/test_check.py covers the level this processor would choose; here others are run, too, and what only the C++ can
 get wrong is tried: tails of every block, work cut differently among threads, memory that ends where tensors end.
 """
 
@@ -17,6 +17,7 @@ from programs import bounds, races
 
 from mmkernels import RowSpans, span_attention
 from mmkernels.check import run_case, select
+from mmkernels.check.span_attention import AttentionCase
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,14 +54,12 @@ def test_masks_within_short_segments(level, heads, dtype, seed):
     for keys in (9, 16, 33, 64, 77, 128, 190, 192):
         queries = rng.choice((keys, max(keys // 2, 8), min(2 * keys, 160)))
         dim, value_dim = rng.choice((16, 40, 72)), rng.choice((16, 40, 80, 90))
-        layouts = spans_of_a_segment(queries, keys, rng), documents([keys], causal=True, window=rng.choice((None, 20)))
-        for spans in layouts:
-            q = torch.randn(spans.num_queries, heads[0], dim).to(dtype)
-            k, v = (torch.randn(keys, heads[1], n).to(dtype) for n in (dim, value_dim))
-            found = span_attention(q, k, v, spans, return_lse=True, backend="cpu")
-            truth = span_attention(q.double(), k.double(), v.double(), spans, return_lse=True, backend="reference")
-            for x, y, digits in zip(found, truth, (torch.finfo(dtype).eps, 4e-7), strict=True):
-                torch.testing.assert_close(x.double(), y, rtol=0, atol=10 * digits)
+        causal = documents([keys], causal=True, window=rng.choice((None, 20)))
+        for spans in (spans_of_a_segment(queries, keys, rng), causal):
+            name = f"{spans.num_queries} queries, {keys} keys"
+            case = AttentionCase(name, lambda spans=spans: spans, heads, (dim, value_dim))
+            outcome = run_case(case, dtype, "cpu", "cpu", seed)
+            assert outcome.passed, f"{name}, heads of {dim} and {value_dim}: {outcome.failures}"
 
 
 LAYOUTS = {
