@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,16 @@ from draws import some
 
 from mmkernels import _core
 
-# Of the levels this processor runs the lowest, the highest, which have all the code there is between them, and one with
-# another size of vectors.
-LEVELS = [*_core.isa_levels()[:1], *some(_core.isa_levels()[1:-1]), *_core.isa_levels()[1:][-1:]]
+
+def levels_to_try(runs: Sequence[str]) -> list[str]:
+    """Of the levels this processor runs, in their order: the lowest and the highest, which have all the code there is
+    between them, below AMX, which serves bfloat16 alone, the one that serves the rest; and one with other vectors."""
+    certain = {runs[0], runs[-1], runs[-2 if runs[-1] == "amx" else -1]}
+    drawn = some(each for each in runs if each not in certain)
+    return [each for each in runs if each in certain or each in drawn]
+
+
+LEVELS = levels_to_try(_core.isa_levels())
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 RUN = sorted((CSRC / "cpu" / "run").glob("*.cpp"))  # what is not compiled once per level
