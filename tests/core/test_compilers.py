@@ -74,7 +74,7 @@ def for_arm(source: Path, level: str, folder: Path) -> Path:
     return built
 
 
-# This level has all the code that neon has, and more. Half of the programs, which take a minute each.
+# This level has all the code that neon has, and more. Three of the programs, which take a minute each.
 PROGRAMS = [(HERE / name, "neon_bf16") for name in some(sorted(path.name for path in HERE.glob("sanitize_*")), 3)]
 QUICK = [(HERE / f"sanitize_{name}.cpp", level) for name in ("patch_embed", "rotary_embed") for level in AARCH64[:2]]
 

@@ -1,6 +1,6 @@
-"""The compiled contrastive losses at every instruction-set level: right, steady, in bounds, in little memory.
+"""The compiled contrastive losses at instruction-set levels: right, steady, in bounds, in little memory.
 
-tests/test_check.py covers the level this processor would choose; here each of them is run, and what only the C++ can
+tests/test_check.py covers the level this processor would choose; here others are run, too, and what only the C++ can
 get wrong is tried: tails of every tile, tiles kept or computed again, work cut differently among threads.
 """
 

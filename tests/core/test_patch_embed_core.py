@@ -1,6 +1,6 @@
-"""The compiled patch embedding at every instruction-set level: right, the same for any number of threads, in bounds.
+"""The compiled patch embedding at instruction-set levels: right, the same for any number of threads, in bounds.
 
-tests/test_check.py covers the level this processor would choose; here each of them is run, and what only the C++ can
+tests/test_check.py covers the level this processor would choose; here others are run, too, and what only the C++ can
 get wrong is tried: tails of every tile, work cut differently among threads, memory past the tensors.
 """
 

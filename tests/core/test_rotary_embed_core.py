@@ -1,4 +1,4 @@
-"""The compiled rotary embedding at every instruction-set level: right, the same on any number of threads, in bounds."""
+"""The compiled rotary embedding at instruction-set levels: right, the same on any number of threads, in bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled backward of span attention at every instruction-set level: right, steady, in bounds, in little memory.
+"""The compiled backward of span attention at instruction-set levels: right, steady, in bounds, in little memory.
 
 test_span_attention_core.py runs the quick cases, gradients included; here come those that only the backward cuts up:
 keys in chunks that several tasks share, query heads that share keys, segments that come back to keys.

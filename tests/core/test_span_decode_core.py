@@ -1,4 +1,4 @@
-"""Decoding in the compiled core, at every instruction-set level: one or a few queries against a cache.
+"""Decoding in the compiled core, at instruction-set levels: one or a few queries against a cache.
 
 tests/core/test_span_attention_core.py runs the sanitizers over this path too.
 """

@@ -141,7 +141,7 @@ struct Scores {
 struct Call : SpanAttentionBackward {
     explicit Call(const SpanAttentionBackward& call) : SpanAttentionBackward(call), scores(call.forward) {}
     Scores scores;
-    int sharers = 1;  // blocks of a cluster that have the same keys, and every so manieth step each
+    int sharers = 1;  // blocks of a cluster that have the same keys and take turns at the steps
 };
 
 // ---- launching
