@@ -1,5 +1,7 @@
 """Work on several processes of one group: over gloo, or each with a GPU of its own over NCCL."""
 
+import faulthandler
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +14,7 @@ from torchvision_stub import make_importable
 
 
 def start(rank: int, ranks: int, library: str, folder: str, work, seconds: float, args: tuple) -> None:
+    faulthandler.enable()
     make_importable()
     torch.set_num_threads(1)
     if library == "nccl":
@@ -22,6 +25,11 @@ def start(rank: int, ranks: int, library: str, folder: str, work, seconds: float
         work(rank, ranks, *args)
     finally:
         dist.destroy_process_group()
+    # torch.distributed.nn, which open_clip uses, keeps the group and gloo's threads alive: an interpreter that is torn
+    # down under them may abort.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def on_ranks(ranks: int, folder, work, *args, seconds: float = 120, library: str = "gloo") -> None:

@@ -73,7 +73,7 @@ class Op:
     plain: Callable[..., Returned]  # the same in eager PyTorch as one writes it today, with autograd
     typed_by: str  # the argument in whose dtype it computes and returns
     seconds: tuple[float, float]  # that a case takes on one core of a server: here, and in Triton's interpreter
-    # See mmkernels.check.budget; the largest of each quantity's elements.
+    # See mmkernels.check.budget; the largest of each quantity's elements, a gradient's for a result that is fed with 1.
     response: Callable[[Call], dict[str, float]] = lambda call: {}
     wide: tuple[str, ...] = ()  # outputs that are float32 even of half inputs
     # Outputs and gradients that are as exact as plain code in float32, even of half inputs: see mmkernels.check.budget.

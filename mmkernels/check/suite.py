@@ -140,7 +140,9 @@ class _Drawn:
         plains = [evaluate_plain(op, call, upstream)]
         if dtype == torch.float32:  # half numbers are rounded too coarsely for any order to matter
             plains += [_plain_in_another_order(op, call, upstream, draw) for _ in range(ORDERS if op.orders else 0)]
-        return cls(op, call, upstream, truth, plains, op.response(call))
+        fed = upstream.abs().max().item()  # a gradient of the result by which its own gradients are multiplied
+        responses = {name: x if name in op.outputs else x * fed for name, x in op.response(call).items()}
+        return cls(op, call, upstream, truth, plains, responses)
 
     def add_plain(self, quantities: dict[str, Quantity]) -> None:
         for plain in self.plains:
