@@ -20,7 +20,7 @@ from mmkernels.check.draw import DRAWS, Draw
 from mmkernels.check.op import evaluate
 from mmkernels.check.poison import MEMORY, guarded, poisoned
 from mmkernels.check.report import print_report
-from mmkernels.check.suite import CLOSE_DRAWS, name_of
+from mmkernels.check.suite import CLOSE_DRAWS, Outcome, _Drawn, name_of
 from mmkernels.ops.contrastive import reference as contrastive_reference
 from mmkernels.ops.contrastive.pairing import Pairing, Shares
 from mmkernels.ops.patch_embed import reference as patch_reference
@@ -111,6 +111,16 @@ def test_response_knows_how_little_moves_what_is_told_apart(scale, seed):
     assert (
         response.image_features.max() < 40 * scale * torch.finfo(torch.float32).eps * truth.image_features.abs().max()
     )
+
+
+@pytest.mark.parametrize("fed", [4.0, 0.25])
+def test_response_of_a_gradient_grows_with_what_feeds_the_result(fed, monkeypatch):
+    case = case_named("siglip_loss", "one image")
+    monkeypatch.setattr(type(case), "upstream", lambda self, draw, result: torch.full_like(result, fed))
+    drawn = _Drawn.of(case, torch.float32, Outcome("siglip_loss", case.name, "reference", "float32", "cpu", 0), 0)
+    plain = OPS["siglip_loss"].response(drawn.call)
+    assert drawn.responses.pop("loss") == plain.pop("loss")
+    assert drawn.responses == {name: fed * value for name, value in plain.items()}
 
 
 # ---- the suite notices ----

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .budget import Quantity
+from .budget import Quantity, largest
 from .cases import CASES, OPS
 from .draw import DRAWS, Draw
 from .op import Call, Case, Op, evaluate, evaluate_plain
@@ -140,7 +140,7 @@ class _Drawn:
         plains = [evaluate_plain(op, call, upstream)]
         if dtype == torch.float32:  # half numbers are rounded too coarsely for any order to matter
             plains += [_plain_in_another_order(op, call, upstream, draw) for _ in range(ORDERS if op.orders else 0)]
-        fed = upstream.abs().max().item()  # a gradient of the result by which its own gradients are multiplied
+        fed = largest(upstream)  # a gradient of the result by which its own gradients are multiplied
         responses = {name: x if name in op.outputs else x * fed for name, x in op.response(call).items()}
         return cls(op, call, upstream, truth, plains, responses)
 

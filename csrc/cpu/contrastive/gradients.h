@@ -129,20 +129,23 @@ struct GradientTile<BFloat16Operand> {  // pairs along a row for dI, then pairs 
 };
 #endif
 
-// Tile (a, b) of p becomes one of g; the sums run over the tile. A row's own pair is kept apart in float32: it is far
-// larger than its neighbours, and its rounding to a half type would dominate the error of the gradients.
+// Tile (a, b) of p becomes one of g, zero up to the depths of both gradients; the sums run over the tile. A row's own
+// pair is kept apart in float32: it is far larger than its neighbours, and its rounding to a half type would dominate
+// the error of the gradients.
 template <Matches kMatches, class T, class Terms>
 static Sums weigh(const Pairs<T>& pairs, const Matcher& matcher, const Terms& terms, int64_t a, int64_t b,
                   const float* p, Vec factor, GradientTile<OperandOf<T>> tile, float* own) {
     constexpr int kPack = OperandOf<T>::kPack;
     const int64_t rows = pairs.rows.count(a), columns = pairs.columns.count(b);
     const int64_t first_row = pairs.rows.first(a), first_column = pairs.columns.first(b);
+    constexpr int64_t kDepth = kDepthStep * kPack;
     Sums sums;
-    for (int64_t r = 0; r < round_up(rows, kTileRows); r += kPack) {
+    for (int64_t r = 0; r < round_up(rows, std::max<int64_t>(kTileRows, kDepth)); r += kPack) {
         Vec loss{}, products{}, d_logits{};
-        for_vectors(columns, [&](int64_t c, int64_t left) {
+        for_vectors(round_up(columns, kDepth), [&](int64_t c, int64_t) {
+            const int64_t left = columns - c;
             Vec g[kPack] = {};
-            for (int64_t h = 0; h < kPack && r + h < rows; h++) {
+            for (int64_t h = 0; h < kPack && r + h < rows && left > 0; h++) {
                 const int64_t i = first_row + r + h, j = first_column + c;
                 const Match match = matcher.at<kMatches>(i, j);
                 const Vec product = load(p + (r + h) * kTile + c);

@@ -13,15 +13,17 @@
 //
 // A tile is kTile x kTile, or smaller for few rows so that there is work for several threads. 144 is a multiple of
 // every shape of the micro-kernel; a tile of float32 (81 KB) and the panels it meets share the L2 cache, while its
-// depth of 144 keeps the accumulators busy long enough to hide the loads and stores of the gradients' rows.
+// depth of 144 keeps the accumulators busy long enough to hide the loads and stores of the gradients' rows. With AMX
+// the pairs along a side have to fill its tiles: multiples of 96.
 #pragma once
 #include "cpu/product/matmul.h"
 
 namespace mmk::MMK_ISA {
 
 constexpr int kPanel = kTileColumns;
-constexpr int kTile = 144;
-static_assert(kPanel % kTileRows == 0 && kTile / 3 % kPanel == 0);
+constexpr int kTile = kHasAmx ? 192 : 144;
+constexpr int kSmallTile = kHasAmx ? kTile / 2 : kTile / 3;
+static_assert(kPanel % kTileRows == 0 && kSmallTile % kPanel == 0);
 
 // ---- c = or += a b, with a memory that is far away
 
@@ -113,9 +115,9 @@ struct Tiling {
 
     explicit Tiling(int64_t n)
         : rows(n),
-          side(n <= 192   ? kTile / 3
-               : n <= 384 ? kTile / 3 * 2
-                          : kTile),
+          side(n <= 4 * kSmallTile   ? kSmallTile
+               : n <= 8 * kSmallTile ? 2 * kSmallTile
+                                     : kTile),
           tiles(ceil_div(n, side)) {}
     int64_t first(int64_t tile) const { return tile * side; }
     int64_t count(int64_t tile) const { return std::min(side, rows - tile * side); }

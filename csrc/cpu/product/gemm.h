@@ -38,7 +38,7 @@ template <class T>
 using OperandOf = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16Operand, FloatOperand>;
 
 // Depths of products are whole multiples of this many units, the padding zero.
-constexpr int kDepthStep = kHasAmx ? kHalfDepth : 1;
+constexpr int kDepthStep = kHasAmx ? kAmxDepth : 1;
 
 // body(T{}) for the element type of a call: of those that this level serves, which with AMX is bfloat16 alone.
 template <class Body>

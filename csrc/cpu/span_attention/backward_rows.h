@@ -66,16 +66,17 @@ static MMK_INLINE UVec pair(HalfLanes low, HalfLanes high) {
 
 // Rows of a tensor as units along the columns, and as units along the rows: in float32 the same memory, while pairs
 // have a second one, in which kByColumns, as AMX takes a broadcast operand, lets the units of a column lie side by
-// side. Zero past the last column.
+// side. Zero past the last column, to the depth of a product and to a whole vector.
 template <class Operand, bool kByColumns = false>
 class PackedRows {
   public:
     using Element = ElementOf<Operand>;
 
     PackedRows(int64_t rows, int64_t columns, Arena& memory)
-        : stride(row_units(ceil_div(round_up(columns, kLanes), Operand::kPack))),
+        : stride(row_units(depth<Operand>(round_up(columns, kLanes)))),
           across_stride(Operand::kPack == 1 ? stride : row_units(kByColumns ? rows / Operand::kPack : columns)),
           columns_(columns),
+          padded_(round_up(columns, std::max<int64_t>(kLanes, kDepthStep * Operand::kPack))),
           along_(memory.take<uint32_t>(rows * stride)),
           across_(Operand::kPack == 1
                       ? along_
@@ -88,11 +89,11 @@ class PackedRows {
         Element* to = element(r, 0);
         int64_t d = 0;
         for (; from != nullptr && d + kLanes <= columns_; d += kLanes) copy(from + d, to + d);
-        if (d >= columns_) return;
+        if (d >= padded_) return;
         T last[kLanes] = {};
-        if (from != nullptr) memcpy(last, from + d, (columns_ - d) * sizeof(T));
+        if (from != nullptr && d < columns_) memcpy(last, from + d, (columns_ - d) * sizeof(T));
         copy(last, to + d);
-        for (d += kLanes; d < columns_; d += kLanes) memset(to + d, 0, kLanes * sizeof(Element));
+        for (d += kLanes; d < padded_; d += kLanes) memset(to + d, 0, kLanes * sizeof(Element));
     }
     // Rows [first, last) are put; first and last are even.
     void finish(int64_t first, int64_t last) {
@@ -147,7 +148,7 @@ class PackedRows {
         }
     }
 
-    int64_t columns_;
+    int64_t columns_, padded_;
     uint32_t *along_, *across_;
 };
 
