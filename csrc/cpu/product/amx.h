@@ -4,10 +4,10 @@
 //     c[16][kVectors * 16] (+)= sum_u a[r][u] b[u][lane]
 //
 // in the layout of the micro-kernel (gemm.h): a's units along k are rows of a tile, b's panel rows are the pairs that a
-// tile wants, so nothing is packed anew. Three tiles of sums, one of a and two of b, which take turns. Depths are padded
-// to whole tiles; the padding has to be zero on both sides, as NaN times zero is NaN. A sum over rows that others lie
-// behind may end in half a tile, of kHalfDepth units, which has tiles of its own shape: too few to take turns, so that
-// its loads wait for its products (a fifth of the time at D = 80, where no depth was padded).
+// tile wants, so nothing is packed anew. Three tiles of sums, one of a and two of b, which take turns. Depths are
+// padded to whole tiles; the padding has to be zero on both sides, as NaN times zero is NaN. A sum over rows that
+// others lie behind may end in half a tile, of kHalfDepth units, which has tiles of its own shape: too few to take
+// turns, so that its loads wait for its products (a fifth of the time at D = 80, where no depth was padded).
 #pragma once
 #include "cpu/simd.h"
 

@@ -19,15 +19,28 @@ namespace mmk::MMK_ISA {
 
 // ---- operands
 
+// multiply_add_lane: the same with the unit of a in one lane.
 struct FloatOperand {
     static constexpr int kPack = 1;  // elements along k in one unit
     static MMK_INLINE Vec multiply_add(Vec c, UVec a, UVec b) { return as_float(a) * as_float(b) + c; }
+#if defined(MMK_NEON)
+    template <int kLane>
+    static MMK_INLINE Vec multiply_add_lane(Vec c, UVec a, UVec b) {
+        return (Vec)vfmaq_laneq_f32((float32x4_t)c, (float32x4_t)b, (float32x4_t)a, kLane);
+    }
+#endif
 };
 
 #if MMK_HAS_BF16
 struct BFloat16Operand {
     static constexpr int kPack = 2;
     static MMK_INLINE Vec multiply_add(Vec c, UVec a, UVec b) { return add_products_of_pairs(c, a, b); }
+#if defined(MMK_NEON)
+    template <int kLane>
+    static MMK_INLINE Vec multiply_add_lane(Vec c, UVec a, UVec b) {
+        return (Vec)vbfdotq_laneq_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x8_t)a, kLane);
+    }
+#endif
 };
 #else
 using BFloat16Operand = FloatOperand;  // without the instruction, bfloat16 is widened to float as it is packed
@@ -74,10 +87,57 @@ struct Idle {
     MMK_INLINE void operator()() const {}
 };
 
-// finish(row, vector, sum) takes an accumulator's last value; beside() may do a little more every kBeside steps, such
-// as a prefetch.
+// beside() may do a little more every kBeside steps, such as a prefetch.
 constexpr int kBeside = 4;
 
+#if defined(MMK_NEON)
+static MMK_INLINE UVec load_lanes(const uint32_t* p) {
+    UVec lanes = load_bits(p);
+    asm("" : "+w"(lanes));  // GCC 12 would load them one by one
+    return lanes;
+}
+template <class Operand, int kLane, int kVectors>
+static MMK_INLINE void add_lane(Vec (&c)[kVectors], UVec a, const uint32_t* b) {
+    MMK_UNROLL for (int v = 0; v < kVectors; v++) {
+        c[v] = Operand::template multiply_add_lane<kLane>(c[v], a, load_bits(b + v * kLanes));
+    }
+}
+
+// A multiply-add takes its broadcast operand from a lane of four units that are loaded together, along a row or along
+// a column of kLanes rows: spread over registers of their own, they would take the pipes that multiply, for a third
+// more work. Passes a and b on by the steps it returns, whole multiples of kBeside.
+template <class Operand, int kRows, int kVectors, class Beside>
+static MMK_INLINE int64_t multiply_by_lanes(Vec (&c)[kRows][kVectors], const uint32_t*& a, int64_t a_row,
+                                            int64_t a_unit, const uint32_t*& b, int64_t b_unit, int64_t units,
+                                            Beside&& beside) {
+    static_assert(kBeside == kLanes);
+    int64_t k = 0;
+    for (; a_unit == 1 && k + kBeside <= units; k += kBeside, a += kBeside, b += kBeside * b_unit) {
+        beside();
+        UVec rows[kRows];
+        MMK_UNROLL for (int r = 0; r < kRows; r++) rows[r] = load_lanes(a + r * a_row);
+        MMK_UNROLL for (int r = 0; r < kRows; r++) add_lane<Operand, 0>(c[r], rows[r], b);
+        MMK_UNROLL for (int r = 0; r < kRows; r++) add_lane<Operand, 1>(c[r], rows[r], b + b_unit);
+        MMK_UNROLL for (int r = 0; r < kRows; r++) add_lane<Operand, 2>(c[r], rows[r], b + 2 * b_unit);
+        MMK_UNROLL for (int r = 0; r < kRows; r++) add_lane<Operand, 3>(c[r], rows[r], b + 3 * b_unit);
+    }
+    if constexpr (kRows == kLanes) {
+        for (; a_row == 1 && k + kBeside <= units; k += kBeside) {
+            beside();
+            MMK_UNROLL for (int i = 0; i < kBeside; i++, a += a_unit, b += b_unit) {
+                const UVec column = load_lanes(a);
+                add_lane<Operand, 0>(c[0], column, b);
+                add_lane<Operand, 1>(c[1], column, b);
+                add_lane<Operand, 2>(c[2], column, b);
+                add_lane<Operand, 3>(c[3], column, b);
+            }
+        }
+    }
+    return k;
+}
+#endif
+
+// finish(row, vector, sum) takes an accumulator's last value.
 template <class Operand, int kRows, int kVectors, class Finish, class Beside = Idle>
 static MMK_INLINE void micro_kernel(const uint32_t* a, int64_t a_row, int64_t a_unit, const uint32_t* b, int64_t b_unit,
                                     int64_t units, Finish&& finish, Beside&& beside = {}) {
@@ -105,6 +165,9 @@ static MMK_INLINE void micro_kernel(const uint32_t* a, int64_t a_row, int64_t a_
         b += b_unit;
     };
     int64_t k = 0;
+#if defined(MMK_NEON)
+    k = multiply_by_lanes<Operand>(c, a, a_row, a_unit, b, b_unit, units, beside);
+#endif
     for (; k + kBeside <= units; k += kBeside) {
         beside();
         MMK_UNROLL for (int i = 0; i < kBeside; i++) step();
