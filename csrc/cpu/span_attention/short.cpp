@@ -48,7 +48,7 @@ MMK_INLINE void in_pieces(int64_t vectors, Body&& body) {
 template <class T>
 class Short {
     using Operand = OperandOf<T>;
-    static constexpr int kPack = Operand::kPack;
+    static constexpr int kPack = Operand::kPack, kKeyStep = kPack * kDepthStep;  // keys of a product's least depth
 
   public:
     Short(const SpanAttention& call, const std::vector<RowSegment>& segments)
@@ -158,7 +158,7 @@ class Short {
             in_pieces<kTileVectors>((last - first) / kLanes, [&](auto width, int64_t vector) {
                 weigh<width.value>(task, vector * kLanes, block, work, prefetcher);
             });
-            if constexpr (kHasAmx) lay_weights_in_rows(piece.keys(), (last - first) / kLanes, work);
+            if constexpr (kHasAmx) lay_weights_in_rows(piece, block, work);
             in_pieces<kOutVectors>(out_vectors_, [&](auto width, int64_t vector) {
                 write_out<width.value>(piece, vector * kLanes, block, work, prefetcher);
             });
@@ -202,14 +202,16 @@ class Short {
         const SpanTable spans(call_.spans, piece.batch_row, call_.k.tokens);
         Block block;
         block.first_lane = first_lane, block.lanes = lanes;
-        std::fill_n(block.lo, kBlockLanes, 0);  // nobody reads lanes past the last
-        std::fill_n(block.hi, kBlockLanes, INT32_MAX);
         find_rows(call_.q, task, first_lane, lanes, block.query);
         find_rows(call_.out, task, first_lane, lanes, block.out);
         for (int64_t lane = 0; lane < lanes && piece.masked; lane++) {
             const Span span = spans(0, piece.segment.first + (first_lane + lane) / group_);
             block.lo[lane] = span.lo, block.hi[lane] = span.hi;
         }
+        // Without a mask lanes see everything; those past the last, of which nobody reads a result, see what it sees.
+        const int64_t known = piece.masked ? lanes : 0;
+        std::fill_n(block.lo + known, kBlockLanes - known, piece.masked ? block.lo[lanes - 1] : 0);
+        std::fill_n(block.hi + known, kBlockLanes - known, piece.masked ? block.hi[lanes - 1] : INT32_MAX);
         return block;
     }
     // The rows of x that belong to lanes: heads of the group one after the other, then the next token.
@@ -226,17 +228,20 @@ class Short {
         }
     }
 
-    // What lanes [lane, lane + count) see, from a whole step of keys on. With AMX everything, whose tiles take weights
-    // of many keys at once.
-    Keys seen_by(const Piece& piece, const Block& block, int64_t lane, int64_t count, int64_t step) const {
+    // What kCount lanes see, from a whole step of keys on.
+    template <int kCount>
+    Keys seen_by(const Piece& piece, const Block& block, int64_t lane, int64_t step) const {
         const int64_t keys = piece.keys(), first_key = piece.segment.lo;
         if (!piece.masked) return {0, keys, 0, keys};
         Span some{INT32_MAX, 0}, all{0, INT32_MAX};
-        for (int64_t i = lane; i < std::min(lane + count, block.lanes); i++) {
-            if (block.lo[i] < block.hi[i]) some = {std::min(some.lo, block.lo[i]), std::max(some.hi, block.hi[i])};
-            all = {std::max(all.lo, block.lo[i]), std::min(all.hi, block.hi[i])};
+        for (int i = 0; i < kCount; i++) {  // no branches: compilers take several lanes at once
+            const int32_t lo = block.lo[lane + i], hi = block.hi[lane + i];
+            const bool sees = lo < hi;
+            some = {std::min(some.lo, sees ? lo : INT32_MAX), std::max(some.hi, sees ? hi : 0)};
+            all = {std::max(all.lo, lo), std::min(all.hi, hi)};
         }
-        if (kHasAmx) return {0, keys, all.lo - first_key, all.hi - first_key};
+        // Of so few keys AMX takes less time for all of them than for less at a time.
+        if (kHasAmx && keys <= 2 * kKeyStep) return {0, keys, all.lo - first_key, all.hi - first_key};
         if (some.empty()) return {0, 0, 0, 0};
         return {(some.lo - first_key) / step * step, some.hi - first_key, all.lo - first_key, all.hi - first_key};
     }
@@ -245,7 +250,7 @@ class Short {
     template <int kVectors>
     void weigh(const Task& task, int64_t lane, Block& block, const Workspace& work, Prefetcher& prefetcher) const {
         const int64_t keys = task.piece->keys();
-        const Keys seen = seen_by(*task.piece, block, lane, kVectors * kLanes, kTileRows);
+        const Keys seen = seen_by<kVectors * kLanes>(*task.piece, block, lane, kTileRows);
         const int64_t longest = longest_chain(units_);
         float* scores = work.scores + lane;
         Vec highest[kVectors];
@@ -277,6 +282,7 @@ class Short {
             // Lanes that saw nothing: any finite reference gives them weights of 0.
             const Vec sum = exponentiate(scores + v * kLanes, seen.first, seen.last, base,
                                          select(now == splat(-kInfinity), Vec{}, now));
+            if (kHasAmx) clear_beside(scores + v * kLanes, seen.first, seen.last);
             store(block.factor + lane + v * kLanes, select(sum == Vec{}, Vec{}, 1.0f / sum));
             store_lse(task, block, lane + v * kLanes, log_of_scaled(now, sum));
         }
@@ -303,19 +309,27 @@ class Short {
         return sum + part;
     }
 
-    void lay_weights_in_rows(int64_t keys, int64_t vectors, const Workspace& work) const {
+    // Weights of the keys beside [first, last), up to whole steps of keys: zero.
+    static void clear_beside(float* weights, int64_t first, int64_t last) {
+        const auto clear = [&](int64_t from, int64_t to) {
+            for (int64_t unit = from; unit < to; unit++) store(weights + unit * kBlockLanes, Vec{});
+        };
+        clear(first / kKeyStep * kKeyStep / kPack, first / kPack);
+        clear(ceil_div(last, kPack), round_up(last, kKeyStep) / kPack);
+    }
+
+    void lay_weights_in_rows(const Piece& piece, const Block& block, const Workspace& work) const {
         const auto* weights = reinterpret_cast<const uint32_t*>(work.scores);
-        const int64_t units = ceil_div(keys, kPack), row = weight_row();
-        for (int64_t vector = 0; vector < vectors; vector++) {
-            for (int64_t unit = 0; unit < units; unit += kLanes) {
-                UVec block[kLanes];
-                for (int i = 0; i < kLanes; i++) {
-                    const uint32_t* from = weights + (unit + i) * kBlockLanes + vector * kLanes;
-                    block[i] = unit + i < units ? load_bits(from) : UVec{};
-                }
-                transpose(block);
-                uint32_t* to = work.weights + vector * kLanes * row + unit;
-                for (int i = 0; i < kLanes; i++) store_bits(to + i * row, block[i]);
+        const int64_t row = weight_row();
+        for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
+            const Keys seen = seen_by<kLanes>(piece, block, lane, kKeyStep);
+            const int64_t last = depth<Operand>(seen.last);
+            for (int64_t unit = seen.first / kPack; unit < last; unit += kLanes) {
+                UVec units[kLanes];
+                for (int i = 0; i < kLanes; i++) units[i] = load_bits(weights + (unit + i) * kBlockLanes + lane);
+                transpose(units);
+                uint32_t* to = work.weights + lane * row + unit;
+                for (int i = 0; i < kLanes; i++) store_bits(to + i * row, units[i]);
             }
         }
     }
@@ -340,9 +354,9 @@ class Short {
         const auto* by_keys = reinterpret_cast<const uint32_t*>(work.scores);
         const int64_t row = out_vectors_ * kLanes, dim = call_.v.dim;
         for (int64_t lane = 0; lane < block.lanes; lane += kRows) {
-            const Keys seen = seen_by(piece, block, lane, kRows, kPack);
+            const Keys seen = seen_by<kRows>(piece, block, lane, kKeyStep);
             const int64_t unit = seen.first / kPack;
-            const Broadcast weights = kHasAmx ? Broadcast{work.weights + lane * weight_row(), weight_row(), 1}
+            const Broadcast weights = kHasAmx ? Broadcast{work.weights + lane * weight_row() + unit, weight_row(), 1}
                                               : Broadcast{by_keys + unit * kBlockLanes + lane, 1, kBlockLanes};
             micro_kernel<Operand, kRows, kVectors>(
                 weights.a, weights.row, weights.unit, work.values + unit * row + d, row,
