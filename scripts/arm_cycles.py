@@ -37,12 +37,13 @@ PRODUCT(columns_bfloat16, BFloat16Operand, 1, apart)
 """
 
 
-def assembly(level: str, *flags: str) -> str:
+def assembly() -> str:
     command = ["aarch64-linux-gnu-g++", "-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=fast", "-Wno-psabi"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "products.cpp")
         source.write_text(SOURCE)
-        command += ["-DMMK_NEON", f"-DMMK_ISA={level}", *flags, f"-I{CSRC}", "-S", "-o", "-", str(source)]
+        command += ["-DMMK_NEON", "-DMMK_ISA=neon_bf16", "-march=armv8.2-a+bf16", f"-I{CSRC}"]
+        command += ["-S", "-o", "-", str(source)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -72,8 +73,7 @@ def cycles(code: list[str], processor: str, rounds: int = 200) -> float:
 
 def main() -> None:
     print("| product | " + " | ".join(PROCESSORS) + " |\n|---|" + "---|" * len(PROCESSORS))
-    text = assembly("neon_bf16", "-march=armv8.2-a+bf16")
-    for name, body in re.findall(r"^_ZN3mmk9neon_bf16\d+(\w+?)EP\w+:\n(.*?)^\t\.size", text, re.S | re.M):
+    for name, body in re.findall(r"^_ZN3mmk9neon_bf16\d+(\w+?)EP\w+:\n(.*?)^\t\.size", assembly(), re.S | re.M):
         code, cells = innermost_loop(body), []
         for processor, (pipes, has_bfloat16) in PROCESSORS.items():
             share = multiply_adds(code) / cycles(code, processor) / pipes

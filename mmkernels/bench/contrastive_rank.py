@@ -76,6 +76,9 @@ def _rank(rank: int, folder: str, task: dict) -> None:
             torch.save(_Rank(rank, ranks, task).measured(), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+    # torch.distributed.nn, which open_clip uses, keeps gloo's threads alive: torn down under them, Python may abort.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class _Rank:

@@ -140,7 +140,7 @@ class _Drawn:
         plains = [evaluate_plain(op, call, upstream)]
         if dtype == torch.float32:  # half numbers are rounded too coarsely for any order to matter
             plains += [_plain_in_another_order(op, call, upstream, draw) for _ in range(ORDERS if op.orders else 0)]
-        fed = largest(upstream)  # a gradient of the result by which its own gradients are multiplied
+        fed = largest(upstream)  # all gradients are multiples of it
         responses = {name: x if name in op.outputs else x * fed for name, x in op.response(call).items()}
         return cls(op, call, upstream, truth, plains, responses)
 

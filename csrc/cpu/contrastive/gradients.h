@@ -138,11 +138,11 @@ static Sums weigh(const Pairs<T>& pairs, const Matcher& matcher, const Terms& te
     constexpr int kPack = OperandOf<T>::kPack;
     const int64_t rows = pairs.rows.count(a), columns = pairs.columns.count(b);
     const int64_t first_row = pairs.rows.first(a), first_column = pairs.columns.first(b);
-    constexpr int64_t kDepth = kDepthStep * kPack;
+    constexpr int64_t kStep = kDepthStep * kPack;  // rows, or columns, of a product's least depth
     Sums sums;
-    for (int64_t r = 0; r < round_up(rows, std::max<int64_t>(kTileRows, kDepth)); r += kPack) {
+    for (int64_t r = 0; r < round_up(rows, std::max<int64_t>(kTileRows, kStep)); r += kPack) {
         Vec loss{}, products{}, d_logits{};
-        for_vectors(round_up(columns, kDepth), [&](int64_t c, int64_t) {
+        for_vectors(round_up(columns, kStep), [&](int64_t c, int64_t) {
             const int64_t left = columns - c;
             Vec g[kPack] = {};
             for (int64_t h = 0; h < kPack && r + h < rows && left > 0; h++) {

@@ -5,9 +5,9 @@
 //
 // in the layout of the micro-kernel (gemm.h): a's units along k are rows of a tile, b's panel rows are the pairs that a
 // tile wants, so nothing is packed anew. Three tiles of sums, one of a and two of b, which take turns. Depths are
-// padded to whole tiles; the padding has to be zero on both sides, as NaN times zero is NaN. A sum over rows that
-// others lie behind may end in half a tile, of kHalfDepth units, which has tiles of its own shape: too few to take
-// turns, so that its loads wait for its products (a fifth of the time at D = 80, where no depth was padded).
+// padded to whole tiles; the padding has to be zero on both sides, as NaN times zero is NaN. A sum over rows, or
+// keys, that others lie behind may end in half a tile, of kHalfDepth units, which has tiles of its own shape: too few
+// to take turns, so that its loads wait for its products (a fifth of the time at D = 80, where no depth was padded).
 #pragma once
 #include "cpu/simd.h"
 

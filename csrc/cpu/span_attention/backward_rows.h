@@ -73,10 +73,10 @@ class PackedRows {
     using Element = ElementOf<Operand>;
 
     PackedRows(int64_t rows, int64_t columns, Arena& memory)
-        : stride(row_units(depth<Operand>(round_up(columns, kLanes)))),
+        : stride(row_units(padded(columns) / Operand::kPack)),
           across_stride(Operand::kPack == 1 ? stride : row_units(kByColumns ? rows / Operand::kPack : columns)),
           columns_(columns),
-          padded_(round_up(columns, std::max<int64_t>(kLanes, kDepthStep * Operand::kPack))),
+          padded_(padded(columns)),
           along_(memory.take<uint32_t>(rows * stride)),
           across_(Operand::kPack == 1
                       ? along_
@@ -125,6 +125,9 @@ class PackedRows {
     const int64_t stride, across_stride;
 
   private:
+    static int64_t padded(int64_t columns) {
+        return round_up(columns, std::max<int64_t>(kLanes, kDepthStep * Operand::kPack));
+    }
     Element* element(int64_t r, int64_t d) const { return reinterpret_cast<Element*>(along_ + r * stride) + d; }
     MMK_INLINE UVec row_pairs(int64_t r, int64_t d) const {
         HalfLanes low, high;
