@@ -118,6 +118,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", metavar="NAME", action="append", help="only this case, as the table names it")
     models = f"a whole model instead, plain and accelerated: {', '.join(MODELS)}"
     parser.add_argument("--model", metavar="NAME", action="append", choices=MODELS, help=models)
+    growth = "series of sizes instead, --case naming one: how time and memory grow"
+    parser.add_argument("--growth", action="store_true", help=growth)
     ranks = "losses across processes instead: on so many ranks, such as 2,4"
     parser.add_argument("--ranks", metavar="N[,N...]", type=_ranks, help=ranks)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="in this dtype (float32 and bfloat16)")
@@ -283,8 +285,9 @@ def _check(options: argparse.Namespace, console: Console) -> int:
 
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
-    from .bench import CASES, PASSES, Request, run
+    from .bench import CASES, GROWTH, PASSES, Request, run
     from .bench import DTYPES as USUAL
+    from .bench.growth_report import print_growth
     from .bench.machine import environment
     from .bench.ranks_report import print_ranks
     from .bench.report import print_report, write_json
@@ -298,7 +301,10 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
         device=options.device,
         quick=options.quick,
         seed=options.seed,
+        growth=options.growth,
     )
+    if options.growth and (options.ranks or options.model):
+        options.error("argument --growth: neither --ranks nor --model has series of sizes")
     if options.ranks:
         (measure, count), seconds = _across_ranks(options, request), None
         print_report = print_ranks
@@ -308,8 +314,9 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     elif request.selected():
         measure = functools.partial(run, request)
         count, seconds = _count(len(request.selected()), "case"), expected_seconds(request)
+        print_report = print_growth if options.growth else print_report
     else:
-        _no_such_case(options, ", ".join(options.case or ()), CASES)
+        _no_such_case(options, ", ".join(options.case or ()), GROWTH if options.growth else CASES)
     env = environment()
     console.print(
         f"[bold]{env['gpu'] if request.device == 'cuda' else env['cpu']}[/], torch {env['torch']}, {_how(env)}"

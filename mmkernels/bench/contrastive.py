@@ -21,7 +21,7 @@ from ..check.contrastive_truth import contrastive_truth
 from ..check.draw import Draw
 from ..check.op import Call, Op
 from ..ops.contrastive.pairing import Pairing
-from .op import PASSES, Function, Measured, Peer, Truth, Values
+from .op import PASSES, Function, Measured, Peer, Series, Truth, Values
 
 
 def _peers(op: Op, call: Call) -> list[Peer]:
@@ -186,3 +186,9 @@ def _losses(op: str) -> list[LossCase]:
 
 
 CASES = (*_losses("clip_loss"), *_losses("siglip_loss"))
+
+_PAIRS = (1024, 2048, 4096, 8192, 16384, 32768)
+GROWTH = tuple(
+    Series(op.name, "pairs", "pairs of a batch, D = 256", {n: LossCase(op.name, n, 256) for n in _PAIRS})
+    for op in LOSSES
+)

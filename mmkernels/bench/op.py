@@ -3,7 +3,7 @@ sizes that the reference has not the memory for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +61,16 @@ class Case(Drawable, Protocol):
 
     def eager_bytes(self, direction: str, call: Call) -> int:
         """About what eager PyTorch holds at its peak."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Calls that differ in one size alone, along which time and memory grow."""
+
+    op: str
+    name: str
+    axis: str  # what the sizes count, and what stays as it is
+    cases: Mapping[int, Case]  # by size
 
 
 def compile_best(best: Peer, device: str) -> Peer:

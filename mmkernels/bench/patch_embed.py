@@ -11,7 +11,7 @@ from torch import Tensor
 from ..check.draw import Draw
 from ..check.op import Call
 from ..check.patch_embed import PATCH_EMBED, cut, normalized, plain_patch_embed
-from .op import PASSES, Measured, Peer
+from .op import PASSES, Measured, Peer, Series
 
 
 def _peers(call: Call) -> list[Peer]:
@@ -121,3 +121,6 @@ CASES = (
     PatchCase("256x224-p16-uint8", _GPU_BATCH, _B16, uint8=True, devices=_GPU, compiled=_GPU),
     PatchCase("qwen2vl-rows-65536", (65536, 1176), _QWEN, bias=False, devices=_GPU),
 )
+
+_PICTURES = {n: PatchCase(f"{n}x224-p16", (n, 3, 224, 224), _B16) for n in (1, 2, 4, 8, 16, 32, 64)}
+GROWTH = (Series("patch_embed", "pictures", "pictures of 224 x 224, patches of 16, 768 features", _PICTURES),)

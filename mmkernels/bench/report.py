@@ -34,19 +34,10 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def _table(op: str, groups: list[list[dict]], ceilings: Iterable[dict]) -> Table:
-    """Fits 80 columns: only the name of the best peer is folded. ceilings: of whole models, what would be gained if our
-    ops took no time."""
+    """ceilings: of whole models, what would be gained if our ops took no time."""
     most = {tuple(x[key] for key in GROUP[1:]): f"{x['times']:.2f}" for x in ceilings if op == "model"}
     eager = next((result["impl"] for group in groups for result in group if not result["is_ours"]), "eager")
-    table = Table(title=f"{op}: times faster than", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    table.title_justify = table.caption_justify = "left"
-    table.title_style, table.header_style = "bold", "bold"
-    table.add_column("case, dtype and pass", no_wrap=True)
-    for heading in ("eager", "at\nmost" if most else "best\npeer"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("which is", min_width=13)
-    for heading in ("of\npeak", "MB", "eager's\nMB", "error /\nbudget"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = figures_table(f"{op}: times faster than", "case, dtype and pass", "at\nmost" if most else "best\npeer")
     if op == "model":
         table.caption = "eager is transformers' model, with sdpa; at most: if our ops took no time"
     else:
@@ -54,17 +45,42 @@ def _table(op: str, groups: list[list[dict]], ceilings: Iterable[dict]) -> Table
     for name, same in groupby(groups, key=lambda group: group[0]["case"]):
         table.add_row(escape(name))
         for group in same:
-            ours = next((result for result in group if result["is_ours"]), None)
-            if ours:
-                others = [result for result in group if not result["is_ours"]]
-                table.add_row(*_row(ours, others, most.get(tuple(ours[key] for key in GROUP[1:]))))
+            first = group[0]
+            label = f"{first['dtype']}, {first['pass'].replace('_', ' + ')}"
+            add_figures(table, label, group, most.get(tuple(first[key] for key in GROUP[1:])))
     return table
+
+
+def figures_table(title: str, rows: str, best: str) -> Table:
+    """Fits 80 columns: only the name of the best peer is folded."""
+    table = plain_table(title, rows)
+    for heading in ("eager", best):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("which is", min_width=13)
+    for heading in ("of\npeak", "MB", "eager's\nMB", "error /\nbudget"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def plain_table(title: str, rows: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.title_justify = table.caption_justify = "left"
+    table.title_style, table.header_style = "bold", "bold"
+    table.add_column(rows, no_wrap=True)
+    return table
+
+
+def add_figures(table: Table, label: str, group: list[dict], most: str | None = None) -> None:
+    """A row of what all implementations measured of one case, dtype and pass, if ours has a figure."""
+    ours = next((result for result in group if result["is_ours"]), None)
+    if ours:
+        others = [result for result in group if not result["is_ours"]]
+        table.add_row(f"  {label}", *_row(ours, others, most))
 
 
 def _row(ours: dict, others: list[dict], most: str | None) -> tuple[str, ...]:
     first, best = (others[0], min(others, key=lambda result: result["ms"])) if others else (None, None)
     return (
-        f"  {ours['dtype']}, {ours['pass'].replace('_', ' + ')}",
         _times(ours, first),
         most or _times(ours, best),
         escape(_named(best["impl"], first["impl"])) if best else "none could run",

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..check.draw import Draw
 from ..check.op import Call
 from ..check.rotary_embed import ROTARY_EMBED, plain_rotary_embed
-from .op import PASSES, Measured, Peer
+from .op import PASSES, Measured, Peer, Series
 
 
 def _peers(call: Call) -> list[Peer]:
@@ -63,3 +63,6 @@ CASES = (
     RotaryCase("text-4096x40x128", 4096, 40, 128),
     RotaryCase("interleaved-4096x40x128", 4096, 40, 128, interleaved=True),
 )
+
+_TOKENS = {n: RotaryCase(f"{n}x32x80", n, 32, 80) for n in (64, 256, 1024, 4096, 16384)}
+GROWTH = (Series("rotary_embed", "tokens", "tokens, 32 heads of 80", _TOKENS),)

@@ -15,11 +15,11 @@ from ..check.draw import Draw
 from ..check.op import Call
 from ..check.precision import exact_float32
 from ..check.suite import name_of
-from .cases import CASES, OPS
+from .cases import CASES, GROWTH, OPS
 from .gate import judge, plain_values
 from .machine import Peaks, free_bytes, probe_peaks, synchronize
 from .measure import Stopwatch, Timing, with_peak_memory
-from .op import DTYPES, PASSES, Case, Peer, Truth, Values
+from .op import DTYPES, PASSES, Case, Peer, Series, Truth, Values
 
 CALL_LIMIT = 60.0  # seconds; a peer that takes longer for one call is reported so, not measured
 
@@ -35,16 +35,32 @@ class Request:
     device: str = "cpu"
     quick: bool = False
     seed: int = 0
+    growth: bool = False  # series of sizes, of which `cases` name some, instead of single cases
 
     def selected(self) -> list[Case]:
-        return [case for case in CASES if self._wants(case)]
+        if not self.growth:
+            return [case for case in CASES if self._wants(case)]
+        return [case for series in self.series() for case in series.cases.values()]
+
+    def series(self) -> list[Series]:
+        if not self.growth:
+            return []
+        return [x for x in GROWTH if self._wants_op(x.op) and (not self.cases or x.name in self.cases)]
+
+    def place(self, case: Case) -> dict[str, str | int]:
+        """Where in a series it stands, if it does."""
+        sizes = ((series.name, *each) for series in self.series() for each in series.cases.items())
+        return next(({"series": name, "size": size} for name, size, one in sizes if one is case), {})
 
     def _wants(self, case: Case) -> bool:
-        if self.ops and case.op not in self.ops:
+        if not self._wants_op(case.op):
             return False
         if self.cases:
             return case.name in self.cases
         return case.quick if self.quick else self.device in case.devices
+
+    def _wants_op(self, op: str) -> bool:
+        return not self.ops or op in self.ops
 
     @property
     def target_seconds(self) -> float:
@@ -173,6 +189,7 @@ def _measure(case: Case, dtype: torch.dtype, request: Request, stopwatch: Stopwa
     call, upstream, truth = prepare(case, dtype, request.device, request.seed)
     for direction in filter(case.passes.__contains__, request.passes):
         key = {"op": case.op, "case": case.name, "dtype": name_of(dtype), "device": request.device, "pass": direction}
+        key |= request.place(case)
         if case.compiled:
             torch.compiler.reset()
         runs, records, plain = {}, {}, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,8 +14,8 @@ from ..check.op import Call, evaluate
 from ..check.span_attention import SPAN_ATTENTION
 from ..ops.span_attention import span_attention
 from ..spans import RowSpans
-from .op import PASSES, Measured, Truth
-from .span_attention_layouts import Layout, blocks, documents, full, media
+from .op import PASSES, Measured, Series, Truth
+from .span_attention_layouts import Layout, MakeLayout, blocks, documents, full, media
 from .span_attention_peers import compile_flex, peers
 
 ROWS = 256  # queries whose truth is worked out at a time
@@ -61,7 +61,7 @@ OPS = (
 @dataclass(frozen=True)
 class AttentionCase:
     name: str
-    layout: Callable[[str], Layout]
+    layout: MakeLayout
     heads: tuple[int, int] = (16, 16)  # of queries, of keys
     dim: int = 64
     op: str = "span_attention"
@@ -139,3 +139,47 @@ CASES = (
     AttentionCase("full-8192", full(8192, 8192), **_TRAINED),
     AttentionCase("cross-8k", media(8192, range(0, 8192, 512), (1601,) * 16, "immediate"), **_TRAINED),
 )
+
+
+def _series(name: str, axis: str, sizes: Iterable[int], layout: Callable[[int], MakeLayout], **options) -> Series:
+    cases = {n: AttentionCase(f"{name}-{n}", layout(n), **options) for n in sizes}
+    return Series("span_attention", name, axis, cases)
+
+
+def _keys(batch: int) -> Series:
+    axis = f"keys that a decoded token sees, batch of {batch}, 32 heads of 128, 8 of keys"
+    sizes, options = (1024, 2048, 4096, 8192, 16384, 32768), _LLAMA | {"batch": batch, "passes": ("fwd",)}
+    return _series(f"keys-of-{batch}", axis, sizes, lambda n: full(1, n), **options)
+
+
+def _tokens() -> Series:
+    axis, sizes = "tokens of one causal document, 2 heads of 64", (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+    return _series("tokens", axis, sizes, lambda n: documents((n,)), heads=(2, 2))
+
+
+def _lengths() -> Series:
+    """Around what ends a tile, a block or a kernel, and between."""
+    small = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 33, 48, 64, 65, 77, 96, 128, 129, 160, 192, 193, 256)
+    axis, total = "tokens a causal document, 4096 in all, 8 heads of 64", 4096
+    layout = lambda n: documents((n,) * (total // n))  # noqa: E731
+    return _series("lengths", axis, (*small, 384, 512, 1024, 2048, total), layout, heads=(8, 8))
+
+
+def _documents() -> Series:
+    axis = "causal documents of 512 tokens, 8 heads of 64"
+    return _series("documents", axis, _DOUBLED, lambda n: documents((512,) * n), heads=(8, 8))
+
+
+def _images() -> Series:
+    axis, text = "images of 577 tokens; each of 1024 queries sees the last one, 8 heads of 64", 1024
+    layout = lambda n: media(text, range(0, text, text // n), (577,) * n, "immediate")  # noqa: E731
+    return _series("images", axis, _DOUBLED, layout, heads=(8, 8))
+
+
+def _heads() -> Series:
+    cases = {n: AttentionCase(f"heads-{n}", documents(_LENGTHS), (n, n)) for n in _DOUBLED}
+    return Series("span_attention", "heads", "heads of 64, eight causal documents of 32 to 1024 tokens", cases)
+
+
+_DOUBLED = (1, 2, 4, 8, 16, 32, 64)
+GROWTH = (_tokens(), _lengths(), _documents(), _images(), _heads(), _keys(1), _keys(8))

@@ -68,7 +68,10 @@ class Layout:
         ]
 
 
-def documents(lengths: Sequence[int], window: int | None = None, images: bool = False) -> Callable[[str], Layout]:
+MakeLayout = Callable[[str], Layout]  # of a device
+
+
+def documents(lengths: Sequence[int], window: int | None = None, images: bool = False) -> MakeLayout:
     """Packed causal text; with images, each of which sees all of itself: after every 32 tokens one of 256, as far as
     a document reaches."""
     text, image = 32, 256
@@ -97,7 +100,7 @@ def documents(lengths: Sequence[int], window: int | None = None, images: bool = 
     return make
 
 
-def blocks(query_lengths: Sequence[int], key_lengths: Sequence[int]) -> Callable[[str], Layout]:
+def blocks(query_lengths: Sequence[int], key_lengths: Sequence[int]) -> MakeLayout:
     """Each run of queries sees its run of keys, all of it."""
 
     def make(device: str) -> Layout:
@@ -111,7 +114,7 @@ def blocks(query_lengths: Sequence[int], key_lengths: Sequence[int]) -> Callable
     return make
 
 
-def media(queries: int, places: Sequence[int], image_tokens: Sequence[int], attend: str) -> Callable[[str], Layout]:
+def media(queries: int, places: Sequence[int], image_tokens: Sequence[int], attend: str) -> MakeLayout:
     """Text with images at these places, one of them at the beginning, that sees images only."""
 
     def make(device: str) -> Layout:
@@ -123,5 +126,5 @@ def media(queries: int, places: Sequence[int], image_tokens: Sequence[int], atte
     return make
 
 
-def full(queries: int, keys: int) -> Callable[[str], Layout]:
+def full(queries: int, keys: int) -> MakeLayout:
     return lambda device: Layout(lambda: RowSpans.full(queries, keys, device=device))

@@ -32,6 +32,8 @@ def _sdpa_peers(call: Call) -> dict[str, Function]:
     layout: Layout = call.options["layout"]
     if call.tensors["q"].dim() == 4:
         return {"SDPA": _one_query, "SDPA, groups as queries": _groups_as_queries}
+    if len(layout.segments) == 1 and not layout.masked:
+        return {"SDPA": _whole}
     found: dict[str, Function] = {"SDPA" if layout.dense is None else "SDPA, dense mask": _dense}
     if len(layout.segments) == 1:
         return found
@@ -58,13 +60,18 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return _sdpa(*map(_heads_first, (q, k, v)), attn_mask=layout.dense)[0].transpose(0, 1)
 
 
-def _per_sequence(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    def one(segment: Segment) -> Tensor:
-        parts = q[segment.queries], k[segment.keys], v[segment.keys]
-        out = _sdpa(*map(_heads_first, parts), attn_mask=segment.mask, is_causal=segment.causal)
-        return out[0].transpose(0, 1)
+def _whole(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    return _of_segment(q, k, v, layout.segments[0])
 
-    return torch.cat([one(segment) for segment in layout.segments])
+
+def _per_sequence(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    return torch.cat([_of_segment(q, k, v, segment) for segment in layout.segments])
+
+
+def _of_segment(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> Tensor:
+    parts = q[segment.queries], k[segment.keys], v[segment.keys]
+    out = _sdpa(*map(_heads_first, parts), attn_mask=segment.mask, is_causal=segment.causal)
+    return out[0].transpose(0, 1)
 
 
 def _batched(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
