@@ -17,6 +17,7 @@
 #include "cpu/run/parallel.h"
 #include "cpu/run/scratch.h"
 #include "cpu/run/tensor.h"
+#include "cpu/similarity/call.h"
 #include "cpu/span_attention/call.h"
 
 namespace py = pybind11;
@@ -285,6 +286,43 @@ void bind_rotary_embed(py::module_& module) {
         py::arg("interleaved"), py::arg("transposed"), "Fills out.");
 }
 
+// ---- similarity
+
+void run_row_maxima(const RowMaxima& call) { MMK_RETURN(call.rows.dtype, row_maxima, call); }
+
+void run_gather_columns(const WeightedRows& call) { MMK_RETURN(call.from.dtype, gather_columns, call); }
+
+void run_scatter_rows(const WeightedRows& call) { MMK_RETURN(call.from.dtype, scatter_rows, call); }
+
+template <class Run>
+void bind_weighted_rows(py::module_& module, const char* name, Run run, const char* text) {
+    module.def(
+        name,
+        [run](uintptr_t weights, uintptr_t indices, int64_t rows, int64_t segments, const Matrix& of, uintptr_t sums,
+              int64_t targets) {
+            py::gil_scoped_release release;
+            run({pointer<const float>(weights), pointer<const int32_t>(indices), rows, segments, of,
+                 pointer<float>(sums), targets});
+        },
+        py::kw_only(), py::arg("weights"), py::arg("indices"), py::arg("rows"), py::arg("segments"), py::arg("of"),
+        py::arg("sums"), py::arg("targets"), text);
+}
+
+void bind_similarity(py::module_& module) {
+    module.def(
+        "row_maxima",
+        [](const Matrix& rows, const Matrix& columns, uintptr_t bias, uintptr_t starts, int64_t segments,
+           uintptr_t maxima, uintptr_t indices) {
+            py::gil_scoped_release release;
+            run_row_maxima({rows, columns, pointer<const float>(bias), pointer<const int32_t>(starts), segments,
+                            pointer<float>(maxima), pointer<int32_t>(indices)});
+        },
+        py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("bias"), py::arg("starts"), py::arg("segments"),
+        py::arg("maxima"), py::arg("indices"), "Fills maxima and indices.");
+    bind_weighted_rows(module, "gather_columns", &run_gather_columns, "Fills sums, a row for each row of weights.");
+    bind_weighted_rows(module, "scatter_rows", &run_scatter_rows, "Fills sums, a row for each of the targets.");
+}
+
 // That which torch's library for the CPU is linked with, wherever it came from: among all that is loaded there may be
 // others, and torch may keep its own to itself. GNU's, LLVM's and Intel's export the same names on Linux.
 OpenMp openmp_of_torch() {
@@ -345,4 +383,5 @@ PYBIND11_MODULE(_core, module) {
     bind_patch_embed(module);
     bind_span_attention(module);
     bind_rotary_embed(module);
+    bind_similarity(module);
 }

@@ -10,6 +10,7 @@ from .ops._comm import DistributedError
 from .ops.contrastive import clip_loss, siglip_loss
 from .ops.patch_embed import patch_embed
 from .ops.rotary_embed import rotary_embed
+from .ops.similarity import max_similarity, nearest_code
 from .ops.span_attention import span_attention
 from .spans import RowSpans
 
@@ -22,6 +23,8 @@ __all__ = [
     "clip_loss",
     "compare",
     "explain",
+    "max_similarity",
+    "nearest_code",
     "nn",
     "patch_embed",
     "restore",

@@ -39,6 +39,7 @@ HOT_PATHS = {
     "patch_embed": ("patch_embed",),
     "span_attention": ("span_attention",),
     "rotary_embed": ("rotary_embed",),
+    "similarity": ("nearest_code", "max_similarity"),
 }
 
 # Fastest first, by the kind of device the tensors are on. The CPU's order is measured (benchmarks/results); no GPU has

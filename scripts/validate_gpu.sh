@@ -8,8 +8,8 @@
 #   install           build and install into $SITE, by default build/validate (the machine's own packages stay as they
 #                     are), the CUDA kernels too where nvcc is
 #   info              versions, GPU, which backends are there
-#   check             check-clip_loss, check-siglip_loss, check-patch_embed, check-rotary_embed and
-#                     check-span_attention, each a phase of its own
+#   check             check-clip_loss, check-siglip_loss, check-patch_embed, check-rotary_embed, check-nearest_code,
+#                     check-max_similarity and check-span_attention, each a phase of its own
 #   sanitize          sanitize-memcheck, sanitize-racecheck and sanitize-synccheck, each a phase of its own: the CUDA
 #                     kernels on small cases under compute-sanitizer, where that is
 #   test              the tests that run on the device
@@ -50,7 +50,8 @@ short=
 whole=540 # seconds of --short
 build=240 # of them for the build at most, which takes about 70 on 16 cores
 phases=()
-checks=(check-clip_loss check-siglip_loss check-patch_embed check-rotary_embed check-span_attention)
+checks=(check-clip_loss check-siglip_loss check-patch_embed check-rotary_embed check-nearest_code check-max_similarity
+    check-span_attention)
 benches=(bench-bfloat16 bench-float32 bench-span_attention-bfloat16 bench-span_attention-float32)
 sanitizes=(sanitize-memcheck sanitize-racecheck sanitize-synccheck)
 everything=(install info "${checks[@]}" "${sanitizes[@]}" test ranks "${benches[@]}" summary)
@@ -188,7 +189,8 @@ run_ranks() {
 }
 
 bench() { # [OP-]DTYPE
-    local dtype=${1##*-} ops=(--op clip_loss --op siglip_loss --op patch_embed --op rotary_embed)
+    local dtype=${1##*-} ops=(--op clip_loss --op siglip_loss --op patch_embed --op rotary_embed --op nearest_code
+        --op max_similarity)
     [[ $1 == "$dtype" ]] || ops=(--op "${1%-*}")
     bounded "$python" -m mmkernels bench --device "$device" "${quick[@]}" "${ops[@]}" --dtype "$dtype" \
         --json "$out/bench-$1.json"

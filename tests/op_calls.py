@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from dense_attention import dense_attention
 
-from mmkernels import RowSpans, clip_loss, patch_embed, rotary_embed, siglip_loss, span_attention
+from mmkernels import (
+    RowSpans,
+    clip_loss,
+    max_similarity,
+    nearest_code,
+    patch_embed,
+    rotary_embed,
+    siglip_loss,
+    span_attention,
+)
 
 ROWS = torch.arange(5, dtype=torch.int32)
 SPANS = RowSpans(torch.stack([ROWS * 0, ROWS + 2]), torch.stack([ROWS // 2, ROWS + 3]), 7)  # the first row: one run
@@ -45,6 +54,14 @@ def plain_siglip(image, text, scale, bias):
     return -F.logsigmoid(signs * (scale * image @ text.T + bias)).sum() / len(image)
 
 
+def plain_nearest(x, codes):
+    return x + codes[torch.cdist(x.detach(), codes.detach()).argmin(1)]
+
+
+def plain_similarity(texts, images):
+    return torch.einsum("ntd,mpd->nmtp", texts, images).amax(3).sum(2)
+
+
 # ours, with a backend; plain; the shapes of their tensors
 OPS = {
     "span_attention": (attention, plain_attention, [(5, 4, 8), (7, 2, 8), (7, 2, 6), (4,)]),
@@ -78,8 +95,19 @@ OPS = {
         plain_siglip,
         [(5, 8), (5, 8), (), ()],
     ),
+    "nearest_code": (
+        lambda x, codes, backend: x + nearest_code(x, codes, backend=backend).quantised,
+        plain_nearest,
+        [(5, 8), (7, 8)],
+    ),
+    "max_similarity": (
+        lambda t, i, backend: max_similarity(t, i, backend=backend),
+        plain_similarity,
+        [(5, 2, 8), (3, 4, 8)],
+    ),
 }
-TWICE = ("patch_embed", "rotary_embed", "rotary_embed, interleaved")  # whose gradients can be differentiated
+# Whose gradients can be differentiated.
+TWICE = ("patch_embed", "rotary_embed", "rotary_embed, interleaved", "nearest_code", "max_similarity")
 ONCE = [name for name in OPS if name not in TWICE]
 
 

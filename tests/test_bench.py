@@ -28,6 +28,7 @@ from mmkernels.bench.patch_embed import PatchCase
 from mmkernels.bench.report import _table, print_report, write_json
 from mmkernels.bench.rotary_embed import RotaryCase
 from mmkernels.bench.runner import contenders, peers, prepare
+from mmkernels.bench.similarity import CodeCase, SimilarityCase
 from mmkernels.bench.span_attention import AttentionCase
 from mmkernels.bench.span_attention_layouts import blocks, documents, full, media
 from mmkernels.check.cases import OPS
@@ -209,6 +210,9 @@ SHRUNK = [
     AttentionCase("group", media(40, (0, 20, 21), (12, 7, 7), "group"), (2, 2)),
     AttentionCase("decode", full(1, 50), (4, 2), batch=3),
     RotaryCase("queries and keys", 30, 4, 16),
+    CodeCase(300, 40, 8),
+    SimilarityCase(270, 1, 5, 8),
+    SimilarityCase(9, 6, 5, 8),
 ]
 
 

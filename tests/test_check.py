@@ -25,6 +25,7 @@ from mmkernels.ops.contrastive import reference as contrastive_reference
 from mmkernels.ops.contrastive.pairing import Pairing, Shares
 from mmkernels.ops.patch_embed import reference as patch_reference
 from mmkernels.ops.rotary_embed import reference as rotary_reference
+from mmkernels.ops.similarity import reference as similarity_reference
 from mmkernels.ops.span_attention import reference as span_reference
 from mmkernels.ops.span_attention.sinks import with_sinks
 
@@ -334,6 +335,50 @@ def test_finds_a_turn_too_far(monkeypatch):
     plant(monkeypatch, rotary_embed=too_far)
     found = failures("rotary_embed", "T 37, H 3, D 80")
     assert "out is off by" in found and "d_x is off by" in found
+
+
+def maxima(change):
+    """The largest products, after `change(maxima, indices)` in place."""
+
+    def row_maxima(*args):
+        found = similarity_reference.row_maxima(*args)
+        change(*found)
+        return found
+
+    return {"row_maxima": row_maxima}
+
+
+def test_finds_a_code_that_is_not_the_nearest(monkeypatch):
+    plant(monkeypatch, **maxima(lambda _, indices: indices[3].add_(1).remainder_(100)))
+    found = failures("nearest_code", "N 37, K 100, D 8")
+    assert "distances is off by" in found and "d_codes is off by" in found
+
+
+def test_finds_the_last_of_equals_taken(monkeypatch):
+    """Its product is right, and the gradient goes to the wrong token."""
+
+    def last_first(rows, columns, bias, starts):
+        flipped = len(columns) - starts.flip(0)
+        found, indices = similarity_reference.row_maxima(rows, columns.flip(0), bias, flipped)
+        indices = torch.where(indices < 0, indices, len(columns) - 1 - indices)
+        return found.flip(1), indices.flip(1)
+
+    plant(monkeypatch, row_maxima=last_first)
+    found = failures("max_similarity", "equal products")
+    assert "d_images is off by" in found and "similarity is off by" not in found
+
+
+def test_finds_a_hidden_nan_among_products(monkeypatch):
+    plant(monkeypatch, **maxima(lambda found, _: found.nan_to_num_(0.0)))
+    assert "the result hides NaN in texts" in failures("max_similarity", "a token each")
+
+
+def test_finds_a_gradient_scattered_to_a_neighbour(monkeypatch):
+    def beside(weights, rows, indices, count):
+        return similarity_reference.scatter(weights, rows, indices, count).roll(1, 0)
+
+    plant(monkeypatch, scatter=beside)
+    assert "d_codes is off by" in failures("nearest_code", "N 37, K 100, D 8")
 
 
 def test_an_op_exact_to_float32_need_not_be_a_loss(monkeypatch):

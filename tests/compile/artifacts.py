@@ -30,6 +30,7 @@ from mmkernels.ops.patch_embed import triton as patch_embed
 from mmkernels.ops.patch_embed.geometry import patch_geometry
 from mmkernels.ops.patch_embed.patches import Additions, Gradients, Patches
 from mmkernels.ops.rotary_embed import triton as rotary_embed
+from mmkernels.ops.similarity import triton as similarity
 from mmkernels.ops.span_attention import triton as span_attention
 from mmkernels.ops.span_attention.params import Params
 from mmkernels.spans import RowSpans
@@ -185,6 +186,35 @@ class Rotation:
         return {"rotate"}
 
 
+@dataclass(frozen=True)
+class Maxima:
+    """nearest_code of a codebook, or where there are segments, max_similarity of images of 32 tokens."""
+
+    width: int
+    dtype: str = "bfloat16"
+    segments: int = 1
+    rows: int = 4096
+
+    def run(self) -> None:
+        kind = getattr(torch, self.dtype)
+        rows, columns = (torch.empty(n, self.width, dtype=kind, device="meta") for n in (self.rows, 16384))
+        bias = torch.empty(16384, device="meta") if self.segments == 1 else None
+        starts = torch.empty(self.segments + 1, dtype=torch.int32, device="meta")
+        similarity.row_maxima(rows, columns, bias, starts)
+        weights = torch.empty(self.rows, self.segments, device="meta")
+        indices = torch.empty(self.rows, self.segments, dtype=torch.int32, device="meta")
+        similarity.gather(weights, columns, indices)
+        similarity.scatter(weights, rows, indices, len(columns))
+
+    @property
+    def resized(self) -> Maxima:
+        return replace(self, rows=self.rows * 2)
+
+    @property
+    def launched(self) -> set[str]:
+        return {"find_maxima", "gather_columns", "scatter_rows"}
+
+
 PICTURES = (3, 3, 224, 224)
 CALLS = {
     "clip-bfloat16": Features("clip_loss_with_grads", "bfloat16", 768),
@@ -211,6 +241,10 @@ CALLS = {
     "attention-576-512-decode": Attention(576, queries=1, values=512),
     "attention-64-float32": Attention(64, dtype="float32"),
     "attention-64-lse": Attention(64, lse_gradient=True),
+    "codes-8": Maxima(8),
+    "codes-256": Maxima(256),
+    "similarity-256": Maxima(256, segments=512),
+    "similarity-128-float32": Maxima(128, "float32", segments=512),
     "rotary-80": Rotation(80),
     "rotary-128-float32": Rotation(128, dtype="float32"),
     "rotary-128-interleaved": Rotation(128, interleaved=True),
@@ -230,7 +264,8 @@ def compile_call(family: str, name: str) -> dict[str, tuple[object, dict[str, ob
     driver.set_active(Device(family))
     torch.version.hip = "7.0" if family == "cdna" else None
     _triton.family = lambda device: family
-    contrastive.launch = patch_embed.launch = rotary_embed.launch = span_attention.launch = warm_up
+    for module in (contrastive, patch_embed, rotary_embed, similarity, span_attention):
+        module.launch = warm_up
     CALLS[name].run()
     if hasattr(CALLS[name], "resized"):
         first = kernels.copy()

@@ -5,7 +5,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-from mmkernels import RowSpans, clip_loss, patch_embed, rotary_embed, siglip_loss, span_attention
+from mmkernels import (
+    RowSpans,
+    clip_loss,
+    max_similarity,
+    nearest_code,
+    patch_embed,
+    rotary_embed,
+    siglip_loss,
+    span_attention,
+)
 
 
 @pytest.fixture
@@ -26,6 +35,10 @@ CALLS = {
     "patch_embed: bias": (lambda x: patch_embed(IMAGES, WEIGHT, x), torch.randn(6)),
     "rotary_embed: x": (lambda x: rotary_embed(x, TABLE, TABLE), X),
     "rotary_embed: sin": (lambda x: rotary_embed(X, TABLE, x), TABLE),
+    "nearest_code: x": (lambda x: nearest_code(x, FEATURES), X),
+    "nearest_code: codes": (lambda x: nearest_code(X, x), FEATURES),
+    "max_similarity: images": (lambda x: max_similarity(FEATURES, x), X),
+    "max_similarity: cu_texts": (lambda x: max_similarity(FEATURES, X, cu_texts=x), torch.tensor([0, 4])),
     "clip_loss: image_features": (lambda x: clip_loss(x, FEATURES, 1.0), FEATURES),
     "siglip_loss: text_features": (lambda x: siglip_loss(FEATURES, x, 1.0, 0.0), FEATURES),
     "clip_loss: logit_scale": (lambda x: clip_loss(FEATURES, FEATURES, x), torch.tensor([1.0])),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmkernels import RowSpans, clip_loss, patch_embed, rotary_embed, span_attention
+from mmkernels import RowSpans, clip_loss, max_similarity, nearest_code, patch_embed, rotary_embed, span_attention
 from mmkernels.nn import PatchConv2d, PatchConv3d, PatchEmbed, SpanCrossAttention, SpanSelfAttention
 
 
@@ -29,6 +29,15 @@ def rotary(*shape):
     return lambda *x, backend: rotary_embed(*x, backend=backend), [torch.randn(shape), *tables]
 
 
+def nearest(vectors):
+    call = lambda x, codes, backend: nearest_code(x, codes, backend=backend).quantised + 0 * x  # noqa: E731
+    return call, [torch.randn(vectors, 8), torch.randn(6, 8)]
+
+
+def similar(texts, images):
+    return lambda *x, backend: max_similarity(*x, backend=backend), [torch.randn(*texts, 8), torch.randn(*images, 8)]
+
+
 CALLS = {
     "attention, no rows": attention((0,), 5, 7),
     "attention, no queries": attention((2,), 0, 7),
@@ -41,6 +50,11 @@ CALLS = {
     "patches, batches of no rows": patches((2, 0, 48), (6, 48)),
     "rotary, no rows": rotary(0, 5, 2, 8),
     "rotary, no tokens": rotary(0, 2, 8),
+    "codes of no vectors": nearest(0),
+    "no texts": similar((0, 3), (4, 5)),
+    "texts of nothing": similar((2, 0), (4, 5)),
+    "no images": similar((2, 3), (0, 5)),
+    "images of nothing": similar((2, 3), (4, 0)),
 }
 
 

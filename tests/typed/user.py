@@ -13,6 +13,8 @@ def ops(x: Tensor, weight: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
     assert isinstance(out, Tensor)  # with return_lse it is a pair
     tokens = mmkernels.patch_embed(x, weight, layout="chw")
     turned = mmkernels.rotary_embed(x, x, x, interleaved=True)
+    indices, quantised = mmkernels.nearest_code(x, x)
+    turned = turned + quantised + mmkernels.max_similarity(indices, x, cu_texts=indices)
     clip: Tensor = mmkernels.clip_loss(x, x, scale, label_smoothing=0.1, direction="image_to_text")
     clip += mmkernels.clip_loss(x, x, scale, image_ids=ids, text_ids=ids, same="ignored")
     siglip: Tensor = mmkernels.siglip_loss(x, x, 10.0, -10.0)
