@@ -188,6 +188,12 @@ CASES = (
     AttentionCase("full 70x2100", full(70, 2100), heads=(1, 1), dims=(40, 40)),
     AttentionCase("windows", blocks([64] * 3 + [49, 64, 16], [64] * 3 + [49, 64, 16]), dims=(80, 80)),
     AttentionCase("small windows", blocks([16] * 3, [16] * 3), dims=(80, 80), quick=True),
+    AttentionCase(
+        "documents of 1 to 9", causal((1, 8, 2, 9, 7, 1, 3, 4, 8, 5, 6, 2), padding=3), heads=(2, 2), dims=(40, 24)
+    ),
+    AttentionCase("documents of 1 to 4, heads 2/1", causal((1, 4, 2, 3) * 6), heads=(2, 1), memory="fused"),
+    AttentionCase("documents of 1 to 8, softcap", causal((1, 8, 2, 5)), softcap=5.0, scale=1.0, plain_draws=20),
+    AttentionCase("small, two runs of few keys", scattered(3, 8, runs=2), dims=(16, 16), quick=True, plain_draws=20),
     AttentionCase("last image", blocks([20, 0, 61, 33], [77, 30, 0, 130], padding=5), heads=(4, 4)),
     AttentionCase("more sequences than queries", blocks([1, 0, 0, 1, 0, 0, 0, 1], [40, 3, 0, 70, 9, 0, 1, 12])),
     AttentionCase("scattered", scattered(131, 333), heads=(4, 2), dims=(72, 72), plain_draws=20),

@@ -3,6 +3,8 @@
 // bit on one thread and on three, and the same to the bit whatever a foreign document holds. NaN stands in all that
 // must not count: in queries that see nothing, in their results and the gradients of these, and in keys that no query
 // sees. Every second layout has a gradient of the log-sum-exp too.
+#include <numeric>
+
 #include "cpu/span_attention/backward.cpp"
 #include "span_attention_cases.h"
 
@@ -202,9 +204,10 @@ static void run(const Case& c, DType dtype, Layout layout) {
 }
 
 // NaN and infinity in all that belongs to one document change no bit of the others' gradients.
-static void isolate(DType dtype) {
-    const int64_t tokens = 160, first = 40, last = 100;  // the third document
-    const Case c{"isolation", 1, tokens, tokens, 1, 1, 24, 24, 1, documents({37, 3, 60, 60}, true)};
+static void isolate(DType dtype, const std::vector<int32_t>& lengths) {
+    const int64_t tokens = std::accumulate(lengths.begin(), lengths.end(), 0);
+    const int64_t first = lengths[0] + lengths[1], last = first + lengths[2];  // the third document
+    const Case c{"isolation", 1, tokens, tokens, 1, 1, 24, 24, 1, documents(lengths, true)};
     Problem problem(c, dtype, kTokens, true);
     const Gradients clean(c, dtype), found(c, dtype);
     problem.differentiate(1, clean);
@@ -230,7 +233,8 @@ int main() {
     int layout = 0;
     for (const DType dtype : served()) {
         for (const Case& c : cases()) run(c, dtype, static_cast<Layout>(layout++ % kLayouts));
-        isolate(dtype);
+        isolate(dtype, {37, 3, 60, 60});
+        isolate(dtype, {4, 8, 5, 3});
     }
     if (failures == 0) printf("right\n");
     return failures != 0;

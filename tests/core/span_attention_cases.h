@@ -217,6 +217,10 @@ static std::vector<Case> cases() {
     const auto mixed = documents({5, 0, 33, 130, 1, 64, 7, 16, 49}, true);
     std::vector<Case> found{
         {"one pair", 1, 1, 1, 1, 1, 1, 1, 1, all},
+        {"few pairs", 2, 24, 24, 2, 1, 20, 33, 1, documents({1, 8, 5, 7, 3}, true)},
+        {"few pairs of a group", 1, 12, 12, 1, 2, 16, 9, 1, documents({1, 4, 3, 4}, true)},
+        {"few pairs, softcap", 1, 6, 7, 1, 1, 9, 9, 1, all, 4, 2.5},
+        {"few pairs of runs", 1, 8, 8, 1, 1, 9, 17, 3, striped},
         {"no keys", 2, 3, 0, 1, 2, 8, 5, 1, all},
         {"one query", 1, 1, 301, 2, 3, 33, 40, 1, all},
         {"causal documents", 1, 320, 311, 2, 1, 40, 24, 1, mixed},

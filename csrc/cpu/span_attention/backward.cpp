@@ -22,6 +22,7 @@
 #include <deque>
 
 #include "cpu/span_attention/backward_keys.h"
+#include "cpu/span_attention/backward_pairs.h"
 
 namespace mmk::MMK_ISA {
 namespace attention_backward {
@@ -30,23 +31,12 @@ namespace {
 constexpr int64_t kChunkKeys = 1024;                   // smaller chunks pack rows too often: 512 cost 4 %
 constexpr int64_t kEnoughTasks = 32, kMostChunks = 8;  // each chunk is a dQ more
 
-template <class T>
-float dot(const T* a, const T* b, int64_t count) {
-    Vec total{};
-    int64_t d = 0;
-    for (; d + kLanes <= count; d += kLanes) total += load(a + d) * load(b + d);
-    if (d < count) {
-        const int left = static_cast<int>(count - d);
-        total += load_first(a + d, left) * load_first(b + d, left);
-    }
-    return sum(total);
-}
-
 struct Task {
     const Plan* plan;
     int64_t batch, head;  // a key head
     int64_t first_row, last_row, first_key, last_key;
     int64_t part;  // where its dQ lies among the parts, -1: it is the only one of its rows
+    bool is_tiny;  // few enough rows and keys to go pair by pair
 };
 
 struct Split {  // a group and head that is cut into chunks: tasks [first, last)
@@ -56,13 +46,18 @@ struct Split {  // a group and head that is cut into chunks: tasks [first, last)
 
 // ---- a thread's working memory
 
-template <class Operand>
+template <class T>
 struct Workspace {
-    Workspace(int64_t rows, int64_t dim, int64_t value_dim, Softmax softmax, Arena& memory)
-        : rows(rows, dim, value_dim, memory), keys(dim, value_dim, softmax, memory) {}
+    using Operand = OperandOf<T>;
+
+    Workspace(const SpanAttentionBackward& call, int64_t rows, Arena& memory)
+        : rows(rows, call.q.dim, call.v.dim, memory),
+          keys(call.q.dim, call.v.dim, Softmax(call.scale, call.softcap), memory),
+          pairs(call, memory) {}
 
     QueryRows<Operand> rows;
     KeyBlock<Operand> keys;
+    FewPairs<T> pairs;
 };
 
 template <class T>
@@ -86,7 +81,7 @@ class Backward {
         Arena count(nullptr);
         workspace(count);
         Scratch<uint32_t> memory(workers * count.used());
-        std::deque<Workspace<Operand>> workspaces;
+        std::deque<Workspace<T>> workspaces;
         for (int64_t i = 0; i < workers; i++) {
             Arena arena(memory.get() + i * count.used());
             workspaces.push_back(workspace(arena));
@@ -103,9 +98,7 @@ class Backward {
 
   private:
     const Plan& plan(int64_t b) const { return plans_[plans_.size() == 1 ? 0 : b]; }
-    Workspace<Operand> workspace(Arena& memory) const {
-        return {max_rows_, call_.q.dim, call_.v.dim, Softmax(call_.scale, call_.softcap), memory};
-    }
+    Workspace<T> workspace(Arena& memory) const { return {call_, max_rows_, memory}; }
 
     void add_tasks() {
         int64_t units = 0;
@@ -128,7 +121,9 @@ class Backward {
             10.0 * static_cast<double>(group.last_row - group.first_row) * static_cast<double>(keys * call_.q.dim);
         int64_t key = group.first_key;
         do {
-            Task task{&plan, b, head, group.first_row, group.last_row, key, std::min(key + chunk, group.last_key), -1};
+            Task task{&plan, b,    head, group.first_row, group.last_row, key, std::min(key + chunk, group.last_key),
+                      -1,    false};
+            task.is_tiny = is_tiny(task);
             if (chunks > 1) {
                 trim(task);
                 task.part = part_size_;
@@ -139,6 +134,15 @@ class Backward {
             key = task.last_key;
         } while (key < group.last_key);
         if (chunks > 1) splits_.push_back({first, num_tasks(), group.first_row, group.last_row});
+    }
+    static bool is_tiny(const Task& task) {
+        constexpr int64_t kMost = FewPairs<T>::kMost;
+        if (task.last_key - task.first_key > kMost || task.last_row - task.first_row > round_up(kMost, kTileRows)) {
+            return false;
+        }
+        const auto rows = task.plan->rows.begin();
+        return std::count_if(rows + task.first_row, rows + task.last_row, [](Row row) { return row.query >= 0; }) <=
+               kMost;
     }
     int64_t num_tasks() const { return static_cast<int64_t>(tasks_.size()); }
 
@@ -173,7 +177,11 @@ class Backward {
         }
     }
 
-    void run_task(const Task& task, float* parts, Workspace<Operand>& memory) const {
+    void run_task(const Task& task, float* parts, Workspace<T>& memory) const {
+        if (task.is_tiny) {
+            return memory.pairs.run(*task.plan, task.batch, task.head, task.head * heads_, task.first_row,
+                                    task.last_row, task.first_key, task.last_key);
+        }
         QueryRows<Operand>& rows = memory.rows;
         const int64_t count = task.last_row - task.first_row;
         QueryRows<Operand> mine = rows;
