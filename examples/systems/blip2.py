@@ -2,9 +2,10 @@
 
 Li et al. 2023, https://arxiv.org/abs/2301.12597.
 
-                      picture -> patches -> transformer (frozen)
-                                                  |
-    8 learned queries, and in stage one words -> Q-Former -> projection -> language model (frozen) -> caption
+                  picture -> patches -> transformer (frozen)
+                                                |
+                                                v
+    8 queries, and in stage one a caption  ->  Q-Former  ->  projection -> language model (frozen) -> caption
 
 - patch embedding of the picture tower: `patch_embed`
 - attention of the tower (all patches), of the Q-Former (queries and words, under three masks; queries to patches) and
@@ -14,8 +15,8 @@ Li et al. 2023, https://arxiv.org/abs/2301.12597.
 The tower learns digits' names and the language model reads captions, each for itself; both are frozen then. In stage
 one the Q-Former learns three things at once: contrast (queries and words do not see each other), writing (each word
 sees the queries and the words before it) and matching (all see all; wrong pairs are drawn from those that contrast
-finds likely). In stage two its queries, projected, stand before the words of the language model, which is to go on with
-the caption.
+finds likely). In stage two its queries, projected, stand before the words of the language model, which ends a caption
+that is begun for it. Digits are judged by all three that can name them.
 """
 
 import torch
@@ -30,12 +31,13 @@ from mmkernels import max_similarity
 
 QUERIES, WRITE = 8, FREE  # WRITE stands in place of BOS where a caption is written
 SHAPE = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-VISION = SHAPE | {"image_size": 32, "patch_size": 8, "initializer_range": 0.02}
+SHAPE |= {"initializer_range": 96**-0.5}  # the 0.02 of models is for layers as wide as theirs
+VISION = SHAPE | {"image_size": 32, "patch_size": 8}
 FORMER = SHAPE | {"encoder_hidden_size": 96, "use_qformer_text_input": True, "vocab_size": SIZE}
 FORMER |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 16}
 TEXT = {"model_type": "opt", "hidden_size": 96, "ffn_dim": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT |= {"word_embed_proj_dim": 96, "vocab_size": SIZE, "max_position_embeddings": 64, "dropout": 0.0}
-TEXT |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+TEXT |= {"init_std": 96**-0.5, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 
 
 class Blip2(nn.Module):
@@ -44,7 +46,8 @@ class Blip2(nn.Module):
     def __init__(self):
         super().__init__()
         parts = {"vision_config": VISION, "qformer_config": FORMER, "text_config": TEXT}
-        config = Blip2Config(**parts, num_query_tokens=QUERIES, image_text_hidden_size=64, image_token_index=IMAGE)
+        sizes = {"num_query_tokens": QUERIES, "image_text_hidden_size": 64, "initializer_range": 96**-0.5}
+        config = Blip2Config(**parts, **sizes, image_token_index=IMAGE)
         self.first, self.second = Blip2ForImageTextRetrieval(config), Blip2ForConditionalGeneration(config)
         for name in ("vision_model", "query_tokens", "qformer"):
             setattr(self.second, name, getattr(self.first, name))
@@ -94,23 +97,24 @@ def build() -> System:
     def aligned(generator: Generator) -> Tensor:
         drawn = digits().draw(24, generator)
         patches, ids = blip.patches(drawn.pictures), written(drawn.labels)
-        same = drawn.labels[:, None] == drawn.labels
+        same = drawn.labels[:, None] == drawn.labels  # whose captions are the same: each is right for all of them
         logits = blip.similarity(patches, ids) / blip.temperature
         targets = same / same.sum(1, keepdim=True)
         contrast = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        # Wrong pairs: of each caption a picture, and of each picture a caption.
-        likely = logits.detach().masked_fill(same, -torch.inf)
-        picture, text = (torch.multinomial(x.softmax(1), 1, generator=generator)[:, 0] for x in (likely, likely.T))
+
+        wrong = logits.detach().masked_fill(same, -torch.inf)
+        picture, text = (torch.multinomial(x.softmax(1), 1, generator=generator)[:, 0] for x in (wrong, wrong.T))
         pairs = torch.cat([patches, patches[picture], patches]), torch.cat([ids, ids, ids[text]])
-        match = F.cross_entropy(blip.matches(*pairs), torch.tensor([1, 0, 0]).repeat_interleave(len(ids)))
+        matching = F.cross_entropy(blip.matches(*pairs), torch.tensor([1, 0, 0]).repeat_interleave(len(ids)))
+
         ids = written(drawn.labels, start=WRITE)
-        total = torch.arange(QUERIES + ids.shape[1])
-        words = blip(patches, ids, (total < QUERIES) | (total <= total[:, None]))[1]
+        place = torch.arange(QUERIES + ids.shape[1])
+        words = blip(patches, ids, (place < QUERIES) | (place <= place[:, None]))[1]
         said = words[:, :-1] @ first.embeddings.word_embeddings.weight.T
-        return contrast + match + F.cross_entropy(said.flatten(0, 1), ids[:, 1:].flatten())
+        return contrast + matching + F.cross_entropy(said.flatten(0, 1), ids[:, 1:].flatten())
 
     def asked(labels: Tensor) -> dict[str, Tensor]:
-        """The digit's name is the first word that is to be said."""
+        """Queries and the beginning of a caption; its end is to be said."""
         prompt = [*[IMAGE] * QUERIES, BOS, *encode("a handwritten")]
         return batch([prompt] * len(labels), [encode(NAMES[label]) for label in labels.tolist()])
 
@@ -132,9 +136,9 @@ def build() -> System:
 
     learning = [first.qformer, first.query_tokens, first.embeddings, first.vision_projection, first.text_projection]
     stages = [
-        Stage("tower", named, [first.vision_model, namer], steps=400, rate=1e-3),
-        Stage("language model", read, [second.language_model], steps=150, rate=1e-3),
-        Stage("stage one", aligned, [*learning, first.itm_head, blip.temperature], steps=600, rate=1e-3),
+        Stage("tower", named, [first.vision_model, namer], steps=300, rate=1e-3),
+        Stage("language model", read, [second.language_model], steps=100, rate=1e-3),
+        Stage("stage one", aligned, [*learning, first.itm_head, blip.temperature], steps=350, rate=1e-3),
         Stage("stage two", captioned, [*learning[:2], second.language_projection], steps=100, rate=1e-3),
     ]
     return System(nn.ModuleList([blip, namer]), stages, scores)

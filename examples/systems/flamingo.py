@@ -38,6 +38,7 @@ SHAPE = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, 
 SHAPE |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 TOWER = SHAPE | {"num_hidden_layers": 2, "max_position_embeddings": 8, "image_size": 32, "patch_size": 8}
 LANGUAGE = SHAPE | {"num_hidden_layers": 4, "max_position_embeddings": 64, "tie_word_embeddings": True}
+LANGUAGE |= {"initializer_range": 96**-0.5}  # the 0.02 of models is for layers as wide as theirs
 WORDS = torch.tensor([encode(name)[0] for name in NAMES])
 
 
@@ -115,8 +116,8 @@ def build() -> System:
 
     stages = [
         Stage("tower", captioned, [clip], steps=250, rate=1e-3),
-        Stage("language model", read, [flamingo.language], steps=350, rate=1e-3),
-        Stage("resampler and gated block", interleaved, [flamingo.resampler, flamingo.gated], steps=500),
+        Stage("language model", read, [flamingo.language], steps=200, rate=1e-3),
+        Stage("resampler and gated block", interleaved, [flamingo.resampler, flamingo.gated], steps=450),
     ]
     return System(flamingo, stages, scores)
 

@@ -12,6 +12,8 @@ PLACES = "where each pixel lies is worked out again in every step"
 BYTES = "each byte is made a number by itself"
 IN_REGISTERS = "bytes are made the left operand in registers, and every product is waited for"
 
+SOUGHT = "where columns lie, and which are the segment's, is worked out in every step; one step takes 64 of them"
+
 # fmt: off
 LIMITS = {
     "sm80": [
@@ -23,6 +25,7 @@ LIMITS = {
         Row("embed embed-uint8-channels_last", (2.04, 1.42), why=BYTES),
         Row("embed embed-uint8-P14", (1.42, 1.44), why=BYTES),
         Row("images_grad *", (1.00, 0.34)),
+        Row("find_maxima *", (1.90, 1.53), outer=((2.30, 1.76),), why=SOUGHT),
         Row("weight_grad embed-P16", (1.00, 0.71)),
         Row("weight_grad embed-P14", (1.91, 1.93), why=PLACES),
         Row("weight_grad embed-uint8-P16", (1.62, 1.64), why=PLACES),
@@ -54,6 +57,7 @@ LIMITS = {
     ],
     "sm90": [
         Row("clip_* *", (1.00, 0.52)),
+        Row("find_maxima *", (3.80, 2.89), outer=((4.20, 3.12),), why=SOUGHT, serialised=True),
         Row("siglip *", (1.00, 0.51)),
         Row("embed embed-P16", (1.00, 0.44)),
         Row("embed embed-P14", (1.12, 1.14)),

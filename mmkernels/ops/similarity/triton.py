@@ -31,7 +31,8 @@ def row_maxima(rows: Tensor, columns: Tensor, bias: Tensor | None, starts: Tenso
     rows, columns = aligned_rows(rows), aligned_rows(columns)
     starts = starts.clamp(0, len(columns)).cummax(0).values.contiguous()
     width = rows.shape[1]
-    meta = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": min(64, max(16, triton.next_power_of_2(width)))}
+    side = 32 if rows.dtype == torch.float32 else 64  # exact products of 64 x 64 spill registers
+    meta = {"BLOCK_M": side, "BLOCK_N": side, "BLOCK_K": min(side, max(16, triton.next_power_of_2(width)))}
     blocks = triton.cdiv(len(rows), meta["BLOCK_M"])
     launch(
         find_maxima, blocks * shape[1], rows, columns, bias if bias is None else bias.contiguous(), starts, maxima,
